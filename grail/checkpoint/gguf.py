@@ -1,0 +1,77 @@
+"""GGUF in: dequantise once into a cached safetensors folder, which is then streamed like any other."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..errors import GrailError
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """GRAIL_CACHE, or XDG_CACHE_HOME/grail, or ~/.cache/grail."""
+    own = os.environ.get("GRAIL_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(base) / "grail"
+
+
+def converted(file: Path) -> Path:
+    """A safetensors folder (float32, tokenizer included) with the content of a GGUF file; made once per content.
+
+    Raises GrailError naming the file when transformers cannot read it.
+    """
+    target = cache_folder() / f"{file.stem}-{_fingerprint(file)}"
+    if (target / "config.json").exists():
+        return target
+    log.info("converting %s to safetensors, once, into %s", file.name, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
+    try:
+        _convert(file, work)
+        try:
+            os.replace(work, target)
+        except OSError:
+            if not (target / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _convert(file: Path, work: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:
+        raise GrailError(f"{file} cannot be read as a GGUF language model: {error}") from error
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # the loaded model is marked as quantised and refuses to be saved: give its tensors to one that is not
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+
+
+def _fingerprint(file: Path) -> str:
+    """Content hash, so that a changed file is converted anew."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(16 * 2**20):
+            digest.update(block)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,210 @@
+"""Read safetensors tensor by tensor with plain reads, so that resident memory stays at what is in use.
+
+Format: https://huggingface.co/docs/safetensors; 8 bytes little-endian header length, a JSON header, the data.
+Everything read is checked against the file's size before a byte is allocated. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import GrailError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+MAX_HEADER = 100 * 2**20
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: shape, dtype and byte range within its file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class TensorSource(Protocol):
+    """Named tensors, one at a time."""
+
+    def names(self) -> list[str]: ...
+    def info(self, name: str) -> TensorInfo: ...
+    def get(self, name: str) -> Tensor: ...
+    def rows(self, name: str, index: Tensor) -> Tensor: ...
+
+
+class SafetensorsFolder:
+    """The tensors of a checkpoint folder (one file, or shards with an index), or of a single file.
+
+    Raises GrailError, naming the file, for anything that is missing, truncated, inconsistent or pickled.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._info: dict[str, TensorInfo] = {}
+        for file, wanted in _shards(self.path):
+            held = read_header(file)
+            for name in held if wanted is None else wanted:
+                if name not in held:
+                    raise GrailError(f"{self.path / INDEX} says that {name} is in {file.name}, but it is not there")
+                self._info[name] = held[name]
+
+    def names(self) -> list[str]:
+        return list(self._info)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._info
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._info:
+            raise GrailError(f"{self.path}: the checkpoint holds no tensor {name}; is a shard missing from its index?")
+        return self._info[name]
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor, in its stored dtype."""
+        info = self.info(name)
+        return _read(info, info.start, info.nbytes).view(info.dtype).view(info.shape)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows `index` (int64 [R]) of a matrix, read row by row."""
+        info = self.info(name)
+        width = info.nbytes // info.shape[0]
+        out = torch.empty(len(index), width, dtype=torch.uint8)
+        with open(info.file, "rb", buffering=0) as file:
+            for target, row in zip(out, index.tolist(), strict=True):
+                file.seek(info.start + row * width)
+                _fill(file, target, info.file)
+        return out.view(info.dtype).view(len(index), *info.shape[1:])
+
+    def chunks(self, name: str, size: int = 16 * 2**20) -> Iterator[Tensor]:
+        """The tensor's raw bytes, uint8, at most `size` at a time."""
+        info = self.info(name)
+        for start in range(info.start, info.end, size):
+            yield _read(info, start, min(size, info.end - start))
+
+    def sha256(self) -> str:
+        """Hash over the names, sizes and bytes of all shards."""
+        digest = hashlib.sha256()
+        for file in sorted({info.file for info in self._info.values()}):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with open(file, "rb") as handle:
+                while block := handle.read(16 * 2**20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Tensor infos of one safetensors file; raises GrailError naming the file when it is not a sound one."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise GrailError(f"{file} is not a whole safetensors file: {size} bytes, header of {length} promised")
+            header = json.loads(handle.read(length))
+    except OSError as error:
+        raise GrailError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, GrailError):
+            raise
+        raise GrailError(f"{file} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise GrailError(f"{file} is not a safetensors file: its header is not a table of tensors")
+    header.pop("__metadata__", None)
+    return {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _tensor_info(file: Path, name: str, entry: object, base: int, size: int) -> TensorInfo:
+    try:
+        dtype = DTYPES[entry["dtype"]]
+        shape = tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise GrailError(f"{file}: tensor {name} has an unusable header entry ({entry})") from error
+    if not sound or end - start != math.prod(shape) * dtype.itemsize:
+        raise GrailError(f"{file}: tensor {name} has an unusable header entry ({entry})")
+    if base + end > size:
+        raise GrailError(f"{file} is truncated: {name} ends at byte {base + end}, the file has {size}; fetch it again")
+    return TensorInfo(file, dtype, shape, base + start, base + end)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or GrailError naming it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GrailError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise GrailError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise GrailError(f"{path} must hold a JSON object")
+    return value
+
+
+def _shards(path: Path) -> list[tuple[Path, list[str] | None]]:
+    """(file, names wanted from it; None for all)."""
+    if path.is_file():
+        return [(path, None)]
+    if not (path / INDEX).exists():
+        if (path / SINGLE).exists():
+            return [(path / SINGLE, None)]
+        pickled = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        if pickled:
+            raise GrailError(
+                f"{path} holds only pickled weights ({pickled[0]}), which GRAIL never opens; "
+                f"save the model with safetensors first (save_pretrained)"
+            )
+        raise GrailError(f"{path} holds no {SINGLE} and no {INDEX}")
+    index = path / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise GrailError(f"{index} has no weight_map")
+    wanted: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard not in {"", ".", ".."} and not set(shard) & set("/\\\0")
+        if not plain:
+            raise GrailError(f"{index}: {name} points at {shard!r}, which is not a plain file name")
+        wanted.setdefault(shard, []).append(name)
+    for shard in wanted:
+        if not (path / shard).is_file():
+            raise GrailError(f"{index} names the shard {shard}, which is missing from {path}; fetch it again")
+    return [(path / shard, names) for shard, names in sorted(wanted.items())]
+
+
+def _read(info: TensorInfo, start: int, count: int) -> Tensor:
+    out = torch.empty(count, dtype=torch.uint8)
+    with open(info.file, "rb", buffering=0) as file:
+        file.seek(start)
+        _fill(file, out, info.file)
+    return out
+
+
+def _fill(file, target: Tensor, path: Path) -> None:
+    view = memoryview(target.numpy())
+    while view:
+        got = file.readinto(view[: 2**30])
+        if not got:
+            raise GrailError(f"{path} ended early while it was read ({os.path.getsize(path)} bytes)")
+        view = view[got:]

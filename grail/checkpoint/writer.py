@@ -1,0 +1,162 @@
+"""Write a checkpoint shard by shard into OUT.partial, each shard beside and renamed; rename the folder at the end.
+
+DESIGN section 6: a run is a sequence of committed steps: temporary name, fsync, rename, then a journal line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import GrailError
+from .reader import DTYPES, INDEX
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CARRIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor to write: its name, dtype, shape and a source of raw uint8 chunks in order."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Iterable[Tensor]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Piece:
+        flat = tensor.detach().cpu().contiguous()
+        raw = flat.reshape(-1).view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+        return cls(name, tensor.dtype, tuple(tensor.shape), (raw,))
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class OutputFolder:
+    """OUT.partial, locked while it is worked in; `finish` renames it to OUT.
+
+    Used as a context manager: an error removes the partial folder, so that bad input leaves nothing behind.
+    """
+
+    def __init__(self, path: Path | str, *, overwrite: bool = False):
+        self.path = Path(os.path.abspath(path))
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.overwrite = overwrite
+        self.weight_map: dict[str, str] = {}
+        self.total_bytes = 0
+        self.total_parameters = 0
+
+    def check(self) -> None:
+        """Refuse an occupied output before any work is done."""
+        if self.path.is_file():
+            raise GrailError(f"--output {self.path} is a file; name a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.overwrite:
+            raise GrailError(f"--output {self.path} exists and is not empty; choose another, or add --overwrite")
+
+    def __enter__(self) -> OutputFolder:
+        self.check()
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.partial / "lock", "a")
+        except OSError as error:
+            raise GrailError(f"--output {self.path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise GrailError(
+                f"another run is working in {self.partial}; wait for it or choose another output"
+            ) from error
+        for left_over in self.partial.iterdir():
+            if left_over.name != "lock":
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._lock.close()
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+
+    def write_shard(self, file: str, pieces: list[Piece]) -> None:
+        """Commit one safetensors file; the tensors are streamed in the order given."""
+        temporary = self.partial / (file + ".tmp")
+        with open(temporary, "wb") as handle:
+            for block in _serialise(pieces):
+                handle.write(block)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, self.partial / file)
+        for piece in pieces:
+            self.weight_map[piece.name] = file
+            self.total_bytes += piece.nbytes
+            self.total_parameters += torch.Size(piece.shape).numel()
+        self.journal({"step": "shard", "file": file, "tensors": len(pieces)})
+
+    def journal(self, line: dict) -> None:
+        """Append one committed step."""
+        with open(self.partial / "journal.jsonl", "a") as handle:
+            handle.write(json.dumps(line, sort_keys=True) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def write_json(self, file: str, value: dict) -> None:
+        """Commit one JSON file: two spaces, sorted where the value is, newline at the end."""
+        temporary = self.partial / (file + ".tmp")
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.partial / file)
+
+    def carry_over(self, source: Path) -> None:
+        """Copy tokenizer, chat template, generation config and licence files, following links."""
+        for pattern in CARRIED:
+            for file in sorted(source.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, self.partial / file.name)
+        templates = source / "additional_chat_templates"
+        if templates.is_dir():
+            shutil.copytree(templates, self.partial / templates.name)
+
+    def write_index(self) -> None:
+        """The shard index, written last of the weights."""
+        metadata = {"total_size": self.total_bytes, "total_parameters": self.total_parameters}
+        self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))})
+
+    def finish(self) -> Path:
+        """Drop the working files and put the folder in its place."""
+        for name in ("lock", "journal.jsonl"):
+            (self.partial / name).unlink(missing_ok=True)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        os.replace(self.partial, self.path)
+        return self.path
+
+
+def _serialise(pieces: list[Piece]) -> Iterator[bytes | memoryview]:
+    """The safetensors format: header length, header padded to 8 bytes, data without gaps."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for piece in pieces:
+        end = offset + piece.nbytes
+        entry = {"dtype": DTYPE_NAMES[piece.dtype], "shape": list(piece.shape), "data_offsets": [offset, end]}
+        header[piece.name] = entry
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for piece in pieces:
+        for chunk in piece.chunks:
+            yield memoryview(chunk.numpy())

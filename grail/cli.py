@@ -1,0 +1,199 @@
+"""The command line: parse, one call, show. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from .errors import GrailError
+from .terminal import NORMAL, TerminalProgress, set_logging, show_evaluation, show_report
+
+ISSUES = "please report it with this output and the command"
+
+app = typer.Typer(
+    name="grail",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a trained network narrower and repair it in closed form: no training, no labels, one command.",
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors, warnings and the result.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv also from libraries.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
+
+
+def guarded(command: Callable) -> Callable:
+    """Turn exceptions into one sentence on stderr and the exit codes of CONTRACTS."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except GrailError as error:
+            _fail(str(error), 2)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was kept", 130)
+        except OSError as error:
+            _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
+        except Exception as error:
+            if kwargs.get("verbose"):
+                raise
+            _fail(f"unexpected {type(error).__name__}: {error} (a bug in grail: {ISSUES}; -v shows the trace)", 1)
+
+    return run
+
+
+def _fail(sentence: str, code: int) -> None:
+    sys.stderr.write(f"grail: {sentence}\n")
+    raise typer.Exit(code)
+
+
+def _start(quiet: bool, verbose: int) -> TerminalProgress:
+    verbosity = 0 if quiet else NORMAL + verbose
+    set_logging(verbosity)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    return TerminalProgress(verbosity)
+
+
+def _pairs(settings: list[str]) -> dict[str, str]:
+    for setting in settings:
+        if "=" not in setting:
+            raise GrailError(f"--set {setting}: expected key=value")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+@app.callback(invoke_without_command=True)
+def main_options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"grail {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+@guarded
+def compress(
+    model: Annotated[str, typer.Option(help="A folder, an alias (llama-2-7b, smollm2-135m, ...) or a hub name.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the smaller checkpoint.")],
+    method: Annotated[str, typer.Option(help="How units are chosen; see `grail methods`.")] = "wanda-sp",
+    ratio: Annotated[float, typer.Option(help="Share of each site's heads and MLP channels to remove, 0 to 1.")] = 0.3,
+    attn_ratio: Annotated[float | None, typer.Option(help="The share for heads, if it differs.")] = None,
+    mlp_ratio: Annotated[float | None, typer.Option(help="The share for MLP channels, if it differs.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="builtin, wikitext2, c4, or a .txt, .jsonl or .safetensors file.")
+    ] = "builtin",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window [default: 2048; builtin: 512].")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the window offsets and of `random`.")] = 0,
+    compensate: Annotated[bool, typer.Option(help="Repair each site in closed form after pruning.")] = True,
+    ridge: Annotated[float, typer.Option(help="Ridge, relative to the mean of the Gram matrix's diagonal.")] = 1e-3,
+    ridge_form: Annotated[str, typer.Option(help="anchored (towards pruning) or paper (towards zero).")] = "anchored",
+    round_to: Annotated[
+        int | None, typer.Option(help="Keep MLP widths a multiple of this [default: 64 from width 2048 on, else 1].")
+    ] = None,
+    head_multiple: Annotated[int, typer.Option(help="Keep head counts a multiple of this, for tensor parallel.")] = 1,
+    gqa: Annotated[
+        str, typer.Option(help="query: as many query heads from every KV group; group: whole KV groups.")
+    ] = "query",
+    dtype: Annotated[str | None, typer.Option(help="Compute dtype [default: float32 on CPU, stored on GPU].")] = None,
+    output_dtype: Annotated[str | None, typer.Option(help="Dtype of the written weights [default: stored].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    eval: Annotated[
+        str | None, typer.Option(help="Held-out data for perplexity, or none [default: below 1 B parameters].")
+    ] = None,
+    compare_pruned: Annotated[bool, typer.Option(help="Also evaluate the same pruning without repair.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a non-empty output folder.")] = False,
+    set: Annotated[list[str], typer.Option("--set", help="A method's own option, key=value; repeatable.")] = [],  # noqa: B006
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Remove a share of a model's heads and channels, and repair every block in closed form.
+
+    Example: grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned --output small
+    """
+    asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set"}}
+    progress = _start(quiet, verbose)
+    settings = _pairs(set)
+    from .recipe import Recipe
+
+    recipe = Recipe(**asked, set=settings)
+    from .run import run
+
+    report = run(recipe, progress)
+    if as_json:
+        _json(report.to_json() | {"output": report.output, "run": report.run_json()})
+    else:
+        show_report(report, Console(highlight=False, soft_wrap=True))
+
+
+@app.command("eval")
+@guarded
+def evaluate_command(
+    path: Annotated[str, typer.Argument(help="A folder (of grail or not), an alias or a hub name.")],
+    data: Annotated[str | None, typer.Option(help="Evaluation data [default: what grail.json records].")] = None,
+    samples: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    against: Annotated[str | None, typer.Option(help="A second model to show beside it.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute dtype.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure perplexity, size and speed of a checkpoint, one layer in memory at a time."""
+    asked = {k: v for k, v in locals().items() if k not in {"path", "as_json", "quiet", "verbose"}}
+    progress = _start(quiet, verbose)
+    from .evaluate import evaluate
+
+    found = evaluate(path, **asked, progress=progress)
+    if as_json:
+        _json(found)
+    else:
+        show_evaluation(found, Console(highlight=False, soft_wrap=True))
+
+
+@app.command("methods")
+@guarded
+def methods_command(
+    name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or one method's own options (for --set)."""
+    from .selectors import methods, selector_class
+
+    chosen = methods() if name is None else {name: selector_class(name)}
+    described = {key: cls.describe() for key, cls in chosen.items()}
+    if as_json:
+        _json({"schema_version": 1, "methods": described})
+        return
+    for key, entry in described.items():
+        typer.echo(f"{key:12} {entry['summary']}")
+        if name is not None:
+            typer.echo(f"{'source':12} {entry['source']}")
+            typer.echo(f"{'needs':12} {', '.join(entry['needs']) or 'no data'}")
+            for option, default in entry["options"].items():
+                typer.echo(f"{'--set':12} {option}={default}")
+
+
+def _json(document: dict) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,27 @@
+"""The only place that knows a model. A family lists its model types; nothing outside asks which one it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.reader import read_json
+from ..errors import GrailError
+from . import llama
+from .base import Producer, Site
+
+__all__ = ["Producer", "Site", "open_family"]
+
+FAMILIES = (llama,)
+
+
+def open_family(folder: Path, **options):
+    """The family object for a checkpoint folder; raises GrailError naming an unsupported model type."""
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise GrailError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    model_type = read_json(config_file).get("model_type")
+    for family in FAMILIES:
+        if model_type in family.MODEL_TYPES:
+            return family.open_folder(folder, **options)
+    known = ", ".join(name for family in FAMILIES for name in family.MODEL_TYPES)
+    raise GrailError(f"{config_file}: model type {model_type!r} is not supported; supported: {known}")

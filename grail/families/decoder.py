@@ -1,0 +1,210 @@
+"""Run a transformers decoder one layer at a time, each layer in phases, never the whole model in memory.
+
+The blocks are transformers' own layer classes, built on the meta device with their tensors assigned. Rotary
+embeddings, masks and keyword arguments come from the model's own forward, run once per batch shape with recorders in
+the layers' places. Shapes: B windows, L tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..checkpoint.reader import SafetensorsFolder
+from ..errors import GrailError
+
+ROOT, LAYERS = "model.", "model.layers."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LOGIT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """One residual branch of a layer: the sub-module, the norm that feeds it, its last linear layer, and how the
+    layer expects its result."""
+
+    module: str
+    norm: str
+    consumer: str
+    wrap: Callable[[Tensor], object]
+
+
+class _Reached(Exception):
+    """Carries a consumer's input out of a forward that need not go on."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+class _Tap(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise _Reached(hidden)
+
+
+class _Given(nn.Module):
+    """Stands for a branch whose output is already known."""
+
+    def __init__(self, value: object):
+        super().__init__()
+        self.value = value
+
+    def forward(self, *args, **kwargs) -> object:
+        return self.value
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer while the model's forward is asked what it passes to each."""
+
+    def __init__(self):
+        super().__init__()
+        self.kwargs: dict = {}
+
+    def forward(self, hidden: Tensor, **kwargs) -> Tensor:
+        self.kwargs = kwargs
+        return hidden
+
+
+class Block:
+    """One decoder layer with its weights. `hidden` and `output` replay the layer's own forward with the branches
+    that are already known put in place, so that each expensive part runs once."""
+
+    def __init__(self, module: nn.Module, parts: dict[str, Part], kwargs_for: Callable[[int, int], dict]):
+        self.module = module
+        self.parts = parts
+        self._kwargs_for = kwargs_for
+
+    @torch.no_grad()
+    def run(self, x_BLD: Tensor) -> Tensor:
+        """The layer's output."""
+        return self.module(x_BLD, **self._kwargs_for(*x_BLD.shape[:2]))
+
+    @torch.no_grad()
+    def hidden(self, part: str, x_BLD: Tensor, known: dict[str, Tensor]) -> Tensor:
+        """The input of the part's consumer, [B, L, H], given the outputs of the branches before it."""
+        branch = self.parts[part]
+        with self._with_known(known), _replaced(self.module.get_submodule(part), {branch.consumer: _Tap()}):
+            try:
+                self.run(x_BLD)
+            except _Reached as reached:
+                return reached.hidden
+        raise RuntimeError(f"{part}.{branch.consumer} was never called")
+
+    @torch.no_grad()
+    def consume(self, part: str, hidden: Tensor, weight_OK: Tensor | None = None) -> Tensor:
+        """The branch's output from its consumer's input, with a narrower weight in place if one is given."""
+        consumer = self.module.get_submodule(f"{part}.{self.parts[part].consumer}")
+        weight_OK = consumer.weight if weight_OK is None else weight_OK.to(hidden.device, hidden.dtype)
+        return nn.functional.linear(hidden, weight_OK, consumer.bias)
+
+    @torch.no_grad()
+    def output(self, x_BLD: Tensor, known: dict[str, Tensor]) -> Tensor:
+        """The layer's output when every branch is known."""
+        with self._with_known(known):
+            return self.run(x_BLD)
+
+    @contextmanager
+    def _with_known(self, known: dict[str, Tensor]) -> Iterator[None]:
+        stands: dict[str, nn.Module] = {}
+        for name, value in known.items():
+            stands[name] = _Given(self.parts[name].wrap(value))
+            stands[self.parts[name].norm] = nn.Identity()
+        with _replaced(self.module, stands):
+            yield
+
+
+class Decoder:
+    """A causal language model in a folder: embeds, gives out blocks, and computes logits, reading what is needed."""
+
+    def __init__(self, source: SafetensorsFolder, config: PreTrainedConfig, parts: dict[str, Part], device, dtype):
+        self.source, self.config, self.parts = source, config, parts
+        self.device, self.dtype = torch.device(device), dtype
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        self._check_tensors(skeleton)
+        self._layers = skeleton.model.layers
+        self._norm = skeleton.model.norm
+        self.tied = skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight
+        self._shell = skeleton.model
+        self._recorders = [_Recorder() for _ in self._layers]
+        self._shell.layers = nn.ModuleList(self._recorders)
+        self._shell.norm = nn.Identity()
+        self._shell.rotary_emb = type(self._shell.rotary_emb)(config=config).to(self.device)
+        self._recorded_shape: tuple[int, int] | None = None
+
+    @property
+    def layer_count(self) -> int:
+        return len(self._layers)
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """[B, L, D]; only the rows that occur are read."""
+        unique, position = ids_BL.unique(return_inverse=True)
+        rows = self._finite(EMBEDDING, self.source.rows(EMBEDDING, unique))
+        return rows.to(self.device, self.dtype)[position.to(self.device)]
+
+    def block(self, index: int) -> Block:
+        """Layer `index` with its tensors in the compute dtype. Raises GrailError naming a tensor with a NaN."""
+        module = copy.deepcopy(self._layers[index])
+        prefix = f"{LAYERS}{index}."
+        state = {
+            name: self._finite(prefix + name, self.source.get(prefix + name)).to(self.device, self.dtype)
+            for name in module.state_dict()
+        }
+        module.load_state_dict(state, assign=True)
+        return Block(module.requires_grad_(False), self.parts, lambda b, n: self._layer_kwargs(index, b, n))
+
+    def tail(self) -> Callable[[Tensor], Tensor]:
+        """hidden [..., D] -> logits [..., V] in float32; final norm and head are read once."""
+        norm = copy.deepcopy(self._norm)
+        held = {name: self._tensor(f"{ROOT}norm.{name}") for name in norm.state_dict()}
+        norm.load_state_dict(held, assign=True)
+        head_VD = self._tensor(EMBEDDING if self.tied else HEAD)
+        return lambda hidden: nn.functional.linear(norm(hidden), head_VD).float()
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._finite(name, self.source.get(name)).to(self.device, self.dtype)
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if not torch.isfinite(tensor).all():
+            raise GrailError(f"{self.source.path}: {name} holds NaN or infinite weights; fetch or save it again")
+        return tensor
+
+    def _layer_kwargs(self, index: int, batch: int, length: int) -> dict:
+        if self._recorded_shape != (batch, length):
+            blank = torch.zeros(1, device=self.device, dtype=self.dtype)
+            with torch.no_grad():
+                self._shell(inputs_embeds=blank.expand(batch, length, self.config.hidden_size), use_cache=False)
+            self._recorded_shape = (batch, length)
+        return self._recorders[index].kwargs
+
+    def _check_tensors(self, skeleton: nn.Module) -> None:
+        """Every tensor the class needs is there, in its shape and in a floating-point dtype."""
+        tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if self.config.tie_word_embeddings else set()
+        for name, tensor in skeleton.state_dict().items():
+            if name in tied and name not in self.source:
+                continue
+            info = self.source.info(name)
+            if info.shape != tuple(tensor.shape):
+                raise GrailError(
+                    f"{info.file}: {name} has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
+                )
+            if info.dtype.itemsize < 2 or not info.dtype.is_floating_point:
+                raise GrailError(f"{info.file}: {name} is stored as {info.dtype}; only float weights can be compressed")
+
+
+@contextmanager
+def _replaced(module: nn.Module, stands: dict[str, nn.Module]) -> Iterator[None]:
+    """Put other sub-modules in place for a while."""
+    kept = {name: getattr(module, name) for name in stands}
+    try:
+        for name, stand in stands.items():
+            setattr(module, name, stand)
+        yield
+    finally:
+        for name, original in kept.items():
+            setattr(module, name, original)

@@ -1,0 +1,92 @@
+"""What was asked of `grail compress`: one dataclass, checked before any work begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .errors import GrailError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Recipe:
+    """The options of CONTRACTS, with underscores. `None` means "the default for this model and data"."""
+
+    model: Any
+    method: str = "wanda-sp"
+    ratio: float = 0.3
+    attn_ratio: float | None = None
+    mlp_ratio: float | None = None
+    output: str | None = None
+    calibration: Any = "builtin"
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    compensate: bool = True
+    ridge: float = 1e-3
+    ridge_form: str = "anchored"
+    round_to: int | None = None
+    head_multiple: int = 1
+    gqa: str = "query"
+    dtype: str | None = None
+    output_dtype: str | None = None
+    device: str = "auto"
+    eval: str | None = None
+    compare_pruned: bool = False
+    overwrite: bool = False
+    set: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for option in ("ratio", "attn_ratio", "mlp_ratio"):
+            value = getattr(self, option)
+            if value is not None and not (_is_number(value) and 0 <= value < 1):
+                raise GrailError(f"{_flag(option)} must be a number from 0 up to, not including, 1; got {value}")
+        if not (_is_number(self.ridge) and self.ridge >= 0):
+            raise GrailError(f"--ridge must be a finite number, 0 or more; got {self.ridge}")
+        for option in ("samples", "seq_len", "round_to", "head_multiple"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise GrailError(f"{_flag(option)} must be a whole number, 1 or more; got {value}")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise GrailError("--seq-len must be at least 2: a window of one token predicts nothing")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise GrailError(f"--seed must be a whole number from 0 to 2147483647; got {self.seed}")
+        for option, choices in {
+            "ridge_form": ("anchored", "paper"),
+            "gqa": ("query", "group"),
+            "dtype": (None, *DTYPES),
+            "output_dtype": (None, *DTYPES),
+        }.items():
+            if getattr(self, option) not in choices:
+                known = ", ".join(c for c in choices if c)
+                raise GrailError(f"{_flag(option)} {getattr(self, option)}: choose one of {known}")
+
+    def ratio_of(self, kind: str) -> float:
+        """The ratio for a kind of site, "heads" or "channels"."""
+        own = self.attn_ratio if kind == "heads" else self.mlp_ratio
+        return self.ratio if own is None else own
+
+    def channel_multiple(self, width: int) -> int:
+        """Kept MLP widths are a multiple of this."""
+        return self.round_to or (64 if width >= 2048 else 1)
+
+    def to_json(self) -> dict:
+        """Everything that decides the result, and nothing of where it goes."""
+        known = asdict(self) if not hasattr(self.model, "state_dict") else {**vars(self), "model": None}
+        for name in ("output", "overwrite"):
+            known.pop(name)
+        known["model"] = known["model"] and str(known["model"])
+        if not isinstance(known["calibration"], str):
+            known["calibration"] = "given in Python"
+        return known
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

@@ -1,0 +1,105 @@
+"""What a run did: data first. `Report.to_json` is grail.json; times and host go to run.json alone."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .machine import peak_memory
+from .pipeline import SiteResult
+from .recipe import Recipe
+
+SCHEMA_VERSION = 1
+PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
+
+
+@dataclass
+class Report:
+    """The result of one compression. `output` is the folder written; `model` the narrower module when a module was
+    given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name."""
+
+    recipe: Recipe
+    source: dict
+    calibration: dict | None
+    results: list[SiteResult]
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    loads_with: str
+    class_changed: str | None
+    evaluation: dict | None = None
+    reopened: dict | None = None
+    output: str | None = None
+    model: Any = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[dict]:
+        """One entry per site, in execution order (CONTRACTS, grail.json)."""
+        return [_site_entry(result) for result in self.results]
+
+    @property
+    def ratio_reached(self) -> float:
+        """Share of the sites' widths removed, weighted by width."""
+        before = sum(r.site.units.width for r in self.results)
+        after = sum(r.reduction.kept_width if r.reduction else r.site.units.width for r in self.results)
+        return 1 - after / before
+
+    def to_json(self) -> dict:
+        """grail.json: equal for equal runs."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "recipe": self.recipe.to_json(),
+            "versions": versions(),
+            "source": self.source,
+            "calibration": self.calibration,
+            "sites": self.sites,
+            "ratio": {"asked": self.recipe.ratio, "reached": self.ratio_reached},
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "bytes": {"before": self.bytes[0], "after": self.bytes[1]},
+            "evaluation": self.evaluation,
+            "format": "uniform",
+            "loads_with": self.loads_with,
+            "class_changed": self.class_changed,
+        }
+
+    def run_json(self) -> dict:
+        """run.json: what differs between equal runs."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "argv": sys.argv,
+            "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
+            "peak_memory_bytes": peak_memory(),
+            "reopened": self.reopened,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and of Python (the built-in text is part of it)."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _site_entry(result: SiteResult) -> dict:
+    width = result.site.units.width
+    entry = {"name": result.site.name, "before": width, "after": width}
+    if result.reduction is not None:
+        entry["after"] = result.reduction.kept_width
+    done = result.compensation
+    return entry | {
+        "lambda": done and done.lam,
+        "retries": done.retries if done else 0,
+        "rcond": done and done.rcond,
+        "error_before": done and done.error_before,
+        "error_after": done and done.error_after,
+    }

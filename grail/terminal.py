@@ -1,0 +1,121 @@
+"""What a person sees: progress bars on a terminal, plain lines elsewhere, and the closing table."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .report import Report
+
+QUIET, NORMAL, VERBOSE = 0, 1, 2
+LINES_PER_LOOP = 5
+
+
+class TerminalProgress(Progress):
+    """Bars with time left when stderr is a terminal; otherwise a line now and then. All on stderr."""
+
+    def __init__(self, verbosity: int = NORMAL):
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.verbosity = verbosity
+
+    def say(self, line: str) -> None:
+        if self.verbosity > QUIET:
+            self.console.print(line)
+
+    def warn(self, line: str) -> None:
+        self.console.print(f"warning: {line}", style="yellow")
+
+    def layers(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
+        if self.verbosity == QUIET:
+            return lambda layers: layers
+        return lambda layers: (self._bar if self.console.is_terminal else self._lines)(label, list(layers))
+
+    def _bar(self, label: str, layers: list[int]) -> Iterator[int]:
+        columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
+        with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as bars:
+            yield from bars.track(layers, description=label)
+
+    def _lines(self, label: str, layers: list[int]) -> Iterator[int]:
+        start, every = time.monotonic(), max(len(layers) // LINES_PER_LOOP, 1)
+        for done, layer in enumerate(layers):
+            yield layer
+            if (done + 1) % every == 0 or done + 1 == len(layers):
+                spent = time.monotonic() - start
+                left = spent / (done + 1) * (len(layers) - done - 1)
+                self.say(f"{label}: layer {done + 1} of {len(layers)}, {spent:.0f} s, about {left:.0f} s left")
+
+
+def set_logging(verbosity: int) -> None:
+    """Our own log at the asked level; libraries speak only with -v."""
+    level = {QUIET: logging.ERROR, NORMAL: logging.WARNING}.get(verbosity, logging.INFO)
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    logging.getLogger("grail").setLevel(level if verbosity != NORMAL else logging.INFO)
+    for library in ("transformers", "datasets", "huggingface_hub", "httpx", "filelock"):
+        logging.getLogger(library).setLevel(logging.INFO if verbosity > VERBOSE else logging.ERROR)
+
+
+def show_report(report: Report, console: Console) -> None:
+    """The closing lines of `grail compress`."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("parameters", _before_after(*report.parameters, 1e6, "M"))
+    table.add_row("size on disk", _before_after(*report.bytes, 1e6, "MB"))
+    table.add_row("ratio", f"asked {report.recipe.ratio:g}, reached {report.ratio_reached:.3f} of all widths")
+    compensated = [s for s in report.sites if s["error_after"] is not None and s["before"] != s["after"]]
+    if compensated:
+        mean = {key: sum(s[key] for s in compensated) / len(compensated) for key in ("error_before", "error_after")}
+        table.add_row(
+            "reconstruction error",
+            f"mean over {len(compensated)} sites: pruned {mean['error_before']:.4f}, "
+            f"repaired {mean['error_after']:.4f}",
+        )
+        raised = sum(s["retries"] > 0 for s in compensated)
+        if raised:
+            table.add_row("λ raised", f"at {raised} sites (grail.json says where)")
+    if report.evaluation:
+        found = report.evaluation
+        names = {"dense": "dense", "pruned": "pruned only", "compressed": "compressed"}
+        shown = "   ".join(f"{names[name]} {value:.3f}" for name, value in found["perplexity"].items())
+        table.add_row(f"perplexity ({found['data']}, {found['windows']} x {found['seq_len']})", shown)
+    table.add_row("written to", report.output or "memory")
+    table.add_row("loads with", f"{report.loads_with}: AutoModelForCausalLM.from_pretrained({report.output!r})")
+    if report.class_changed:
+        table.add_row("class changed", report.class_changed)
+    console.print(table)
+
+
+def show_evaluation(found: dict, console: Console) -> None:
+    """The closing lines of `grail eval`."""
+    table = Table(box=None, show_header=True, pad_edge=False, header_style="")
+    labels = list(found["models"])
+    table.add_column("")
+    for label in labels:
+        table.add_column(label, justify="right")
+    rows = {
+        "perplexity": "{:.3f}",
+        "parameters": "{:,}",
+        "bytes": "{:,}",
+        "prefill tokens/s": "{:.1f}",
+        "decode tokens/s": "{:.1f}",
+    }
+    for key, form in rows.items():
+        if any(key in found["models"][label] for label in labels):
+            table.add_row(key, *(form.format(found["models"][label][key]) for label in labels))
+    console.print(f"{found['data']}: {found['windows']} windows of {found['seq_len']} tokens")
+    console.print(table)
+    for label in labels:
+        if "sample" in found["models"][label]:
+            console.print(f"{label} says: {found['models'][label]['sample']!r}", markup=False)
+
+
+def _before_after(before: int, after: int, unit: float, name: str) -> str:
+    return f"{before / unit:.1f} {name} -> {after / unit:.1f} {name} ({(after - before) / before:+.1%})"

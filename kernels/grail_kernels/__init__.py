@@ -1,0 +1,23 @@
+"""grail_kernels: streaming Gram matrices and ridge solves, in pure torch; no transformers, no GPU needed.
+
+Every import inside this package is relative, so that the folder also loads by path (DESIGN section 4).
+"""
+
+from .dispatch import Backend, backend
+from .gram import GramAccumulator, gram_reference
+from .packed import PackedSymmetric
+from .ridge import RidgeError, RidgeSolution, ridge_reference, ridge_solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "GramAccumulator",
+    "PackedSymmetric",
+    "RidgeError",
+    "RidgeSolution",
+    "backend",
+    "gram_reference",
+    "ridge_reference",
+    "ridge_solve",
+]

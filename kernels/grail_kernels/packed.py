@@ -1,0 +1,122 @@
+"""A symmetric matrix in half its memory: panels of lower tiles.
+
+Shapes: H width, R rows asked, C columns asked, M columns of a dense operand.
+
+Block the H channels into tiles of b. Panel i holds G[0:end_i, start_i:end_i], that is the lower tiles
+(i, 0) ... (i, i), each transposed, stacked into one row-major matrix. So a panel is a set of tiles for a
+tile kernel and one contiguous output for a plain GEMM, X[:, :end].T @ X[:, start:end]. The last panel is
+trimmed to the width. Source: DESIGN section 5 (packed lower tiles); layout by measurement on CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def default_tile(width: int, device: torch.device) -> int:
+    """Tile edge for a width. CPU: fastest of 64..1024 on two AVX-512 cores (benchmarks/bench_gram.py)."""
+    if device.type == "cpu":
+        return 192 if width < 3072 else 384
+    return 128
+
+
+class PackedSymmetric:
+    """Symmetric [H, H] matrix, float32 by default, stored as about H(H + b)/2 numbers.
+
+    Every method works on the packed form; only `to_dense` unpacks the whole.
+    """
+
+    def __init__(self, width: int, *, tile: int | None = None, device=None, dtype=torch.float32):
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        self.width = width
+        self.device = torch.device(device or "cpu")
+        self.tile = tile or default_tile(width, self.device)
+        self.bounds = [(s, min(s + self.tile, width)) for s in range(0, width, self.tile)]
+        sizes = [end * (end - start) for start, end in self.bounds]
+        self.data = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+        self.panels = [
+            chunk.view(end, end - start)
+            for chunk, (start, end) in zip(self.data.split(sizes), self.bounds, strict=True)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @classmethod
+    def from_dense(cls, dense_HH: Tensor, *, tile: int | None = None) -> PackedSymmetric:
+        """Pack a symmetric matrix; only its upper triangle of tiles is read."""
+        packed = cls(dense_HH.shape[0], tile=tile, device=dense_HH.device, dtype=dense_HH.dtype)
+        for panel, (start, end) in zip(packed.panels, packed.bounds, strict=True):
+            panel.copy_(dense_HH[:end, start:end])
+        return packed
+
+    def symmetrize_(self) -> PackedSymmetric:
+        """Copy the upper triangle of each diagonal tile onto its lower one, so that symmetry is exact."""
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            square = panel[start:end]
+            square.copy_(square.triu() + square.triu(1).mT)
+        return self
+
+    def diagonal(self) -> Tensor:
+        """[H], a copy."""
+        parts = [p[s:e].diagonal() for p, (s, e) in zip(self.panels, self.bounds, strict=True)]
+        return torch.cat(parts)
+
+    def to_dense(self) -> Tensor:
+        """[H, H], exactly symmetric."""
+        dense = self.data.new_empty(self.width, self.width)
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            dense[:end, start:end] = panel
+            dense[start:end, :start] = panel[:start].mT
+        return dense
+
+    def gather(self, rows: Tensor, cols: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """G[rows][:, cols] as [R, C]; rows and cols are int64 index vectors in any order."""
+        rows, cols = self._index(rows), self._index(cols)
+        if out is None:
+            out = self.data.new_empty(len(rows), len(cols))
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            in_cols = ((cols >= start) & (cols < end)).nonzero()[:, 0]
+            above = (rows < end).nonzero()[:, 0]
+            if len(in_cols) and len(above):
+                block = panel.index_select(0, rows[above]).index_select(1, cols[in_cols] - start)
+                out[above[:, None], in_cols] = block.to(out.dtype)
+            in_rows = ((rows >= start) & (rows < end)).nonzero()[:, 0]
+            left = (cols < start).nonzero()[:, 0]
+            if len(in_rows) and len(left):
+                block = panel.index_select(0, cols[left]).index_select(1, rows[in_rows] - start)
+                out[in_rows[:, None], left] = block.mT.to(out.dtype)
+        return out
+
+    def matmul(self, dense_HM: Tensor) -> Tensor:
+        """G @ dense, [H, M], in the dtype of the dense operand."""
+        out = torch.zeros_like(dense_HM)
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            panel = panel.to(dense_HM.dtype)
+            out[:end] += panel @ dense_HM[start:end]
+            out[start:end] += panel[:start].mT @ dense_HM[:start]
+        return out
+
+    def quadratic_trace(self, dense_OH: Tensor) -> float:
+        """tr(E G Eᵀ) for E [O, H]: the energy of E's output on the data of G. Products in E's dtype, sums in
+        float64; half the multiplications of E @ G."""
+        total = 0.0
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            panel = panel.to(dense_OH.dtype)
+            right = dense_OH[:, start:end]
+            if start:
+                off = dense_OH[:, :start] @ panel[:start]
+                total += 2 * torch.sum(off * right, dtype=torch.float64).item()
+            total += torch.sum((right @ panel[start:end]) * right, dtype=torch.float64).item()
+        return total
+
+    def _index(self, index: Tensor) -> Tensor:
+        index = torch.as_tensor(index, device=self.device)
+        if index.dtype == torch.bool:
+            raise TypeError("gather takes integer indices, not a mask")
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.width):
+            raise IndexError(f"index out of range for width {self.width}")
+        return index.long()

@@ -1,0 +1,166 @@
+"""Ridge solves: (A + λI) x = rhs for a symmetric positive semidefinite A, by Cholesky.
+
+Shapes: K unknowns, M right-hand sides, S independent problems.
+
+Like LAPACK's xPOSVX: the matrix is equilibrated to a unit diagonal, factored once, and its condition number is
+estimated from the factor (Hager 1984, Higham 1988; xLACON). Rounding in a Gram matrix is relative to
+sqrt(A_ii A_jj), so the *equilibrated* condition is the one that says whether the smallest pivots are data or noise.
+A factorisation that breaks down, or whose condition exceeds what A's own dtype can carry, is repeated with a tenfold
+λ, from max(λ, 1e-8 mean(diag A)) up to mean(diag A); every raise is counted in the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend as choose_backend
+
+FIRST_RAISE = 1e-8
+
+
+class RidgeError(ArithmeticError):
+    """A + λI could not be factored for any λ up to mean(diag A), or holds a NaN or infinity."""
+
+
+@dataclass
+class RidgeSolution:
+    """`solution` [K, M] in the solve dtype; `lam` the λ used; `info` the LAPACK info of the *first* attempt (0: fine,
+    i > 0: pivot i was not positive, -1: factored, but singular to the precision of A); `retries` how often λ was
+    raised; `rcond` reciprocal 1-norm condition of the equilibrated matrix that was solved. For S stacked problems
+    each field but `solution` is a list of length S."""
+
+    solution: Tensor
+    lam: float | list[float]
+    info: int | list[int]
+    retries: int | list[int]
+    rcond: float | list[float]
+
+
+def ridge_reference(a_KK: Tensor, rhs_KM: Tensor, lam: float, anchor_KM: Tensor | None = None) -> Tensor:
+    """argmin_x tr(xᵀAx − 2xᵀrhs) + λ‖x − anchor‖², float64, by a dense LU solve: the specification."""
+    a_KK, rhs_KM = a_KK.double(), rhs_KM.double()
+    if anchor_KM is not None:
+        rhs_KM = rhs_KM + lam * anchor_KM.double()
+    eye = torch.eye(a_KK.shape[-1], dtype=torch.float64, device=a_KK.device)
+    return torch.linalg.solve(a_KK + lam * eye, rhs_KM)
+
+
+def ridge_solve(
+    a: Tensor, rhs: Tensor, lam: float, *, anchor: Tensor | None = None, backend: str | None = None
+) -> RidgeSolution:
+    """Solve (A + λI) x = rhs, or with an anchor minimise the same problem plus λ‖x − anchor‖².
+
+    a [K, K] (or [S, K, K]) symmetric, only read; rhs and anchor [K, M] (or [S, K, M]); `lam` is absolute. Solved in
+    float64. With an anchor the answer is anchor + (A + λI)⁻¹(rhs − A anchor): for λ → ∞ the anchor itself.
+    Raises RidgeError when no λ up to mean(diag A) works, ValueError on shapes that do not fit.
+    """
+    if a.shape[-1] != a.shape[-2] or a.shape[:-1] != rhs.shape[:-1]:
+        raise ValueError(f"A {tuple(a.shape)} and right-hand side {tuple(rhs.shape)} do not fit")
+    if not lam >= 0:
+        raise ValueError(f"λ must be a number >= 0, got {lam}")
+    name = choose_backend("ridge", a.device, backend).name
+    if a.dim() == 3:
+        anchors = [None] * len(a) if anchor is None else anchor
+        each = [_solve(name, *problem, lam) for problem in zip(a, rhs, anchors, strict=True)]
+        return RidgeSolution(
+            torch.stack([r.solution for r in each]),
+            *([getattr(r, field) for r in each] for field in ("lam", "info", "retries", "rcond")),
+        )
+    return _solve(name, a, rhs, anchor, lam)
+
+
+def _solve(name: str, a_KK: Tensor, rhs_KM: Tensor, anchor_KM: Tensor | None, lam: float) -> RidgeSolution:
+    if name == "reference":
+        return RidgeSolution(ridge_reference(a_KK, rhs_KM, lam, anchor_KM), lam, 0, 0, float("nan"))
+    factor = _factor(a_KK, lam)
+    rhs_KM = rhs_KM.double()
+    if anchor_KM is not None:
+        anchor_KM = anchor_KM.double()
+        rhs_KM = rhs_KM - a_KK.double() @ anchor_KM
+    x_KM = factor.solve(rhs_KM)
+    if not torch.isfinite(x_KM).all():
+        raise RidgeError("the solution is not finite: the right-hand side holds a NaN or infinity")
+    if anchor_KM is not None:
+        x_KM += anchor_KM
+    return RidgeSolution(x_KM, factor.lam, factor.info, factor.retries, factor.rcond)
+
+
+@dataclass
+class _Factor:
+    """Cholesky factor L of the equilibrated D(A + λI)D, D = diag(scale)."""
+
+    lower_KK: Tensor
+    scale_K: Tensor
+    lam: float
+    info: int
+    retries: int
+    rcond: float
+
+    def solve(self, rhs_KM: Tensor) -> Tensor:
+        x_KM = self.scale_K[:, None] * rhs_KM
+        x_KM = torch.linalg.solve_triangular(self.lower_KK, x_KM, upper=False)
+        x_KM = torch.linalg.solve_triangular(self.lower_KK.mT, x_KM, upper=True)
+        return x_KM.mul_(self.scale_K[:, None])
+
+
+def _factor(a_KK: Tensor, lam: float) -> _Factor:
+    """Factor A + λI, raising λ tenfold while the factorisation breaks down or is singular to A's precision."""
+    diag_K = a_KK.diagonal().double()
+    mean = diag_K.mean().item()
+    if not torch.isfinite(a_KK).all():
+        raise RidgeError("the matrix holds a NaN or infinity")
+    ceiling = mean if mean > 0 else 1.0
+    floor = torch.finfo(a_KK.dtype).eps
+    retries, first_info = 0, 0
+    while True:
+        shifted_K = diag_K + lam
+        scale_K = torch.where(shifted_K > 0, shifted_K, torch.ones_like(shifted_K)).rsqrt()
+        work_KK = a_KK.to(torch.float64, copy=True)
+        work_KK.diagonal().copy_(shifted_K)
+        work_KK.mul_(scale_K[:, None]).mul_(scale_K)
+        norm = work_KK.abs().sum(0).max().item()
+        info_0 = torch.empty((), dtype=torch.int32, device=a_KK.device)
+        torch.linalg.cholesky_ex(work_KK.mT, out=(work_KK.mT, info_0))
+        lower_KK, info = work_KK.mT, int(info_0)
+        rcond = 0.0
+        if info == 0:
+            rcond = 1.0 / (norm * _inverse_norm(lower_KK))
+            if rcond >= floor:
+                return _Factor(lower_KK, scale_K, lam, first_info, retries, rcond)
+            info = -1
+        first_info = first_info or info
+        if lam >= ceiling:
+            raise RidgeError(f"A + λI is singular even at λ = {lam:.3g} (info {info}, rcond {rcond:.1e})")
+        lam = min(max(lam * 10, FIRST_RAISE * ceiling), ceiling)
+        retries += 1
+
+
+def _inverse_norm(lower_KK: Tensor, steps: int = 5) -> float:
+    """Estimate ‖(L Lᵀ)⁻¹‖₁ from below, almost always within a factor 3 (Hager's method with Higham's stopping
+    rule and his alternating test vector)."""
+    size = lower_KK.shape[0]
+
+    def inverse(v_K: Tensor) -> Tensor:
+        v_K1 = torch.linalg.solve_triangular(lower_KK, v_K[:, None], upper=False)
+        return torch.linalg.solve_triangular(lower_KK.mT, v_K1, upper=True)[:, 0]
+
+    x_K = torch.full((size,), 1.0 / size, dtype=lower_KK.dtype, device=lower_KK.device)
+    best = 0.0
+    for _ in range(steps):
+        y_K = inverse(x_K)
+        estimate = y_K.abs().sum().item()
+        if estimate <= best:
+            break
+        best = estimate
+        z_K = inverse(torch.where(y_K >= 0, 1.0, -1.0).to(y_K))
+        j = int(z_K.abs().argmax())
+        if z_K[j].abs() <= torch.dot(z_K, x_K):
+            break
+        x_K = torch.zeros_like(x_K)
+        x_K[j] = 1.0
+    ramp_K = 1 + torch.arange(size, dtype=lower_KK.dtype, device=lower_KK.device) / max(size - 1, 1)
+    ramp_K[1::2] *= -1
+    return max(best, 2 * inverse(ramp_K).abs().sum().item() / (3 * size))
