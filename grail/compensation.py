@@ -55,7 +55,8 @@ def compensate(
 ) -> Compensation:
     """W' such that W' (R x) ≈ W x on the data behind `gram`.
 
-    anchored: W' = W B0 + W(G Rᵀ − B0 A)(A + λI)⁻¹;  paper: W' = W G Rᵀ(A + λI)⁻¹;  A = R G Rᵀ, λ = ridge · mean(diag A).
+    anchored: W' = W B0 + W(G Rᵀ − B0 A)(A + λI)⁻¹; paper: W' = W G Rᵀ(A + λI)⁻¹;
+    A = R G Rᵀ, λ = ridge · mean(diag A).
     Solved in float64; the errors are those of W' after rounding to `dtype` (default: the weight's).
     Raises GrailError naming the site when no λ up to mean(diag A) gives a usable factorisation.
     """

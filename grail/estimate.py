@@ -21,8 +21,9 @@ class Estimate:
     seconds: float
 
 
-def estimate(job: Job, tokens: int, evaluation_tokens: int, passes: int) -> Estimate:
-    """`passes`: evaluations of the whole model."""
+def estimate(job: Job, tokens: int, evaluation_tokens: int, pruned_too: bool) -> Estimate:
+    """Cost of a run on `tokens` calibration tokens; `pruned_too`: the pruned model is made and evaluated as well."""
+    evaluations = 3 if pruned_too else 2
     config = job.model.config
     source = job.model.source
     layer = sum(math.prod(source.info(n).shape) for n in source.names() if n.startswith(f"{LAYERS}0."))
@@ -35,7 +36,6 @@ def estimate(job: Job, tokens: int, evaluation_tokens: int, passes: int) -> Esti
     memory = PROCESS_BYTES + held + layer * (itemsize + 4) + solve + head
     forward = 2 * layer * job.model.layer_count
     gram = sum(site.units.width**2 for site in job.sites if job.changes(site)) if job.recipe.compensate else 0
-    work = tokens * (forward + gram) + evaluation_tokens * passes * (
-        forward + 2 * config.vocab_size * config.hidden_size
-    )
+    evaluated = evaluation_tokens * evaluations * (forward + 2 * config.vocab_size * config.hidden_size)
+    work = tokens * (forward * (1 + pruned_too) + gram) + evaluated
     return Estimate(memory, work / gemm_rate(job.model.device))

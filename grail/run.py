@@ -84,11 +84,7 @@ def run(recipe: Recipe, progress: Progress) -> Report:
         evaluation = session.evaluate(out)
         report = Report(
             recipe=recipe,
-            source={
-                "id": session.located.id,
-                "revision": session.located.revision,
-                "sha256": session.model.source.sha256(),
-            },
+            source=session.source_entry(),
             calibration=session.calibration_entry(),
             results=streamed.results,
             parameters=(session.parameters, out.total_parameters),
@@ -117,7 +113,8 @@ class _Session:
         OutputFolder(self.recipe.output, overwrite=self.recipe.overwrite).check()
         self.located: Located = locate(self.recipe.model)
         self.phases: dict[str, float] = {}
-        self.model = self._open(self.located.folder)
+        written_as = self.recipe.output_dtype and getattr(torch, self.recipe.output_dtype)
+        self.model = self._open(self.located.folder, written_as=written_as)
         sites = self.model.sites(self.recipe.gqa)
         self.job = Job(self.model, sites, allocate_uniform(sites, self.recipe), selector, self.recipe)
         names = self.model.source.names()
@@ -127,12 +124,12 @@ class _Session:
             self.windows = self._calibration() if self.job.needs_data else None
             self.evaluated = self._evaluated()
 
-    def _open(self, folder: Path) -> LlamaFamily:
+    def _open(self, folder: Path, **options: Any) -> LlamaFamily:
         device = self.recipe.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = self.recipe.dtype and getattr(torch, self.recipe.dtype)
-        return open_family(folder, device=device, dtype=dtype)
+        return open_family(folder, device=device, dtype=dtype, **options)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -196,12 +193,16 @@ class _Session:
         """The one line before work."""
         changed = sum(map(self.job.changes, self.job.sites))
         tokens = self.windows.tokens if self.windows else 0
-        passes = 3 if self.recipe.compare_pruned else 2
-        cost = estimate(self.job, tokens, self.evaluated.tokens if self.evaluated else 0, passes)
+        evaluated = self.evaluated.tokens if self.evaluated else 0
+        cost = estimate(self.job, tokens, evaluated, self.recipe.compare_pruned and self.recipe.compensate)
         return (
             f"{self.located.id}: {self.parameters / 1e6:.1f} M parameters, {changed} of {len(self.job.sites)} sites, "
             f"{tokens:,} calibration tokens; about {cost.memory / 1e9:.1f} GB and {max(cost.seconds, 1):.0f} s"
         )
+
+    def source_entry(self) -> dict:
+        located = self.located
+        return {"id": located.id, "revision": located.revision, "sha256": self.model.source.sha256()}
 
     def calibration_entry(self) -> dict | None:
         if self.windows is None:

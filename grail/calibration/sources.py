@@ -32,12 +32,13 @@ def documents(source: str, split: str) -> Iterator[str]:
 
 
 def _builtin(split: str) -> list[str]:
-    """Topics of the standard library's documentation, sorted by name; every fifth is held out for evaluation."""
+    """Topics of the standard library's documentation, sorted by name; the first and every fifth after it are held out
+    for evaluation (17,000 SmolLM2 tokens of 113,000)."""
     from pydoc_data.topics import topics
 
     texts = [text for _, text in sorted(topics.items())]
     held = split == "evaluation"
-    return [text for i, text in enumerate(texts) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held]
+    return [text for i, text in enumerate(texts) if (i % HELD_OUT_EVERY == 0) == held]
 
 
 def _jsonl(path: Path) -> list[str]:

@@ -28,8 +28,7 @@ def verify(folder: Path, probe_1L, logits_1LV, dtype: str, token_ids: list[int] 
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
-        probe = Path(work) / "probe.safetensors"
-        save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, probe)
+        save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, Path(work) / "probe.safetensors")
         (Path(work) / "tokens.json").write_text(json.dumps(token_ids))
         script = "import runpy, sys; sys.argv[0] = 'reopen'; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
         command = [sys.executable, "-c", script, __file__, str(folder), work, dtype]
@@ -42,67 +41,75 @@ def verify(folder: Path, probe_1L, logits_1LV, dtype: str, token_ids: list[int] 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("work")
-    parser.add_argument("dtype")
-    parser.add_argument("--layerwise", action="store_true")
-    asked = parser.parse_args()
+def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool) -> dict:
+    """What the child does: compare tensors with the class, logits and token ids with what lies in `work`."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    probe = load_file(Path(asked.work) / "probe.safetensors")
+    probe = load_file(work / "probe.safetensors")
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(asked.folder))
-    _compare_tensors(Path(asked.folder), skeleton)
-    dtype = getattr(torch, asked.dtype)
-    if asked.layerwise:
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    _compare_tensors(folder, skeleton)
+    dtype = getattr(torch, dtype_name)
+    if layerwise:
         from grail.evaluation.perplexity import logits
         from grail.families import open_family
 
-        found = logits(open_family(Path(asked.folder), dtype=dtype), probe["ids"])
+        found = logits(open_family(folder, dtype=dtype), probe["ids"])
     else:
-        model = AutoModelForCausalLM.from_pretrained(asked.folder, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         with torch.no_grad():
             found = model(probe["ids"], use_cache=False).logits.float()
     difference = ((found - probe["logits"]).abs().max() / probe["logits"].abs().max().clamp_min(1e-30)).item()
-    if not difference <= TOLERANCE[asked.dtype]:
-        sys.exit(f"logits differ from the compressed model's by {difference:.2e} of the largest")
-    how = "layer by layer" if asked.layerwise else "at once"
-    result = {"logit_difference": difference, "token_ids_equal": _tokens_equal(asked), "how": how}
-    sys.stdout.write(json.dumps(result) + "\n")
+    if not difference <= TOLERANCE[dtype_name]:
+        raise RuntimeError(f"logits differ from the compressed model's by {difference:.2e} of the largest")
+    equal = _tokens_equal(folder, json.loads((work / "tokens.json").read_text()))
+    return {
+        "logit_difference": difference,
+        "token_ids_equal": equal,
+        "how": "layer by layer" if layerwise else "at once",
+    }
 
 
 def _compare_tensors(folder: Path, skeleton) -> None:
-    """Every key, shape and dtype kind of the class is in the files, and nothing the class does not know."""
+    """Every key and shape of the class is in the files, and the index agrees with the shards."""
     from safetensors import safe_open
 
     held = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
-            held |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+            for name in handle.keys():  # noqa: SIM118 - a file handle, not a dict
+                held[name] = tuple(handle.get_slice(name).get_shape())
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     if set(index) != set(held):
-        sys.exit(f"the index and the shards disagree about {sorted(set(index) ^ set(held))[:3]}")
+        raise RuntimeError(f"the index and the shards disagree about {sorted(set(index) ^ set(held))[:3]}")
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if skeleton.config.tie_word_embeddings else set()
     for name, tensor in skeleton.state_dict().items():
         if name not in held and name not in tied:
-            sys.exit(f"{name} is missing")
+            raise RuntimeError(f"{name} is missing")
         if name in held and held[name] != tuple(tensor.shape):
-            sys.exit(f"{name} has shape {held[name]}, the class wants {tuple(tensor.shape)}")
+            raise RuntimeError(f"{name} has shape {held[name]}, the class wants {tuple(tensor.shape)}")
 
 
-def _tokens_equal(asked) -> bool | None:
-    expected = json.loads((Path(asked.work) / "tokens.json").read_text())
+def _tokens_equal(folder: Path, expected: list[int] | None) -> bool | None:
     if expected is None:
         return None
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(asked.folder)(SAMPLE).input_ids != expected:
-        sys.exit("the tokenizer gives other token ids than the source's")
+    if AutoTokenizer.from_pretrained(folder)(SAMPLE).input_ids != expected:
+        raise RuntimeError("the tokenizer gives other token ids than the source's")
     return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("dtype")
+    parser.add_argument("--layerwise", action="store_true")
+    asked = parser.parse_args()
+    sys.stdout.write(json.dumps(check(asked.folder, asked.work, asked.dtype, layerwise=asked.layerwise)) + "\n")
 
 
 if __name__ == "__main__":

@@ -119,11 +119,24 @@ class Block:
 
 
 class Decoder:
-    """A causal language model in a folder: embeds, gives out blocks, and computes logits, reading what is needed."""
+    """A causal language model in a folder: embeds, gives out blocks, and computes logits, reading what is needed.
 
-    def __init__(self, source: SafetensorsFolder, config: PreTrainedConfig, parts: dict[str, Part], device, dtype):
+    dtype is the compute dtype; `written_as` (or None) the dtype that weights are rounded to first, so that a run which
+    writes another dtype than it reads sees the network it writes.
+    """
+
+    def __init__(
+        self,
+        source: SafetensorsFolder,
+        config: PreTrainedConfig,
+        parts: dict[str, Part],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        written_as: torch.dtype | None = None,
+    ):
         self.source, self.config, self.parts = source, config, parts
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.written_as = torch.device(device), dtype, written_as
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         self._check_tensors(skeleton)
@@ -144,35 +157,33 @@ class Decoder:
     def embed(self, ids_BL: Tensor) -> Tensor:
         """[B, L, D]; only the rows that occur are read."""
         unique, position = ids_BL.unique(return_inverse=True)
-        rows = self._finite(EMBEDDING, self.source.rows(EMBEDDING, unique))
-        return rows.to(self.device, self.dtype)[position.to(self.device)]
+        rows = self._as_written(EMBEDDING, self.source.rows(EMBEDDING, unique))
+        return rows[position.to(self.device)]
 
     def block(self, index: int) -> Block:
         """Layer `index` with its tensors in the compute dtype. Raises GrailError naming a tensor with a NaN."""
         module = copy.deepcopy(self._layers[index])
         prefix = f"{LAYERS}{index}."
-        state = {
-            name: self._finite(prefix + name, self.source.get(prefix + name)).to(self.device, self.dtype)
-            for name in module.state_dict()
-        }
+        state = {name: self._as_written(prefix + name, self.source.get(prefix + name)) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return Block(module.requires_grad_(False), self.parts, lambda b, n: self._layer_kwargs(index, b, n))
 
     def tail(self) -> Callable[[Tensor], Tensor]:
         """hidden [..., D] -> logits [..., V] in float32; final norm and head are read once."""
         norm = copy.deepcopy(self._norm)
-        held = {name: self._tensor(f"{ROOT}norm.{name}") for name in norm.state_dict()}
-        norm.load_state_dict(held, assign=True)
-        head_VD = self._tensor(EMBEDDING if self.tied else HEAD)
+        held = {name: f"{ROOT}norm.{name}" for name in norm.state_dict()}
+        norm.load_state_dict(
+            {k: self._as_written(name, self.source.get(name)) for k, name in held.items()}, assign=True
+        )
+        head = EMBEDDING if self.tied else HEAD
+        head_VD = self._as_written(head, self.source.get(head))
         return lambda hidden: nn.functional.linear(norm(hidden), head_VD).float()
 
-    def _tensor(self, name: str) -> Tensor:
-        return self._finite(name, self.source.get(name)).to(self.device, self.dtype)
-
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+    def _as_written(self, name: str, tensor: Tensor) -> Tensor:
+        """In the compute dtype, after rounding to what will be written; refuses NaN and infinity, naming the tensor."""
         if not torch.isfinite(tensor).all():
             raise GrailError(f"{self.source.path}: {name} holds NaN or infinite weights; fetch or save it again")
-        return tensor
+        return tensor.to(self.written_as or tensor.dtype).to(self.device, self.dtype)
 
     def _layer_kwargs(self, index: int, batch: int, length: int) -> dict:
         if self._recorded_shape != (batch, length):

@@ -35,8 +35,8 @@ class NarrowConfig:
 class LlamaFamily(Decoder):
     """A checkpoint of this family: its sites in execution order, its narrow tensors and configuration."""
 
-    def __init__(self, source: SafetensorsFolder, config: PreTrainedConfig, raw_config: dict, device, dtype):
-        super().__init__(source, config, PARTS, device, dtype)
+    def __init__(self, source: SafetensorsFolder, config: PreTrainedConfig, raw_config: dict, **precision):
+        super().__init__(source, config, PARTS, **precision)
         self.raw_config = raw_config
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
@@ -144,7 +144,13 @@ class LlamaFamily(Decoder):
         }
 
 
-def open_folder(folder: Path, *, device="cpu", dtype: torch.dtype | None = None) -> LlamaFamily:
+def open_folder(
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    written_as: torch.dtype | None = None,
+) -> LlamaFamily:
     """Open a checkpoint folder; dtype is the compute dtype (None: as stored on a GPU, float32 on CPU)."""
     raw = read_json(folder / "config.json")
     if raw.get("quantization_config"):
@@ -157,7 +163,7 @@ def open_folder(folder: Path, *, device="cpu", dtype: torch.dtype | None = None)
     if dtype is None:
         stored = source.info("model.layers.0.mlp.down_proj.weight").dtype
         dtype = torch.float32 if torch.device(device).type == "cpu" else stored
-    return LlamaFamily(source, config, raw, device, dtype)
+    return LlamaFamily(source, config, raw, device=device, dtype=dtype, written_as=written_as)
 
 
 def _class_of(config: dict) -> str:

@@ -1,0 +1,30 @@
+"""Two threads at most, no network, and a reopening check that does not start a process for every tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), 2))
+
+
+@pytest.fixture
+def reopen_here(monkeypatch, tmp_path_factory):
+    """The reopening check itself, in this process: the same comparisons without four seconds of imports."""
+    from grail.checkpoint import reopen
+
+    def verify(folder, probe_1L, logits_1LV, dtype, token_ids, *, layerwise):
+        work = tmp_path_factory.mktemp("reopen")
+        save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, work / "probe.safetensors")
+        (work / "tokens.json").write_text(json.dumps(token_ids))
+        return reopen.check(folder, work, dtype, layerwise=layerwise)
+
+    monkeypatch.setattr(reopen, "verify", verify)
