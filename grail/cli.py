@@ -31,6 +31,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors, warning
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv also from libraries.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 
+_ask = typer.Option
+_widths = functools.partial(typer.Option, rich_help_panel="What goes")
+_data = functools.partial(typer.Option, rich_help_panel="Calibration and evaluation text")
+_repair = functools.partial(typer.Option, rich_help_panel="Repair")
+_machine = functools.partial(typer.Option, rich_help_panel="Machine and files")
+
 
 def guarded(command: Callable) -> Callable:
     """Turn exceptions into one sentence on stderr and the exit codes of CONTRACTS."""
@@ -61,7 +67,7 @@ def _fail(sentence: str, code: int) -> None:
 def _start(quiet: bool, verbose: int) -> TerminalProgress:
     verbosity = 0 if quiet else NORMAL + verbose
     set_logging(verbosity)
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return TerminalProgress(verbosity)
@@ -86,37 +92,52 @@ def main_options(
 @app.command()
 @guarded
 def compress(
-    model: Annotated[str, typer.Option(help="A folder, an alias (llama-2-7b, smollm2-135m, ...) or a hub name.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the smaller checkpoint.")],
-    method: Annotated[str, typer.Option(help="How units are chosen; see `grail methods`.")] = "wanda-sp",
-    ratio: Annotated[float, typer.Option(help="Share of each site's heads and MLP channels to remove, 0 to 1.")] = 0.3,
-    attn_ratio: Annotated[float | None, typer.Option(help="The share for heads, if it differs.")] = None,
-    mlp_ratio: Annotated[float | None, typer.Option(help="The share for MLP channels, if it differs.")] = None,
-    calibration: Annotated[
-        str, typer.Option(help="builtin, wikitext2, c4, or a .txt, .jsonl or .safetensors file.")
-    ] = "builtin",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window [default: 2048; builtin: 512].")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the window offsets and of `random`.")] = 0,
-    compensate: Annotated[bool, typer.Option(help="Repair each site in closed form after pruning.")] = True,
-    ridge: Annotated[float, typer.Option(help="Ridge, relative to the mean of the Gram matrix's diagonal.")] = 1e-3,
-    ridge_form: Annotated[str, typer.Option(help="anchored (towards pruning) or paper (towards zero).")] = "anchored",
-    round_to: Annotated[
-        int | None, typer.Option(help="Keep MLP widths a multiple of this [default: 64 from width 2048 on, else 1].")
+    model: Annotated[str, _ask("--model", help="A folder, an alias (llama-2-7b, smollm2-135m, ...) or a hub name.")],
+    output: Annotated[str, _ask("--output", "-o", help="Folder for the smaller checkpoint.")],
+    method: Annotated[str, _ask("--method", help="How units are chosen; see `grail methods`.")] = "wanda-sp",
+    ratio: Annotated[float, _ask("--ratio", help="Share of each site's heads and MLP channels to remove.")] = 0.3,
+    attn_ratio: Annotated[float | None, _widths("--attn-ratio", help="The share for heads, if it differs.")] = None,
+    mlp_ratio: Annotated[
+        float | None, _widths("--mlp-ratio", help="The share for MLP channels, if it differs.")
     ] = None,
-    head_multiple: Annotated[int, typer.Option(help="Keep head counts a multiple of this, for tensor parallel.")] = 1,
     gqa: Annotated[
-        str, typer.Option(help="query: as many query heads from every KV group; group: whole KV groups.")
+        str, _widths("--gqa", help="query: as many query heads of every KV group; group: whole groups.")
     ] = "query",
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype [default: float32 on CPU, stored on GPU].")] = None,
-    output_dtype: Annotated[str | None, typer.Option(help="Dtype of the written weights [default: stored].")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    eval: Annotated[
-        str | None, typer.Option(help="Held-out data for perplexity, or none [default: below 1 B parameters].")
+    round_to: Annotated[
+        int | None, _widths("--round-to", help="Kept MLP widths are a multiple of this (64 from 2048 on).")
     ] = None,
-    compare_pruned: Annotated[bool, typer.Option(help="Also evaluate the same pruning without repair.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a non-empty output folder.")] = False,
-    set: Annotated[list[str], typer.Option("--set", help="A method's own option, key=value; repeatable.")] = [],  # noqa: B006
+    head_multiple: Annotated[
+        int, _widths("--head-multiple", help="Kept head counts are a multiple of this (tensor parallel).")
+    ] = 1,
+    set: Annotated[list[str], _widths("--set", help="A method's own option, key=value; repeatable.")] = [],  # noqa: B006
+    calibration: Annotated[
+        str, _data("--calibration", help="builtin, wikitext2, c4, or a .txt, .jsonl, .safetensors file.")
+    ] = "builtin",
+    samples: Annotated[int, _data("--samples", help="Calibration windows, at random offsets.")] = 128,
+    seq_len: Annotated[int | None, _data("--seq-len", help="Tokens per window (2048; builtin: 512).")] = None,
+    seed: Annotated[int, _data("--seed", help="Seed of the offsets and of `random`.")] = 0,
+    eval: Annotated[
+        str | None,
+        _data("--eval", help="Held-out data for perplexity, or none (the source's own, below 1 B parameters)."),
+    ] = None,
+    compare_pruned: Annotated[
+        bool, _data("--compare-pruned", help="Also evaluate the same pruning without repair.")
+    ] = False,
+    compensate: Annotated[
+        bool, _repair("--compensate/--no-compensate", help="Repair each site in closed form.")
+    ] = True,
+    ridge: Annotated[
+        float, _repair("--ridge", help="Ridge, relative to the mean of the Gram matrix's diagonal.")
+    ] = 1e-3,
+    ridge_form: Annotated[
+        str, _repair("--ridge-form", help="anchored (shrinks to pruning) or paper (to zero).")
+    ] = "anchored",
+    device: Annotated[str, _machine("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str | None, _machine("--dtype", help="Compute dtype (float32 on CPU, as stored on GPU).")] = None,
+    output_dtype: Annotated[
+        str | None, _machine("--output-dtype", help="Dtype of the written weights (as stored).")
+    ] = None,
+    overwrite: Annotated[bool, _machine("--overwrite", help="Replace a non-empty output folder.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -144,7 +165,7 @@ def compress(
 @guarded
 def evaluate_command(
     path: Annotated[str, typer.Argument(help="A folder (of grail or not), an alias or a hub name.")],
-    data: Annotated[str | None, typer.Option(help="Evaluation data [default: what grail.json records].")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluation data (what grail.json records).")] = None,
     samples: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     against: Annotated[str | None, typer.Option(help="A second model to show beside it.")] = None,

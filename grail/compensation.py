@@ -84,6 +84,8 @@ def compensate(
     except RidgeError as error:
         raise GrailError(f"{name}: the ridge solve failed: {error}; use more calibration text") from error
     weight_OK = (delta_OK if form == "paper" else lifted_OK + delta_OK).to(dtype).contiguous()
+    if not torch.isfinite(weight_OK).all():
+        raise GrailError(f"{name}: the repaired weight overflows {dtype}; use --output-dtype float32 or more --ridge")
     return Compensation(
         weight_OK,
         solved.lam,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .families.decoder import LAYERS
 from .machine import gemm_rate
 from .pipeline import Job
 
@@ -26,7 +25,7 @@ def estimate(job: Job, tokens: int, evaluation_tokens: int, pruned_too: bool) ->
     evaluations = 3 if pruned_too else 2
     config = job.model.config
     source = job.model.source
-    layer = sum(math.prod(source.info(n).shape) for n in source.names() if n.startswith(f"{LAYERS}0."))
+    layer = sum(math.prod(source.info(n).shape) for n in source.names() if job.model.layer_of(n) == 0)
     widths = [site.units.width for site in job.sites if site.layer == 0]
     itemsize = job.model.dtype.itemsize
     streams = 3 * config.hidden_size + max(widths)

@@ -16,8 +16,7 @@ from .checkpoint.writer import OutputFolder, Piece
 from .compensation import Compensation, compensate
 from .evaluation.perplexity import chunked
 from .families.base import Site
-from .families.decoder import LAYERS, Block
-from .families.llama import LlamaFamily
+from .families.decoder import Block, Decoder
 from .recipe import Recipe
 from .reduction import Reduction
 from .selectors import Selector, SiteView
@@ -52,7 +51,7 @@ class Streamed:
 class Job:
     """One pass: the model, its sites, how many units each keeps, the method, and the recipe's compensation."""
 
-    model: LlamaFamily
+    model: Decoder
     sites: list[Site]
     kept: dict[str, int]
     selector: Selector
@@ -92,7 +91,7 @@ def stream(
         out.write_shard(_shard_name(layer + 1, shards), _layer_pieces(job, layer, tensors))
     with torch.no_grad():
         streamed.probe_logits = model.tail()(probe).cpu()
-    rest = [name for name in model.source.names() if _layer_of(name) is None]
+    rest = [name for name in model.source.names() if model.layer_of(name) is None]
     out.write_shard(_shard_name(shards, shards), [_copied(job, name) for name in rest])
     return streamed
 
@@ -166,7 +165,7 @@ def _site(job: Job, site: Site, statistics: SiteStatistics) -> tuple[SiteResult,
 
 def _layer_pieces(job: Job, layer: int, changed: dict[str, Tensor]) -> list[Piece]:
     """The layer's tensors in the source's order, the changed ones replaced."""
-    names = [name for name in job.model.source.names() if _layer_of(name) == layer]
+    names = [name for name in job.model.source.names() if job.model.layer_of(name) == layer]
     return [
         Piece.of(name, changed[name].to(_output_dtype(job, changed[name].dtype)))
         if name in changed
@@ -188,12 +187,6 @@ def _copied(job: Job, name: str) -> Piece:
 def _output_dtype(job: Job, stored: torch.dtype) -> torch.dtype:
     asked = job.recipe.output_dtype
     return getattr(torch, asked) if asked and stored.is_floating_point else stored
-
-
-def _layer_of(name: str) -> int | None:
-    if not name.startswith(LAYERS):
-        return None
-    return int(name[len(LAYERS) :].split(".", 1)[0])
 
 
 def _shard_name(number: int, total: int) -> str:

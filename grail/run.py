@@ -24,7 +24,7 @@ from .errors import GrailError
 from .estimate import estimate
 from .evaluation.perplexity import perplexity
 from .families import open_family
-from .families.llama import LlamaFamily
+from .families.decoder import Decoder
 from .machine import available_memory
 from .pipeline import Job, Streamed, stream
 from .progress import Progress
@@ -124,7 +124,7 @@ class _Session:
             self.windows = self._calibration() if self.job.needs_data else None
             self.evaluated = self._evaluated()
 
-    def _open(self, folder: Path, **options: Any) -> LlamaFamily:
+    def _open(self, folder: Path, **options: Any) -> Decoder:
         device = self.recipe.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -66,31 +66,29 @@ def set_logging(verbosity: int) -> None:
 
 def show_report(report: Report, console: Console) -> None:
     """The closing lines of `grail compress`."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("parameters", _before_after(*report.parameters, 1e6, "M"))
-    table.add_row("size on disk", _before_after(*report.bytes, 1e6, "MB"))
-    table.add_row("ratio", f"asked {report.recipe.ratio:g}, reached {report.ratio_reached:.3f} of all widths")
-    compensated = [s for s in report.sites if s["error_after"] is not None and s["before"] != s["after"]]
+    lines = {
+        "parameters": _before_after(*report.parameters, 1e6, "M"),
+        "size on disk": _before_after(*report.bytes, 1e6, "MB"),
+        "ratio": f"asked {report.recipe.ratio:g}, reached {report.ratio_reached:.3f} of all widths",
+    }
+    compensated = [site for site in report.sites if site["error_after"] is not None]
     if compensated:
-        mean = {key: sum(s[key] for s in compensated) / len(compensated) for key in ("error_before", "error_after")}
-        table.add_row(
-            "reconstruction error",
-            f"mean over {len(compensated)} sites: pruned {mean['error_before']:.4f}, "
-            f"repaired {mean['error_after']:.4f}",
-        )
-        raised = sum(s["retries"] > 0 for s in compensated)
+        pruned, repaired = (_mean(compensated, key) for key in ("error_before", "error_after"))
+        lines["output error"] = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}"
+        raised = sum(site["retries"] > 0 for site in compensated)
         if raised:
-            table.add_row("λ raised", f"at {raised} sites (grail.json says where)")
+            lines["ridge raised"] = f"at {raised} sites, where the Gram matrix is singular (see grail.json)"
     if report.evaluation:
         found = report.evaluation
         names = {"dense": "dense", "pruned": "pruned only", "compressed": "compressed"}
-        shown = "   ".join(f"{names[name]} {value:.3f}" for name, value in found["perplexity"].items())
-        table.add_row(f"perplexity ({found['data']}, {found['windows']} x {found['seq_len']})", shown)
-    table.add_row("written to", report.output or "memory")
-    table.add_row("loads with", f"{report.loads_with}: AutoModelForCausalLM.from_pretrained({report.output!r})")
+        shown = ", ".join(f"{names[name]} {value:.3f}" for name, value in found["perplexity"].items())
+        lines["perplexity"] = f"{shown}  ({found['data']}, {found['windows']} windows of {found['seq_len']})"
+    lines["written to"] = str(report.output)
+    lines["loads with"] = f"AutoModelForCausalLM.from_pretrained({report.output!r}), {report.loads_with}"
     if report.class_changed:
-        table.add_row("class changed", report.class_changed)
-    console.print(table)
+        lines["class changed"] = report.class_changed
+    for key, value in lines.items():
+        console.print(f"{key:14} {value}", markup=False)
 
 
 def show_evaluation(found: dict, console: Console) -> None:
@@ -119,3 +117,7 @@ def show_evaluation(found: dict, console: Console) -> None:
 
 def _before_after(before: int, after: int, unit: float, name: str) -> str:
     return f"{before / unit:.1f} {name} -> {after / unit:.1f} {name} ({(after - before) / before:+.1%})"
+
+
+def _mean(entries: list[dict], key: str) -> float:
+    return sum(entry[key] for entry in entries) / len(entries)

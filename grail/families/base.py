@@ -28,3 +28,12 @@ class Site:
     producers: tuple[Producer, ...]
     consumer: str
     units: Units
+
+
+@dataclass(frozen=True)
+class NarrowConfig:
+    """config.json of the result, and what opens it: `loads_with` a class by name, `class_changed` why (or None)."""
+
+    config: dict
+    loads_with: str
+    class_changed: str | None

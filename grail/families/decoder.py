@@ -8,6 +8,7 @@ the layers' places. Shapes: B windows, L tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
+from ..reduction import Reduction
+from .base import NarrowConfig, Site
 
 ROOT, LAYERS = "model.", "model.layers."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -118,7 +121,7 @@ class Block:
             yield
 
 
-class Decoder:
+class Decoder(ABC):
     """A causal language model in a folder: embeds, gives out blocks, and computes logits, reading what is needed.
 
     dtype is the compute dtype; `written_as` (or None) the dtype that weights are rounded to first, so that a run which
@@ -154,6 +157,30 @@ class Decoder:
     def layer_count(self) -> int:
         return len(self._layers)
 
+    @staticmethod
+    def layer_of(name: str) -> int | None:
+        """The layer a tensor belongs to; None for embedding, final norm and head."""
+        return int(name[len(LAYERS) :].split(".", 1)[0]) if name.startswith(LAYERS) else None
+
+    @abstractmethod
+    def sites(self, gqa: str) -> list[Site]:
+        """Every site in execution order."""
+
+    @abstractmethod
+    def part_of(self, site: Site) -> str:
+        """The residual branch a site lies in: a key of `parts`."""
+
+    @abstractmethod
+    def narrow(self, site: Site, reduction: Reduction, consumer_OK: Tensor) -> dict[str, Tensor]:
+        """The site's tensors after the reduction, in their stored dtypes: producers narrowed, consumer replaced."""
+
+    @abstractmethod
+    def narrow_config(self, reductions: dict[str, Reduction], sites: list[Site]) -> NarrowConfig:
+        """config.json for the given reductions (by site name; absent: untouched).
+
+        Raises GrailError when the widths cannot be written in the family's format.
+        """
+
     def embed(self, ids_BL: Tensor) -> Tensor:
         """[B, L, D]; only the rows that occur are read."""
         unique, position = ids_BL.unique(return_inverse=True)
@@ -164,26 +191,26 @@ class Decoder:
         """Layer `index` with its tensors in the compute dtype. Raises GrailError naming a tensor with a NaN."""
         module = copy.deepcopy(self._layers[index])
         prefix = f"{LAYERS}{index}."
-        state = {name: self._as_written(prefix + name, self.source.get(prefix + name)) for name in module.state_dict()}
+        state = {name: self._tensor(prefix + name) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return Block(module.requires_grad_(False), self.parts, lambda b, n: self._layer_kwargs(index, b, n))
 
     def tail(self) -> Callable[[Tensor], Tensor]:
         """hidden [..., D] -> logits [..., V] in float32; final norm and head are read once."""
         norm = copy.deepcopy(self._norm)
-        held = {name: f"{ROOT}norm.{name}" for name in norm.state_dict()}
-        norm.load_state_dict(
-            {k: self._as_written(name, self.source.get(name)) for k, name in held.items()}, assign=True
-        )
-        head = EMBEDDING if self.tied else HEAD
-        head_VD = self._as_written(head, self.source.get(head))
+        norm.load_state_dict({name: self._tensor(f"{ROOT}norm.{name}") for name in norm.state_dict()}, assign=True)
+        head_VD = self._tensor(EMBEDDING if self.tied else HEAD)
         return lambda hidden: nn.functional.linear(norm(hidden), head_VD).float()
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._as_written(name, self.source.get(name))
 
     def _as_written(self, name: str, tensor: Tensor) -> Tensor:
         """In the compute dtype, after rounding to what will be written; refuses NaN and infinity, naming the tensor."""
+        tensor = tensor.to(self.written_as or tensor.dtype)
         if not torch.isfinite(tensor).all():
-            raise GrailError(f"{self.source.path}: {name} holds NaN or infinite weights; fetch or save it again")
-        return tensor.to(self.written_as or tensor.dtype).to(self.device, self.dtype)
+            raise GrailError(f"{self.source.path}: {name} holds NaN or infinite weights (as {tensor.dtype})")
+        return tensor.to(self.device, self.dtype)
 
     def _layer_kwargs(self, index: int, batch: int, length: int) -> dict:
         if self._recorded_shape != (batch, length):

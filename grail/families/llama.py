@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..errors import GrailError
 from ..reduction import Reduction, Selection, Units
-from .base import Producer, Site
+from .base import NarrowConfig, Producer, Site
 from .decoder import Decoder, Part
 
 MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss")
@@ -21,15 +20,6 @@ PARTS = {
     ATTENTION: Part(ATTENTION, "input_layernorm", "o_proj", lambda value: (value, None)),
     MLP: Part(MLP, "post_attention_layernorm", "down_proj", lambda value: value),
 }
-
-
-@dataclass(frozen=True)
-class NarrowConfig:
-    """config.json of the result, and what opens it: `loads_with` a sentence, `class_changed` why (or None)."""
-
-    config: dict
-    loads_with: str
-    class_changed: str | None
 
 
 class LlamaFamily(Decoder):
@@ -51,7 +41,6 @@ class LlamaFamily(Decoder):
         return [make(i) for i in range(self.layer_count) for make in (self._attention_site(gqa), self._mlp_site)]
 
     def part_of(self, site: Site) -> str:
-        """The residual branch a site lies in."""
         return ATTENTION if site.kind == "heads" else MLP
 
     def _attention_site(self, gqa: str):
@@ -75,7 +64,6 @@ class LlamaFamily(Decoder):
         return Site(prefix + consumer, kind, layer, producers, prefix + consumer, units)
 
     def narrow(self, site: Site, reduction: Reduction, consumer_OK: Tensor) -> dict[str, Tensor]:
-        """The site's tensors after the reduction, in their stored dtypes: producers narrowed, consumer replaced."""
         tensors = {f"{site.consumer}.weight": consumer_OK}
         for producer in site.producers:
             for name in (f"{producer.name}.weight", f"{producer.name}.bias"):
@@ -84,10 +72,7 @@ class LlamaFamily(Decoder):
         return tensors
 
     def narrow_config(self, reductions: dict[str, Reduction], sites: list[Site]) -> NarrowConfig:
-        """config.json for the given reductions (by site name; absent: untouched).
-
-        Raises GrailError when the widths differ between layers: that needs a format of its own.
-        """
+        """As Decoder.narrow_config; widths must be the same in every layer."""
         counts = {self._counts(layer, reductions, sites) for layer in range(self.layer_count)}
         if len(counts) > 1:
             raise GrailError("widths that differ between layers cannot be written as a uniform checkpoint")

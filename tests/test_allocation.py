@@ -1,0 +1,162 @@
+"""How many units stay: rounding to nearest, at least one kept, multiples of heads and widths (CONTRACTS)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grail.allocation import allocate_uniform, kept_per_group
+from grail.errors import GrailError
+from grail.families.base import Site
+from grail.recipe import Recipe
+from grail.reduction import Units
+
+
+def mlp(width: int) -> Site:
+    return Site("mlp", "channels", 0, (), "mlp", Units(1, width, 1))
+
+
+def attention(groups: int, per_group: int) -> Site:
+    return Site("attention", "heads", 0, (), "attention", Units(groups, per_group, 64))
+
+
+def kept(site: Site, ratio: float, **options) -> int:
+    return allocate_uniform([site], Recipe(model="m", ratio=ratio, **options))[site.name]
+
+
+@pytest.mark.parametrize(
+    ("units", "ratio", "removed"),
+    [
+        (9, 0.2222, 2),
+        (9, 0.3, 3),  # 2.7
+        (3, 0.2, 1),  # 0.6: on SmolLM2 0.2 and 0.3 both mean a third of the heads
+        (3, 0.3, 1),
+        (3, 0.1, 0),
+        (1536, 0.2995, 460),  # 460.03
+        (1536, 0.3, 461),  # 460.8
+        (640, 0.8, 512),
+        (32, 0.3, 10),
+        (11008, 0.3, 3302),
+        (1, 0.4, 0),
+    ],
+)
+def test_rounds_to_nearest(units, ratio, removed):
+    assert kept_per_group(units, ratio) == units - removed
+
+
+@pytest.mark.parametrize(
+    ("units", "ratio", "removed"),
+    [(2, 0.25, 0), (1, 0.5, 0), (3, 0.5, 1), (5, 0.5, 2), (5, 0.3, 1), (5, 0.1, 0), (5, 0.7, 3), (5, 0.9, 4),
+     (15, 0.1, 1), (15, 0.3, 4), (25, 0.7, 17), (10, 0.35, 3), (10, 0.55, 5), (30, 0.15, 4), (1000, 0.2995, 299),
+     (28672, 0.5, 14336), (28665, 0.1, 2866)],
+)  # fmt: skip
+def test_ties_remove_less(units, ratio, removed):
+    """Ties as the decimal number reads: 15 * 0.1 is a tie, whatever binary makes of 0.1."""
+    assert kept_per_group(units, ratio) == units - removed
+
+
+@pytest.mark.parametrize(("units", "ratio"), [(1, 0.9), (2, 0.9), (3, 0.99), (10, 0.9999), (11008, 0.99999)])
+def test_at_least_one_unit_is_kept(units, ratio):
+    assert kept_per_group(units, ratio) == 1
+
+
+@pytest.mark.parametrize("units", [1, 2, 9, 1536, 28672])
+def test_ratio_zero_keeps_all(units):
+    assert kept_per_group(units, 0.0) == units
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(units=st.integers(1, 30_000), thousandths=st.integers(0, 999))
+def test_against_exact_arithmetic(units, thousandths):
+    exact = units * Fraction(thousandths, 1000)
+    floor = exact.numerator // exact.denominator
+    removed = floor + (1 if exact - floor > Fraction(1, 2) else 0)
+    assert kept_per_group(units, thousandths / 1000) == max(units - removed, 1)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(units=st.integers(1, 300), ratios=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)))
+def test_a_larger_ratio_never_keeps_more(units, ratios):
+    low, high = sorted(ratios)
+    assert kept_per_group(units, low) >= kept_per_group(units, high)
+
+
+class TestWidths:
+    @pytest.mark.parametrize("width", [40, 1536, 2047])
+    def test_narrow_widths_are_not_rounded(self, width):
+        assert kept(mlp(width), 0.3) == kept_per_group(width, 0.3)
+
+    @pytest.mark.parametrize(
+        ("width", "ratio", "want"),
+        [(2048, 0.3, 1408), (11008, 0.3, 7680), (11008, 0.5, 5504), (14336, 0.2, 11456), (28672, 0.3, 20096)],
+    )
+    def test_wide_ones_keep_the_nearest_multiple_of_64(self, width, ratio, want):
+        assert kept(mlp(width), ratio) == want
+
+    def test_round_to_replaces_the_default(self):
+        assert kept(mlp(11008), 0.3, round_to=1) == 7706
+        assert kept(mlp(11008), 0.3, round_to=128) == 7680
+        assert kept(mlp(1536), 0.3, round_to=64) == 1088  # 1075: 1088 is 13 away, 1024 is 51
+
+    @pytest.mark.parametrize(("width", "round_to"), [(2048, None), (11008, 128), (1000, 64), (100, 256)])
+    def test_ratio_zero_keeps_all_even_with_round_to(self, width, round_to):
+        """Also where the width itself is no multiple."""
+        assert kept(mlp(width), 0.0, round_to=round_to) == width
+
+    @pytest.mark.parametrize("width", [2048, 11008])
+    def test_rounding_never_reaches_zero(self, width):
+        assert kept(mlp(width), 0.999) == 64
+
+    def test_heads_are_not_rounded_to_widths(self):
+        assert kept(attention(1, 32), 0.3, round_to=64) == 22
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(width=st.integers(64, 4000), round_to=st.sampled_from([8, 32, 64]), percent=st.integers(1, 99))
+    def test_any_width_keeps_a_multiple_near_the_ratio(self, width, round_to, percent):
+        exact = kept_per_group(width, percent / 100)
+        got = kept(mlp(width), percent / 100, round_to=round_to)
+        if exact == width:
+            assert got == width
+        else:
+            assert got % round_to == 0
+            assert round_to <= got <= width
+            assert abs(got - exact) < round_to
+
+
+class TestHeads:
+    @pytest.mark.parametrize(
+        ("groups", "per_group", "ratio", "want"),
+        [(1, 9, 0.3, 6), (1, 9, 0.2222, 7), (3, 3, 0.2, 2), (3, 3, 0.3, 2), (8, 4, 0.25, 3), (8, 1, 0.9, 1)],
+    )
+    def test_the_share_is_taken_in_every_group(self, groups, per_group, ratio, want):
+        assert kept(attention(groups, per_group), ratio) == want
+
+    @pytest.mark.parametrize(
+        ("groups", "per_group", "ratio", "multiple", "want"),
+        [(1, 32, 0.3, 8, 24), (1, 32, 0.3, 4, 24), (1, 32, 0.5, 8, 16), (8, 4, 0.25, 8, 3), (2, 8, 0.4, 4, 6)],
+    )
+    def test_head_multiple(self, groups, per_group, ratio, multiple, want):
+        """The heads of all groups together are the multiple; ties remove less."""
+        got = kept(attention(groups, per_group), ratio, head_multiple=multiple)
+        assert got * groups % multiple == 0
+        assert got == want
+
+    def test_ratio_zero_keeps_all_even_with_head_multiple(self):
+        assert kept(attention(3, 3), 0.0, head_multiple=8) == 3
+
+    def test_impossible_head_multiple_names_site_and_option(self):
+        with pytest.raises(GrailError, match=r"attention.*--head-multiple 7"):
+            kept(attention(1, 4), 0.5, head_multiple=7)
+
+    def test_head_multiple_does_not_touch_the_mlp(self):
+        assert kept(mlp(1000), 0.3, head_multiple=8) == 700
+
+
+def test_own_ratios_override_the_common_one():
+    sites, recipe = [attention(1, 10), mlp(100)], Recipe(model="m", ratio=0.5, attn_ratio=0.2)
+    assert allocate_uniform(sites, recipe) == {"attention": 8, "mlp": 50}
+    recipe = Recipe(model="m", ratio=0.5, attn_ratio=0.0, mlp_ratio=0.1)
+    assert allocate_uniform(sites, recipe) == {"attention": 10, "mlp": 90}
