@@ -28,9 +28,10 @@ def _kept(site: Site, recipe: Recipe) -> int:
     if kept == units.per_group or multiple == 1:
         return kept
     valid = [k for k in range(1, units.per_group + 1) if (units.groups * k) % multiple == 0]
-    if not valid and heads:
+    if not valid:
+        option = "--head-multiple" if heads else "--round-to"
         raise GrailError(
-            f"{site.name}: no number of heads that is a multiple of --head-multiple {multiple} can be kept "
-            f"({units.groups} groups of {units.per_group}); choose a smaller multiple"
+            f"{site.name}: no number of {site.kind} that is a multiple of {option} {multiple} can be kept "
+            f"({units.groups} x {units.per_group}); choose a smaller multiple"
         )
-    return min(valid, key=lambda k: (abs(k - kept), -k), default=units.per_group)
+    return min(valid, key=lambda k: (abs(k - kept), -k))

@@ -18,8 +18,22 @@ from .terminal import NORMAL, TerminalProgress, set_logging, show_evaluation, sh
 
 ISSUES = "please report it with this output and the command"
 
+UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
+
+
+class _OneSentence(typer.core.TyperGroup):
+    """Wrong options are told like any other bad input, without the usage box."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            _fail(f"{error.format_message()} (see grail {ctx.invoked_subcommand or ''} --help)", 2)
+
+
 app = typer.Typer(
     name="grail",
+    cls=_OneSentence,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -60,7 +74,9 @@ def guarded(command: Callable) -> Callable:
 
 
 def _fail(sentence: str, code: int) -> None:
-    sys.stderr.write(f"grail: {sentence}\n")
+    """One line, whatever stands in a file's name or a library's message."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(sentence.split()))
+    sys.stderr.write(f"grail: {line}\n")
     raise typer.Exit(code)
 
 

@@ -70,6 +70,8 @@ def compensate(
     normal_KK = reduction.normal_matrix(gram)
     rows, residual_QK = reduction.residual(gram)
     source_OQ = wide_OH[:, rows.to(wide_OH.device)]
+    if not torch.isfinite(normal_KK).all():
+        raise GrailError(f"{name}: the Gram matrix holds NaN or infinity; check the checkpoint and the text")
     lam = ridge * normal_KK.diagonal().double().mean().item()
     try:
         if form == "anchored" and len(rows) < wide_OH.shape[0]:
@@ -85,7 +87,7 @@ def compensate(
         raise GrailError(f"{name}: the ridge solve failed: {error}; use more calibration text") from error
     weight_OK = (delta_OK if form == "paper" else lifted_OK + delta_OK).to(dtype).contiguous()
     if not torch.isfinite(weight_OK).all():
-        raise GrailError(f"{name}: the repaired weight overflows {dtype}; use --output-dtype float32 or more --ridge")
+        raise GrailError(f"{name}: the repaired weight overflows {dtype}; use a wider --output-dtype or more --ridge")
     return Compensation(
         weight_OK,
         solved.lam,

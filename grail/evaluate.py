@@ -10,6 +10,7 @@ import torch
 
 from .calibration import Windows, evaluation_windows
 from .calibration.text import default_length
+from .calibration.tokenizer import load_tokenizer
 from .checkpoint.locate import locate
 from .checkpoint.reader import SafetensorsFolder, read_json
 from .errors import GrailError
@@ -72,16 +73,19 @@ def _recorded(folder: Path) -> dict:
     if not (folder / "grail.json").exists():
         return {}
     document = read_json(folder / "grail.json")
-    evaluation = document.get("evaluation") or {}
-    return evaluation | {"dtype": (document.get("recipe") or {}).get("dtype")} if evaluation else {}
+    evaluation, recipe = document.get("evaluation"), document.get("recipe")
+    if evaluation is None:
+        return {}
+    sound = isinstance(evaluation, dict) and isinstance(recipe, dict)
+    if not sound or not {"data", "sha256", "windows", "seq_len"} <= set(evaluation):
+        raise GrailError(f"{folder / 'grail.json'} records an evaluation that grail cannot read; name --data yourself")
+    return evaluation | {"dtype": recipe.get("dtype")}
 
 
 def _windows(folder: Path, data: str, samples: int | None, seq_len: int) -> Windows:
-    from transformers import AutoTokenizer
-
     vocabulary = read_json(folder / "config.json").get("vocab_size", 0)
     found = evaluation_windows(
-        data, lambda: AutoTokenizer.from_pretrained(folder), vocabulary, seq_len=seq_len, samples=samples
+        data, lambda: load_tokenizer(folder), vocabulary, seq_len=seq_len, samples=samples, option="--data"
     )
     if found is None:
         raise GrailError(f"--data {data} holds less than one window of {seq_len} tokens; choose a smaller --seq-len")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import GrailError
+
 
 def peak_memory() -> int:
     """Largest resident memory of this process so far (VmHWM), in bytes."""
@@ -25,6 +27,19 @@ def available_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one. Raises GrailError for one that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "not available"
+        raise GrailError(f"--device {name} cannot be used here: {reason}") from error
+    return device
 
 
 def gemm_rate(device: torch.device, size: int = 1536) -> float:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .checkpoint.writer import OutputFolder, Piece
 from .compensation import Compensation, compensate
+from .errors import GrailError
 from .evaluation.perplexity import chunked
 from .families.base import Site
-from .families.decoder import Block, Decoder
+from .families.decoder import LAYERS, Block, Decoder
 from .recipe import Recipe
 from .reduction import Reduction
 from .selectors import Selector, SiteView
@@ -91,6 +92,8 @@ def stream(
         out.write_shard(_shard_name(layer + 1, shards), _layer_pieces(job, layer, tensors))
     with torch.no_grad():
         streamed.probe_logits = model.tail()(probe).cpu()
+    if not torch.isfinite(streamed.probe_logits).all():
+        raise GrailError("the logits hold NaN or infinity; check the checkpoint's final norm and head")
     rest = [name for name in model.source.names() if model.layer_of(name) is None]
     out.write_shard(_shard_name(shards, shards), [_copied(job, name) for name in rest])
     return streamed
@@ -123,6 +126,11 @@ def _layer(
             branches[part] = block.consume(part, reduced, weight_OK)
     for i, branches in enumerate(known):
         states[i] = block.output(states[i], branches)
+        if not torch.isfinite(states[i]).all():
+            raise GrailError(
+                f"{LAYERS}{layer}: its output holds NaN or infinity; check the checkpoint, or use --dtype float32 "
+                f"where a narrower one overflows"
+            )
     return tensors, results, states
 
 

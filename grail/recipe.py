@@ -42,7 +42,8 @@ class Recipe:
     def __post_init__(self):
         for option in ("ratio", "attn_ratio", "mlp_ratio"):
             value = getattr(self, option)
-            if value is not None and not (_is_number(value) and 0 <= value < 1):
+            given = value is not None or option == "ratio"
+            if given and not (_is_number(value) and 0 <= value < 1):
                 raise GrailError(f"{_flag(option)} must be a number from 0 up to, not including, 1; got {value}")
         if not (_is_number(self.ridge) and self.ridge >= 0):
             raise GrailError(f"--ridge must be a finite number, 0 or more; got {self.ridge}")

@@ -128,7 +128,7 @@ class Folding:
 
     @property
     def is_identity(self) -> bool:
-        return self.kept_width == self.width
+        return torch.equal(self.cluster, torch.arange(self.width))
 
     def reduce(self, hidden: Tensor) -> Tensor:
         """R h over the last axis: the mean of each cluster, [..., H] -> [..., K]."""

@@ -17,6 +17,7 @@ import torch
 from .allocation import allocate_uniform
 from .calibration import Windows, evaluation_windows, load_calibration
 from .calibration.text import default_length
+from .calibration.tokenizer import load_tokenizer
 from .checkpoint import reopen
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
@@ -25,7 +26,7 @@ from .estimate import estimate
 from .evaluation.perplexity import perplexity
 from .families import open_family
 from .families.decoder import Decoder
-from .machine import available_memory
+from .machine import available_memory, usable_device
 from .pipeline import Job, Streamed, stream
 from .progress import Progress
 from .recipe import Recipe
@@ -110,8 +111,10 @@ class _Session:
 
     def __post_init__(self):
         selector = selector_class(self.recipe.method).from_options(self.recipe.set)
-        OutputFolder(self.recipe.output, overwrite=self.recipe.overwrite).check()
+        output = OutputFolder(self.recipe.output, overwrite=self.recipe.overwrite)
+        output.check()
         self.located: Located = locate(self.recipe.model)
+        output.check(self.located.folder, *self._local_texts())
         self.phases: dict[str, float] = {}
         written_as = self.recipe.output_dtype and getattr(torch, self.recipe.output_dtype)
         self.model = self._open(self.located.folder, written_as=written_as)
@@ -125,23 +128,16 @@ class _Session:
             self.evaluated = self._evaluated()
 
     def _open(self, folder: Path, **options: Any) -> Decoder:
-        device = self.recipe.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = self.recipe.dtype and getattr(torch, self.recipe.dtype)
-        return open_family(folder, device=device, dtype=dtype, **options)
+        return open_family(folder, device=usable_device(self.recipe.device), dtype=dtype, **options)
+
+    def _local_texts(self) -> list[Path]:
+        named = (self.recipe.calibration, self.recipe.eval)
+        return [Path(text) for text in named if isinstance(text, (str, Path)) and Path(text).exists()]
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.located.folder, trust_remote_code=False)
-        except Exception as error:
-            raise GrailError(
-                f"{self.located.folder} has no usable tokenizer ({type(error).__name__}); add its files, or calibrate "
-                f"with token ids (--calibration FILE.safetensors)"
-            ) from error
+        return load_tokenizer(self.located.folder)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -183,6 +179,7 @@ class _Session:
             if str(given).endswith(".safetensors"):
                 return None
             source = str(given)
+        source = str(source)
         length = recipe.seq_len or (self.windows.ids.shape[1] if self.windows else default_length(source))
         found = evaluation_windows(source, lambda: self.tokenizer, self.model.config.vocab_size, seq_len=length)
         if found is None and recipe.eval is not None:

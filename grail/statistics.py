@@ -29,8 +29,10 @@ class SiteStatistics:
         self._square_sum = torch.zeros(width, dtype=torch.float64, device=device) if needs == {DIAGONAL} else None
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add the rows of x [..., H]; mask [...] True = the row counts."""
-        rows_TH = x.reshape(-1, self.width) if mask is None else x[mask]
+        """Add the rows of x [..., H]; mask [...] True = the row counts. Raises ValueError on unfitting shapes."""
+        if x.dim() < 1 or x.shape[-1] != self.width or (mask is not None and mask.shape != x.shape[:-1]):
+            raise ValueError(f"rows {tuple(x.shape)} and mask do not fit a width of {self.width}")
+        rows_TH = x.reshape(-1, self.width) if mask is None else x[mask.bool()]
         self.count += rows_TH.shape[0]
         if self._gram is not None:
             self._gram.update(rows_TH)
@@ -57,5 +59,5 @@ class SiteStatistics:
         if bad:
             raise GrailError(
                 f"{name}: {len(bad)} of {self.width} channels carry NaN or infinite activations (first: channel "
-                f"{bad[0]}); check the checkpoint, or use --dtype float32 if its dtype overflows"
+                f"{bad[0]}); check the checkpoint, or use --dtype float32 where a narrower one overflows"
             )

@@ -13,42 +13,59 @@ LOCAL_HELD_OUT = 10
 C4_EVALUATION_DOCUMENTS = 1100
 
 
-def documents(source: str, split: str) -> Iterator[str]:
-    """Documents of a named source or a local .txt / .jsonl file. Raises GrailError naming what cannot be had."""
+def documents(source: str, split: str, option: str = "--calibration") -> Iterator[str]:
+    """Documents of a named source or a local .txt / .jsonl file. Raises GrailError naming the option and the source
+    when it cannot be had."""
     if source == "builtin":
         return iter(_builtin(split))
     if source in _HUB:
-        return _hub(source, split)
+        return _hub(source, split, option)
     path = Path(source)
     if not path.is_file():
-        known = ", ".join(["builtin", *_HUB])
-        what = "is a folder; name one file" if path.is_dir() else "no such file"
-        raise GrailError(f"--calibration {source}: {what} (.txt, .jsonl or .safetensors), or one of {known}")
+        raise GrailError(no_such_text(source, option))
     if path.suffix == ".jsonl":
         return iter(_held_out_tail(_jsonl(path), split))
     if path.suffix == ".txt":
         return iter(_text_split(path, split))
-    raise GrailError(f"--calibration {path}: expected .txt, .jsonl or .safetensors, got {path.suffix or 'no suffix'}")
+    raise GrailError(
+        f"{option} {path}: text must be .txt, .jsonl or .safetensors, not {path.suffix or 'without a suffix'}"
+    )
+
+
+def no_such_text(source: str, option: str) -> str:
+    """The sentence for a source that is neither a file nor a known name."""
+    what = "is a folder; name one file" if Path(source).is_dir() else "no such file"
+    known = ", ".join(["builtin", *_HUB])
+    return f"{option} {source}: {what} (.txt, .jsonl or .safetensors), and not one of {known}"
 
 
 def _builtin(split: str) -> list[str]:
-    """Topics of the standard library's documentation, sorted by name; the first and every fifth after it are held out
-    for evaluation (17,000 SmolLM2 tokens of 113,000)."""
+    """Topics of the standard library's documentation, sorted by name. The first and every fifth after it are held out
+    for evaluation; the topics quote each other, so paragraphs of the held-out ones are struck from the others."""
     from pydoc_data.topics import topics
 
     texts = [text for _, text in sorted(topics.items())]
-    held = split == "evaluation"
-    return [text for i, text in enumerate(texts) if (i % HELD_OUT_EVERY == 0) == held]
+    held_out = texts[::HELD_OUT_EVERY]
+    if split == "evaluation":
+        return held_out
+    seen = {paragraph for text in held_out for paragraph in _paragraphs(text)}
+    others = (text for i, text in enumerate(texts) if i % HELD_OUT_EVERY)
+    fresh = ("\n\n".join(p for p in _paragraphs(text) if p not in seen) for text in others)
+    return [text for text in fresh if text]
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def _jsonl(path: Path) -> list[str]:
     records = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise GrailError(f'{path}, line {number}: expected a JSON object with a field "text"') from error
         if not isinstance(text, str):
             raise GrailError(f'{path}, line {number}: the field "text" must be a string')
@@ -73,9 +90,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise GrailError(f"--calibration {path} cannot be read: {error.strerror}") from error
+        raise GrailError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise GrailError(f"--calibration {path} is not UTF-8 text (byte {error.start})") from error
+        raise GrailError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 _HUB = {
@@ -90,10 +107,10 @@ _HUB = {
 }
 
 
-def _hub(source: str, split: str) -> Iterator[str]:
+def _hub(source: str, split: str, option: str) -> Iterator[str]:
     if source == "ptb":
         raise GrailError(
-            "--calibration ptb: the hub's copy needs a loading script, which is never run; give a local .txt or .jsonl"
+            f"{option} ptb: the hub's copy needs a loading script, which is never run; give a local .txt or .jsonl"
         )
     import datasets
 
@@ -105,7 +122,7 @@ def _hub(source: str, split: str) -> Iterator[str]:
         )
     except Exception as error:  # datasets, httpx and OSError: which one depends on how the network is missing
         raise GrailError(
-            f"--calibration {source}: {repository} could not be fetched from the hub ({type(error).__name__}); "
+            f"{option} {source}: {repository} could not be fetched from the hub ({type(error).__name__}); "
             f"connect, or give a local .txt, .jsonl or .safetensors"
         ) from error
     limit = C4_EVALUATION_DOCUMENTS if source == "c4" and split == "evaluation" else len(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
-from .sources import documents
+from .sources import documents, no_such_text
 
 JOINER = {"builtin": "\n\n", "wikitext2": "\n\n"}
 BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
@@ -54,11 +54,14 @@ def load_calibration(
         return Windows.of(_checked(ids, vocabulary, "calibration"), "given in Python")
     source = str(source)
     if source.endswith(".safetensors"):
-        ids = _pretokenised(Path(source), vocabulary)[:samples, :seq_len]
+        ids = _pretokenised(Path(source), vocabulary, "--calibration")[:samples, :seq_len]
         return Windows.of(ids.contiguous(), source)
     length = seq_len or default_length(source)
-    tokens = _tokens(source, "calibration", tokenizer(), enough=ENOUGH * samples * length)
+    texts = documents(source, "calibration", "--calibration")
+    tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * samples * length)
     if len(tokens) < length:
+        if not len(tokens):
+            raise GrailError(f"--calibration {source} is empty; give more text")
         raise GrailError(
             f"--calibration {source} holds {len(tokens)} tokens, less than one window of {length}; "
             f"give more text or a smaller --seq-len"
@@ -68,14 +71,20 @@ def load_calibration(
 
 
 def evaluation_windows(
-    source: str, tokenizer: Callable[[], Any], vocabulary: int, *, seq_len: int, samples: int | None = None
+    source: str,
+    tokenizer: Callable[[], Any],
+    vocabulary: int,
+    *,
+    seq_len: int,
+    samples: int | None = None,
+    option: str = "--eval",
 ) -> Windows | None:
     """The held-out part of a source as non-overlapping windows, the last partial one dropped; None when there is no
     full window (a pre-tokenised file is evaluated on all of its windows)."""
     if source.endswith(".safetensors"):
-        ids = _pretokenised(Path(source), vocabulary)
+        ids = _pretokenised(Path(source), vocabulary, option)
         return Windows.of(ids[:samples].contiguous(), source)
-    tokens = _tokens(source, "evaluation", tokenizer())
+    tokens = _tokens(source, documents(source, "evaluation", option), tokenizer(), vocabulary)
     count = len(tokens) // seq_len
     if not count:
         return None
@@ -83,26 +92,25 @@ def evaluation_windows(
     return Windows.of(ids.contiguous(), source)
 
 
-def _tokens(source: str, split: str, tokenizer: Any, enough: int | None = None) -> Tensor:
-    """All tokens of a split, int64 [T]: built-in and wikitext joined by blank lines, other records by EOS."""
+def _tokens(source: str, texts: Iterator[str], tokenizer: Any, vocabulary: int, enough: int | None = None) -> Tensor:
+    """Tokens of a source's texts, int64 [T]: built-in and wikitext joined by blank lines, other records by EOS."""
+    pieces: list[int] = []
     joiner = JOINER.get(source)
     if joiner is not None:
-        text = joiner.join(documents(source, split))
-        return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
-    pieces: list[int] = []
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for text in documents(source, split):
-        if pieces:
-            pieces += eos
-        pieces += tokenizer(text, add_special_tokens=False).input_ids
-        if enough is not None and len(pieces) >= enough:
-            break
-    return torch.tensor(pieces, dtype=torch.int64)
+        pieces = tokenizer(joiner.join(texts), add_special_tokens=False).input_ids
+    else:
+        eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        for text in texts:
+            pieces += eos * bool(pieces) + tokenizer(text, add_special_tokens=False).input_ids
+            if enough is not None and len(pieces) >= enough:
+                break
+    tokens = torch.tensor(pieces, dtype=torch.int64)
+    return _within(tokens, vocabulary, f"{source}, tokenised") if len(tokens) else tokens
 
 
-def _pretokenised(path: Path, vocabulary: int) -> Tensor:
+def _pretokenised(path: Path, vocabulary: int, option: str) -> Tensor:
     if not path.is_file():
-        raise GrailError(f"--calibration {path}: no such file")
+        raise GrailError(no_such_text(str(path), option))
     folder = SafetensorsFolder(path)
     if "input_ids" not in folder:
         raise GrailError(f"{path} holds no tensor input_ids [windows, length]")
@@ -110,23 +118,30 @@ def _pretokenised(path: Path, vocabulary: int) -> Tensor:
 
 
 def _from_batches(source: Any, samples: int, seq_len: int | None) -> Tensor:
-    batches: Iterable = [source] if isinstance(source, Tensor) else source
     found: list[Tensor] = []
-    for batch in batches:
-        ids = torch.as_tensor(batch["input_ids"] if hasattr(batch, "keys") else batch)
-        found += list(ids[None] if ids.dim() == 1 else ids)
-        if len(found) >= samples:
-            break
-    if not found or len({row.shape for row in found}) > 1:
-        raise GrailError("calibration: expected at least one window, all of the same length")
-    return torch.stack(found[:samples])[:, :seq_len].cpu()
+    try:
+        for batch in [source] if isinstance(source, Tensor) else source:
+            ids = torch.as_tensor(batch["input_ids"] if hasattr(batch, "keys") else batch)
+            found += list(ids[None] if ids.dim() == 1 else ids)
+            if len(found) >= samples:
+                break
+        return torch.stack(found[:samples])[:, :seq_len].cpu()
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise GrailError(
+            "calibration: expected token ids [windows, length]: a tensor, a list of tensors of one length, or batches "
+            f"with input_ids ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _checked(ids: Tensor, vocabulary: int, where: str) -> Tensor:
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.shape[1] < 2 or not len(ids):
-        raise GrailError(
-            f"{where}: input_ids must be integers [windows, length >= 2]; got {ids.dtype} {list(ids.shape)}"
-        )
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise GrailError(f"{where}: token ids must lie within the model's vocabulary of {vocabulary}")
-    return ids.long()
+        found = f"{ids.dtype} {list(ids.shape)}"
+        raise GrailError(f"{where}: input_ids must be integers [windows, length >= 2]; got {found}")
+    return _within(ids.long(), vocabulary, where)
+
+
+def _within(ids: Tensor, vocabulary: int, where: str) -> Tensor:
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(outside):
+        raise GrailError(f"{where}: token id {int(outside[0])} is not within the model's vocabulary of {vocabulary}")
+    return ids

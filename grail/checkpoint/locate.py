@@ -37,7 +37,7 @@ class Located:
 def locate(model: str | Path) -> Located:
     """A local Hugging Face folder for `model`. Raises GrailError that says what was looked for and what to do."""
     path = Path(model)
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return Located(path, str(model))
     if path.is_file():
         if path.suffix != ".gguf":
@@ -80,6 +80,8 @@ def _download(asked: str, hub_id: str) -> Located:
     try:
         HfApi().model_info(hub_id, timeout=10)
         folder = snapshot_download(hub_id, allow_patterns=DOWNLOADED)
+    except errors.HFValidationError as error:
+        raise GrailError(f"--model {called}: no such folder, and not a name the hub can hold") from error
     except errors.GatedRepoError as error:
         raise GrailError(
             f"{called} is gated: accept its licence at https://huggingface.co/{hub_id}, run `hf auth login`, "
@@ -89,8 +91,9 @@ def _download(asked: str, hub_id: str) -> Located:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None and status < 500:
             raise GrailError(
-                f"{called} was not found on the hub, or is private (HTTP {status}): check the name, run "
-                f"`hf auth login`, or give a local folder with --model PATH"
+                f"{called} was not found on the hub, or needs permission (HTTP {status}): check the name, accept its "
+                f"licence at https://huggingface.co/{hub_id}, run `hf auth login`, or give a local folder with "
+                f"--model PATH"
             ) from error
         folder = _cached(hub_id, called, error)
     except Exception as error:  # httpx, requests, OSError: which one depends on how the network is missing

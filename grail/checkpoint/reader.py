@@ -78,7 +78,9 @@ class SafetensorsFolder:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._info:
-            raise GrailError(f"{self.path}: the checkpoint holds no tensor {name}; is a shard missing from its index?")
+            if (self.path / INDEX).exists():
+                raise GrailError(f"{self.path / INDEX} does not list {name}: is a shard missing from the index?")
+            raise GrailError(f"{self.path} holds no tensor {name}, which its config.json asks for")
         return self._info[name]
 
     def get(self, name: str) -> Tensor:
@@ -87,8 +89,11 @@ class SafetensorsFolder:
         return _read(info, info.start, info.nbytes).view(info.dtype).view(info.shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows `index` (int64 [R]) of a matrix, read row by row."""
+        """Rows `index` (int64 [R]) of a matrix, read row by row; raises GrailError for a row that is not there."""
         info = self.info(name)
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= info.shape[0]):
+            outside = int(index.max()) if int(index.min()) >= 0 else int(index.min())
+            raise GrailError(f"{info.file}: {name} has {info.shape[0]} rows, there is no row {outside}")
         width = info.nbytes // info.shape[0]
         out = torch.empty(len(index), width, dtype=torch.uint8)
         with open(info.file, "rb", buffering=0) as file:
@@ -121,7 +126,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise GrailError(f"{file} is not a whole safetensors file: {size} bytes, header of {length} promised")
+                raise GrailError(
+                    f"{file} is truncated or no safetensors file ({size} bytes, its header would be {length}); "
+                    f"fetch it again"
+                )
             header = json.loads(handle.read(length))
     except OSError as error:
         raise GrailError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -137,14 +145,18 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _tensor_info(file: Path, name: str, entry: object, base: int, size: int) -> TensorInfo:
     try:
-        dtype = DTYPES[entry["dtype"]]
-        shape = tuple(entry["shape"])
+        stored, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-    except (KeyError, TypeError, ValueError) as error:
-        raise GrailError(f"{file}: tensor {name} has an unusable header entry ({entry})") from error
-    if not sound or end - start != math.prod(shape) * dtype.itemsize:
-        raise GrailError(f"{file}: tensor {name} has an unusable header entry ({entry})")
+        sound = isinstance(stored, str) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise GrailError(f"{file}: the header entry of {name} lacks a sound dtype, shape or data_offsets")
+    if stored not in DTYPES:
+        raise GrailError(f"{file}: {name} has the dtype {stored}, which GRAIL does not read")
+    dtype = DTYPES[stored]
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise GrailError(f"{file}: the byte range of {name} does not fit its shape {list(shape)} of {stored}")
     if base + end > size:
         raise GrailError(f"{file} is truncated: {name} ends at byte {base + end}, the file has {size}; fetch it again")
     return TensorInfo(file, dtype, shape, base + start, base + end)
@@ -164,12 +176,12 @@ def read_json(path: Path) -> dict:
 
 
 def _shards(path: Path) -> list[tuple[Path, list[str] | None]]:
-    """(file, names wanted from it; None for all)."""
+    """(file, names wanted from it; None for all). Like transformers, a single file wins over an index."""
     if path.is_file():
         return [(path, None)]
+    if (path / SINGLE).exists():
+        return [(path / SINGLE, None)]
     if not (path / INDEX).exists():
-        if (path / SINGLE).exists():
-            return [(path / SINGLE, None)]
         pickled = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
         if pickled:
             raise GrailError(

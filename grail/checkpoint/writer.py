@@ -53,15 +53,18 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path | str, *, overwrite: bool = False):
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(os.path.realpath(path))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.overwrite = overwrite
         self.weight_map: dict[str, str] = {}
         self.total_bytes = 0
         self.total_parameters = 0
 
-    def check(self) -> None:
-        """Refuse an occupied output before any work is done."""
+    def check(self, *inputs: Path) -> None:
+        """Refuse an occupied output before any work is done, and one that holds an input, which would be deleted."""
+        for source in inputs:
+            if Path(os.path.realpath(source)).is_relative_to(self.path):
+                raise GrailError(f"--output {self.path} holds the input {source}; choose another folder")
         if self.path.is_file():
             raise GrailError(f"--output {self.path} is a file; name a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.overwrite:
@@ -69,6 +72,7 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         self.check()
+        self._made = [parent for parent in self.partial.parents if not parent.exists()]
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.partial / "lock", "a")
@@ -90,6 +94,9 @@ class OutputFolder:
         self._lock.close()
         if self.partial.exists():
             shutil.rmtree(self.partial)
+            for parent in self._made:
+                if not any(parent.iterdir()):
+                    parent.rmdir()
 
     def write_shard(self, file: str, pieces: list[Piece]) -> None:
         """Commit one safetensors file; the tensors are streamed in the order given."""

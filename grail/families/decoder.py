@@ -160,7 +160,8 @@ class Decoder(ABC):
     @staticmethod
     def layer_of(name: str) -> int | None:
         """The layer a tensor belongs to; None for embedding, final norm and head."""
-        return int(name[len(LAYERS) :].split(".", 1)[0]) if name.startswith(LAYERS) else None
+        number = name.removeprefix(LAYERS).split(".", 1)[0]
+        return int(number) if name.startswith(LAYERS) and number.isdecimal() else None
 
     @abstractmethod
     def sites(self, gqa: str) -> list[Site]:
@@ -209,7 +210,9 @@ class Decoder(ABC):
         """In the compute dtype, after rounding to what will be written; refuses NaN and infinity, naming the tensor."""
         tensor = tensor.to(self.written_as or tensor.dtype)
         if not torch.isfinite(tensor).all():
-            raise GrailError(f"{self.source.path}: {name} holds NaN or infinite weights (as {tensor.dtype})")
+            raise GrailError(
+                f"{self.source.path}: {name} holds NaN or infinite weights (as {tensor.dtype}); fetch or save it again"
+            )
         return tensor.to(self.device, self.dtype)
 
     def _layer_kwargs(self, index: int, batch: int, length: int) -> dict:
@@ -223,6 +226,11 @@ class Decoder(ABC):
     def _check_tensors(self, skeleton: nn.Module) -> None:
         """Every tensor the class needs is there, in its shape and in a floating-point dtype."""
         tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if self.config.tie_word_embeddings else set()
+        if len(skeleton.model.layers) < 1:
+            raise GrailError(f"{self.source.path / 'config.json'} asks for no layers at all (num_hidden_layers)")
+        for name in self.source.names():
+            if (self.layer_of(name) or 0) >= len(skeleton.model.layers):
+                raise GrailError(f"{self.source.path} holds {name}, but config.json ends before that layer")
         for name, tensor in skeleton.state_dict().items():
             if name in tied and name not in self.source:
                 continue

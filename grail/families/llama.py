@@ -143,12 +143,23 @@ def open_folder(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise GrailError(f"{folder / 'config.json'} is not a usable {raw.get('model_type')} config: {error}") from error
+        raise _unusable(folder, raw, error) from error
     source = SafetensorsFolder(folder)
     if dtype is None:
         stored = source.info("model.layers.0.mlp.down_proj.weight").dtype
         dtype = torch.float32 if torch.device(device).type == "cpu" else stored
-    return LlamaFamily(source, config, raw, device=device, dtype=dtype, written_as=written_as)
+    try:
+        if config.max_position_embeddings < 1:
+            raise ValueError("max_position_embeddings must be at least 1")
+        return LlamaFamily(source, config, raw, device=device, dtype=dtype, written_as=written_as)
+    except GrailError:
+        raise
+    except Exception as error:  # whatever the class makes of values that cannot be: heads 0, widths below 0, ...
+        raise _unusable(folder, raw, error) from error
+
+
+def _unusable(folder: Path, raw: dict, error: Exception) -> GrailError:
+    return GrailError(f"{folder / 'config.json'} is not a usable {raw['model_type']} config: {error}")
 
 
 def _class_of(config: dict) -> str:

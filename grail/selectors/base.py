@@ -35,7 +35,7 @@ class SiteView:
 
     def generator(self) -> torch.Generator:
         """A random stream that depends on the seed and the site's name alone."""
-        return torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(self.name.encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.name}".encode()))
 
 
 class Selector:

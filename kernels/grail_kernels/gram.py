@@ -17,6 +17,7 @@ from .packed import PackedSymmetric
 
 CHAIN_ROWS = 8192
 CHAIN_ROWS_PRECISE = 2048
+NARROW, NARROW_CHAIN_ROWS = 32, 512
 
 
 def gram_reference(x_TH: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class GramAccumulator:
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> GramAccumulator:
         """Add the rows of x [..., width] (floating point, any strides). mask [...] True = the row counts."""
-        if x.shape[-1] != self.width:
+        if x.dim() < 1 or x.shape[-1] != self.width:
             raise ValueError(f"expected rows of width {self.width}, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"expected floating-point activations, got {x.dtype}")
@@ -56,6 +57,7 @@ class GramAccumulator:
             self._accumulate(self.packed, chain_TH)
             self.sum += chain_TH.sum(0)
             self.count += chain_TH.shape[0]
+        self.packed.symmetrize_()
         return self
 
     def gather(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -71,12 +73,12 @@ class GramAccumulator:
         return self.packed.to_dense()
 
     def state_dict(self) -> dict:
-        """Tensors and numbers from which `load_state_dict` continues with the same bits."""
+        """Copies of the tensors and numbers from which `load_state_dict` continues with the same bits."""
         return {
-            "packed": self.packed.data,
+            "packed": self.packed.data.clone(),
             "tile": self.packed.tile,
             "width": self.width,
-            "sum": self.sum,
+            "sum": self.sum.clone(),
             "count": self.count,
             "precise": self.precise,
         }
@@ -93,9 +95,12 @@ class GramAccumulator:
 
 
 def _accumulate_panels(packed: PackedSymmetric, x_TH: Tensor) -> None:
-    """One GEMM per panel, straight into it; the half above the diagonal tiles is never computed."""
+    """One GEMM per panel, then added; the half above the diagonal tiles is never computed. A BLAS sums the rows of a
+    very narrow product one after the other, so those are cut shorter."""
     for panel, (start, end) in zip(packed.panels, packed.bounds, strict=True):
-        panel.addmm_(x_TH[:, :end].mT, x_TH[:, start:end])
+        rows = NARROW_CHAIN_ROWS if end - start < NARROW else max(len(x_TH), 1)
+        for part_TH in x_TH.split(rows):
+            panel += part_TH[:, :end].mT @ part_TH[:, start:end]
 
 
 def _accumulate_reference(packed: PackedSymmetric, x_TH: Tensor) -> None:
