@@ -4,7 +4,7 @@ Every import inside this package is relative, so that the folder also loads by p
 """
 
 from .dispatch import Backend, backend
-from .gram import GramAccumulator, gram_reference
+from .gram import CrossAccumulator, GramAccumulator, cross_reference, gram_reference
 from .packed import PackedSymmetric
 from .ridge import RidgeError, RidgeSolution, ridge_reference, ridge_solve
 
@@ -12,11 +12,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "CrossAccumulator",
     "GramAccumulator",
     "PackedSymmetric",
     "RidgeError",
     "RidgeSolution",
     "backend",
+    "cross_reference",
     "gram_reference",
     "ridge_reference",
     "ridge_solve",

@@ -6,13 +6,14 @@ An implementation that fails raises; nothing else is tried in its place.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import NamedTuple
 
 import torch
 
 ENVIRONMENT = "GRAIL_KERNELS_BACKEND"
-IMPLEMENTATIONS = {"gram": ("reference", "torch"), "ridge": ("reference", "torch")}
+IMPLEMENTATIONS = {"gram": ("reference", "torch", "triton"), "ridge": ("reference", "torch")}
 
 
 class Backend(NamedTuple):
@@ -25,18 +26,43 @@ class Backend(NamedTuple):
 def backend(operation: str = "gram", device=None, override: str | None = None) -> Backend:
     """Choose the implementation of `operation` ("gram" or "ridge") for a device.
 
-    "reference" is the plain formula in float64; "torch" is blocked torch, on CPU and CUDA.
-    Raises ValueError for an operation or an implementation that does not exist.
+    "reference" is the plain formula in float64; "torch" is blocked torch, on CPU and CUDA; "triton" are our kernels,
+    the default for Gram matrices on a GPU. The environment names one implementation for all operations; an operation
+    that has none of that name keeps its default.
+    Raises ValueError for an operation or an implementation that does not exist, and for one that cannot run here.
     """
     if operation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown operation {operation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    device = torch.device(device or "cpu")
     asked, reason = override, "argument backend="
-    if asked is None and os.environ.get(ENVIRONMENT):
-        asked, reason = os.environ[ENVIRONMENT], f"environment {ENVIRONMENT}"
+    environment = os.environ.get(ENVIRONMENT)
+    if asked is None and environment:
+        elsewhere = any(environment in names for names in IMPLEMENTATIONS.values())
+        if environment in IMPLEMENTATIONS[operation] or not elsewhere:
+            asked, reason = environment, f"environment {ENVIRONMENT}"
     if asked is None:
-        device = torch.device(device or "cpu")
-        asked, reason = "torch", f"default on {device.type}"
+        return _default(operation, device)
     if asked not in IMPLEMENTATIONS[operation]:
         known = ", ".join(IMPLEMENTATIONS[operation])
         raise ValueError(f"{reason}: no implementation {asked!r} of {operation}; known: {known}")
+    if asked == "triton" and (obstacle := _triton_obstacle(device)):
+        raise ValueError(f"{reason}: triton cannot run here: {obstacle}")
     return Backend(asked, reason)
+
+
+def _default(operation: str, device: torch.device) -> Backend:
+    if "triton" not in IMPLEMENTATIONS[operation] or device.type == "cpu":
+        return Backend("torch", f"default on {device.type}")
+    obstacle = _triton_obstacle(device)
+    if obstacle:
+        return Backend("torch", f"default on {device.type}: {obstacle}")
+    return Backend("triton", f"default on {device.type}")
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"no kernels for {device.type} (TRITON_INTERPRET=1 interprets them)"
+    return None

@@ -4,8 +4,9 @@ Shapes: H width, R rows asked, C columns asked, M columns of a dense operand.
 
 Block the H channels into tiles of b. Panel i holds G[0:end_i, start_i:end_i], that is the lower tiles
 (i, 0) ... (i, i), each transposed, stacked into one row-major matrix. So a panel is a set of tiles for a
-tile kernel and one contiguous output for a plain GEMM, X[:, :end].T @ X[:, start:end]. The last panel is
-trimmed to the width. Source: DESIGN section 5 (packed lower tiles); layout by measurement on CPU.
+tile kernel and one contiguous output for a plain GEMM, X[:, :end].T @ X[:, start:end]. On CPU the last
+panel is trimmed to the width; on a GPU it is padded to b columns, so that every panel has the same row stride and
+stays aligned. Source: DESIGN section 5 (packed lower tiles); layout by measurement on CPU.
 """
 
 from __future__ import annotations
@@ -21,24 +22,43 @@ def default_tile(width: int, device: torch.device) -> int:
     return 128
 
 
+def packed_size(width: int, tile: int, *, padded: bool) -> int:
+    """Numbers stored for a width."""
+    starts = range(0, width, tile)
+    return sum(min(s + tile, width) * (tile if padded else min(tile, width - s)) for s in starts)
+
+
 class PackedSymmetric:
     """Symmetric [H, H] matrix, float32 by default, stored as about H(H + b)/2 numbers.
 
     Every method works on the packed form; only `to_dense` unpacks the whole.
     """
 
-    def __init__(self, width: int, *, tile: int | None = None, device=None, dtype=torch.float32):
+    def __init__(
+        self,
+        width: int,
+        *,
+        tile: int | None = None,
+        device=None,
+        dtype=torch.float32,
+        padded: bool = False,
+        data: Tensor | None = None,
+    ):
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
         self.width = width
-        self.device = torch.device(device or "cpu")
+        self.device = torch.device(device or "cpu") if data is None else data.device
         self.tile = tile or default_tile(width, self.device)
+        self.padded = padded
         self.bounds = [(s, min(s + self.tile, width)) for s in range(0, width, self.tile)]
-        sizes = [end * (end - start) for start, end in self.bounds]
-        self.data = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+        strides = [self.tile if padded else end - start for start, end in self.bounds]
+        sizes = [end * stride for (_, end), stride in zip(self.bounds, strides, strict=True)]
+        if data is None:
+            data = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+        self.data = data
         self.panels = [
-            chunk.view(end, end - start)
-            for chunk, (start, end) in zip(self.data.split(sizes), self.bounds, strict=True)
+            chunk.view(end, stride)[:, : end - start]
+            for chunk, (start, end), stride in zip(self.data.split(sizes), self.bounds, strides, strict=True)
         ]
 
     @property
@@ -52,6 +72,16 @@ class PackedSymmetric:
         for panel, (start, end) in zip(packed.panels, packed.bounds, strict=True):
             panel.copy_(dense_HH[:end, start:end])
         return packed
+
+    def copy_(self, other: PackedSymmetric) -> PackedSymmetric:
+        """Take the values of another packing of the same width."""
+        if (self.tile, self.padded) == (other.tile, other.padded):
+            self.data.copy_(other.data)
+            return self
+        everything = torch.arange(self.width, device=other.device)
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            panel.copy_(other.gather(everything[:end], everything[start:end]))
+        return self
 
     def symmetrize_(self) -> PackedSymmetric:
         """Copy the upper triangle of each diagonal tile onto its lower one, so that symmetry is exact."""

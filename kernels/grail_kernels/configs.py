@@ -1,0 +1,69 @@
+"""Launch configurations of the Triton kernels: the only ones that run, each compiled ahead of time in CI (aot.py).
+
+Sources: DESIGN section 5 and `python -m grail_kernels.aot`. A configuration is spill-free, keeps its loads 16 bytes
+wide and its products on the matrix units of its target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """One tile of the output is block_m x tile, block_k rows at a time; `span` panels run side by side; the tile is
+    added to memory in `epilogue` column pieces."""
+
+    tile: int
+    block_m: int
+    block_k: int
+    span: int
+    warps: int
+    stages: int
+    epilogue: int
+
+    @property
+    def step(self) -> int:
+        """Row blocks that a band of `span` panels adds (see gram_triton.decode_program)."""
+        return self.span * self.tile // self.block_m
+
+
+INTERPRETER = "interpreter"
+GRAM = {
+    "sm_80": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=2),
+    "sm_89": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=2, epilogue=2),
+    "sm_90": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=3, epilogue=2),
+    "sm_100": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=3, epilogue=4),
+    "gfx942": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=2, epilogue=1),
+    INTERPRETER: GramConfig(tile=32, block_m=64, block_k=64, span=4, warps=1, stages=1, epilogue=2),
+}
+GRAM_THREE_DOTS = {
+    "sm_80": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=3, epilogue=2),
+    "sm_89": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=2, epilogue=2),
+    "sm_90": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=2),
+    "sm_100": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=2),
+    "gfx942": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=2, epilogue=1),
+    INTERPRETER: GRAM[INTERPRETER],
+}
+
+
+def target_of(capability: tuple[int, int] | None, hip_arch: str | None = None) -> str:
+    """The configuration name for a CUDA compute capability or a HIP architecture.
+
+    Raises RuntimeError for a device that no configuration was checked for.
+    """
+    if hip_arch is not None:
+        name = hip_arch.split(":")[0]
+        if name not in GRAM:
+            raise RuntimeError(f"no checked configuration for {name}; use backend='torch'")
+        return name
+    major, minor = capability
+    if major == 10:
+        return "sm_100"
+    if major == 9:
+        return "sm_90"
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    if major in (8, 12):
+        return "sm_89"
+    raise RuntimeError(f"no checked configuration for compute capability {major}.{minor}; use backend='torch'")

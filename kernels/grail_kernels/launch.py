@@ -1,0 +1,137 @@
+"""Launch the Triton kernels: choose the configuration, split the rows, hand over pointers.
+
+Shapes: S sites, T rows, H width, O columns of the second operand, P splits. Imported only when Triton is to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from . import gram_triton
+from .configs import GRAM, GRAM_THREE_DOTS, INTERPRETER, GramConfig, target_of
+
+ELEMENTWISE_BLOCK = 1024
+LEAST_SPLIT_ROWS = 512
+
+
+def interpreted() -> bool:
+    """True when Triton was told to interpret its kernels, on the CPU (TRITON_INTERPRET=1 before it was imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _target(device: torch.device) -> str:
+    if interpreted():
+        return INTERPRETER
+    if torch.version.hip:
+        return target_of(None, torch.cuda.get_device_properties(device).gcnArchName)
+    return target_of(torch.cuda.get_device_capability(device))
+
+
+def config_for(device: torch.device, dtype: torch.dtype) -> GramConfig:
+    """The configuration that an input of `dtype` runs with; float32 takes three bf16 dots."""
+    table = GRAM_THREE_DOTS if dtype == torch.float32 else GRAM
+    return table[_target(device)]
+
+
+def gram_add(
+    data: Tensor, x_STH: Tensor, mask_ST: Tensor | None, *, splits: int | None = None, config: GramConfig | None = None
+) -> Tensor:
+    """data [S, size] float32 panels (padded layout) += Xᵀ X of each site; returns the column sums [S, H], float32.
+
+    x may have any strides. mask [S, T] bool, True = the row counts. `splits` overrides how often the rows are split.
+    """
+    sites, rows, width = x_STH.shape
+    config = config or config_for(x_STH.device, x_STH.dtype)
+    high, low = _operands(x_STH)
+    programs = _program_count(width, config)
+    splits = splits or _splits(programs * sites, rows, x_STH.device)
+    split_rows = _round_up(-(-rows // splits), config.block_k)
+    padding = width % config.tile  # the padded columns of a workspace are added too, though nobody reads them
+    make = data.new_zeros if padding else data.new_empty
+    out = data if splits == 1 else make(sites, splits, data.shape[1])
+    sums_SPH = torch.empty(sites, splits, width, dtype=torch.float32, device=x_STH.device)
+    mask = torch.empty(0, dtype=torch.uint8, device=x_STH.device) if mask_ST is None else _bytes(mask_ST)
+    gram_triton.gram_kernel[(programs, splits, sites)](
+        high, low, mask, out, sums_SPH,
+        rows, width, high.stride(0), high.stride(1), high.stride(2), split_rows, data.shape[1],
+        TILE=config.tile, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SPAN=config.span, STEP=config.step,
+        HAS_MASK=mask_ST is not None, THREE_DOTS=x_STH.dtype == torch.float32, ADD=splits == 1,
+        EPILOGUE=config.epilogue, UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _reduce(out, data, splits)
+    return sums_SPH.sum(1)
+
+
+def cross_add(
+    out_HO: Tensor, x_TH: Tensor, y_TO: Tensor, mask_T: Tensor | None, *, splits: int | None = None,
+    config: GramConfig | None = None,
+) -> None:  # fmt: skip
+    """out [H, O] float32 += Xᵀ Y; x and y of one dtype, any strides; mask [T] bool."""
+    (rows, width), columns = x_TH.shape, y_TO.shape[1]
+    config = config or config_for(x_TH.device, x_TH.dtype)
+    (x_high, x_low), (y_high, y_low) = _operands(x_TH[None]), _operands(y_TO[None])
+    programs = -(-width // config.block_m) * -(-columns // config.tile)
+    splits = splits or _splits(programs, rows, x_TH.device)
+    split_rows = _round_up(-(-rows // splits), config.block_k)
+    out = out_HO if splits == 1 else out_HO.new_empty(splits, width, columns)
+    mask = torch.empty(0, dtype=torch.uint8, device=x_TH.device) if mask_T is None else _bytes(mask_T)
+    gram_triton.cross_kernel[(programs, splits)](
+        x_high, x_low, y_high, y_low, mask, out,
+        rows, width, columns, x_high.stride(1), x_high.stride(2), y_high.stride(1), y_high.stride(2), split_rows,
+        BLOCK_M=config.block_m, BLOCK_N=config.tile, BLOCK_K=config.block_k, SPAN=config.span,
+        HAS_MASK=mask_T is not None, THREE_DOTS=x_TH.dtype == torch.float32, ADD=splits == 1,
+        EPILOGUE=config.epilogue, UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _reduce(out[None], out_HO.view(1, -1), splits)
+
+
+def _reduce(work: Tensor, out_SN: Tensor, splits: int) -> None:
+    """out [S, N] += Σ over splits of work [S, P, ...], in order."""
+    sites, size = out_SN.shape
+    grid = (-(-size // ELEMENTWISE_BLOCK), sites)
+    gram_triton.reduce_kernel[grid](work, out_SN, size, splits, BLOCK=ELEMENTWISE_BLOCK)
+
+
+def _operands(x_STH: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low): float32 as two bf16 arrays; other dtypes as they are, twice."""
+    if x_STH.dtype != torch.float32:
+        return x_STH, x_STH
+    sites, rows, width = x_STH.shape
+    parts = torch.empty(2, sites, rows, width, dtype=torch.bfloat16, device=x_STH.device)
+    grid = (-(-rows * width // ELEMENTWISE_BLOCK),)
+    for site in range(sites):
+        x_TH = x_STH[site]
+        gram_triton.split_kernel[grid](
+            x_TH, parts[0, site], parts[1, site], width, rows * width, x_TH.stride(0), x_TH.stride(1),
+            BLOCK=ELEMENTWISE_BLOCK,
+        )  # fmt: skip
+    return parts[0], parts[1]
+
+
+def _program_count(width: int, config: GramConfig) -> int:
+    """Programs of one site: whole bands, the last one in part empty."""
+    bands = -(-width // (config.span * config.tile))
+    return config.span * config.step * bands * (bands + 1) // 2
+
+
+def _splits(programs: int, rows: int, device: torch.device) -> int:
+    """Splits of the rows that fill the device once, none shorter than LEAST_SPLIT_ROWS."""
+    if device.type != "cuda":
+        return 1
+    wanted = -(-torch.cuda.get_device_properties(device).multi_processor_count // programs)
+    return max(min(wanted, rows // LEAST_SPLIT_ROWS), 1)
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
