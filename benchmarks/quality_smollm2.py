@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from grail import compress
@@ -46,9 +48,11 @@ def multi_head_form(folder: Path) -> Path:
             heads = projection.weight.view(-1, config.head_dim, config.hidden_size)
             projection.weight = torch.nn.Parameter(heads.repeat_interleave(repeat, 0).flatten(0, 1))
     config.num_key_value_heads = config.num_attention_heads
-    model.save_pretrained(target)
+    work = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    model.save_pretrained(work)
     for file in folder.glob("*token*"):
-        shutil.copy(file, target)
+        shutil.copy(file, work)
+    os.replace(work, target)
     return target
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import torch
 
-from grail.machine import peak_memory
+from grail.machine import peak_memory, reset_peak_memory
 
 
 def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, dict[str, float]]:
     """Seconds as p20, p50, p80 for each callable; one warm-up, then interleaved rounds, so that drift hits all."""
+    reset_peak_memory()
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
         for name, call in calls.items():
@@ -32,7 +33,7 @@ def synchronise() -> None:
 
 
 def environment() -> dict:
-    """Versions, device, threads and the peak memory of the process so far."""
+    """Versions, device, threads and the peak memory since `side_by_side` began (all its callables together)."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "torch": torch.__version__,

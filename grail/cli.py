@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ from .errors import GrailError
 from .terminal import NORMAL, TerminalProgress, set_logging, show_evaluation, show_report
 
 ISSUES = "please report it with this output and the command"
+CIRCUMSTANCES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENAMETOOLONG}
 
 UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
@@ -64,13 +66,19 @@ def guarded(command: Callable) -> Callable:
         except KeyboardInterrupt:
             _fail("interrupted; nothing was kept", 130)
         except OSError as error:
+            if error.errno not in CIRCUMSTANCES:
+                _bug(error, kwargs)
             _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
         except Exception as error:
-            if kwargs.get("verbose"):
-                raise
-            _fail(f"unexpected {type(error).__name__}: {error} (a bug in grail: {ISSUES}; -v shows the trace)", 1)
+            _bug(error, kwargs)
 
     return run
+
+
+def _bug(error: Exception, options: dict) -> None:
+    if options.get("verbose"):
+        raise error
+    _fail(f"unexpected {type(error).__name__}: {error} (a bug in grail: {ISSUES}; -v shows the trace)", 1)
 
 
 def _fail(sentence: str, code: int) -> None:
@@ -187,12 +195,13 @@ def evaluate_command(
     against: Annotated[str | None, typer.Option(help="A second model to show beside it.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure perplexity, size and speed of a checkpoint, one layer in memory at a time."""
+    """Measure perplexity, one layer in memory at a time; --speed and --prompt load whole models."""
     asked = {k: v for k, v in locals().items() if k not in {"path", "as_json", "quiet", "verbose"}}
     progress = _start(quiet, verbose)
     from .evaluate import evaluate

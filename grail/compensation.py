@@ -22,7 +22,7 @@ FORMS = ("anchored", "paper")
 class Compensation:
     """`weight` [O, K] in the asked dtype; λ as used (absolute), how often it was raised, the first LAPACK info, the
     reciprocal condition of the equilibrated system; error of the plain lift and of `weight` (see
-    `reconstruction_error`)."""
+    `reconstruction_errors`)."""
 
     weight: Tensor
     lam: float
@@ -33,14 +33,17 @@ class Compensation:
     error_after: float
 
 
-def reconstruction_error(weight_OH: Tensor, weight_OK: Tensor, reduction: Reduction, gram: PackedSymmetric) -> float:
-    """Σ‖W x − W' R x‖² / Σ‖W x‖² over the rows behind the Gram matrix; 0 where the consumer's output is all zero."""
+def reconstruction_errors(
+    weight_OH: Tensor, candidates: list[Tensor], reduction: Reduction, gram: PackedSymmetric
+) -> list[float]:
+    """Σ‖W x − W' R x‖² / Σ‖W x‖² over the rows behind the Gram matrix, for each candidate W' [O, K]; 0 where the
+    consumer's output is all zero."""
     weight_OH = weight_OH.float()
     total = gram.quadratic_trace(weight_OH)
     if total <= 0:
-        return 0.0
-    difference_OH = weight_OH - reduction.expand_consumer(weight_OK.float())
-    return max(gram.quadratic_trace(difference_OH) / total, 0.0)
+        return [0.0 for _ in candidates]
+    wide = (weight_OH - reduction.expand_consumer(weight_OK.float()) for weight_OK in candidates)
+    return [max(gram.quadratic_trace(difference_OH) / total, 0.0) for difference_OH in wide]
 
 
 def compensate(
@@ -88,12 +91,5 @@ def compensate(
     weight_OK = (delta_OK if form == "paper" else lifted_OK + delta_OK).to(dtype).contiguous()
     if not torch.isfinite(weight_OK).all():
         raise GrailError(f"{name}: the repaired weight overflows {dtype}; use a wider --output-dtype or more --ridge")
-    return Compensation(
-        weight_OK,
-        solved.lam,
-        solved.retries,
-        solved.info,
-        solved.rcond,
-        reconstruction_error(weight_OH, lifted_OK.to(dtype), reduction, gram),
-        reconstruction_error(weight_OH, weight_OK, reduction, gram),
-    )
+    before, after = reconstruction_errors(weight_OH, [lifted_OK.to(dtype), weight_OK], reduction, gram)
+    return Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, before, after)

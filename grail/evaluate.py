@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from .calibration import Windows, evaluation_windows
-from .calibration.text import default_length
 from .calibration.tokenizer import load_tokenizer
 from .checkpoint.locate import locate
 from .checkpoint.reader import SafetensorsFolder, read_json
 from .errors import GrailError
 from .evaluation.perplexity import perplexity
 from .families import open_family
+from .families.decoder import Decoder
+from .machine import usable_device
 from .progress import Progress
+from .recipe import DTYPES
 
 
 def evaluate(
@@ -29,12 +31,14 @@ def evaluate(
     speed: bool = False,
     prompt: str | None = None,
     dtype: str | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity, size and (asked for) speed of `model`, and of a second one beside it.
 
     Without `data` the evaluation that grail.json records is repeated: same source, windows and compute dtype; a
-    folder without that record is evaluated on the built-in text. Raises GrailError for bad input.
+    folder without that record is evaluated on the built-in text. A local text file named as `data` is read whole.
+    Speed and samples load the whole models, on the CPU. Raises GrailError for bad input.
     """
     progress = progress or Progress()
     for option, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
@@ -44,60 +48,70 @@ def evaluate(
     if against:
         folders[against] = locate(against).folder
     recorded = _recorded(folders[model]) if data is None else {}
-    data = data or recorded.get("data", "builtin")
-    samples = samples or recorded.get("windows")
-    seq_len = seq_len or recorded.get("seq_len") or default_length(data)
     dtype = dtype or recorded.get("dtype")
-    windows = _windows(folders[model], data, samples, seq_len)
-    if data == recorded.get("data") and recorded["windows"] == samples and recorded["seq_len"] == seq_len:
-        _same_text(windows, recorded, folders[model])
-    compute = getattr(torch, dtype) if dtype else None
+    if dtype not in (None, *DTYPES):
+        raise GrailError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    precision = {"device": usable_device(device), "dtype": dtype and getattr(torch, dtype)}
+    opened = {label: open_family(folder, **precision) for label, folder in folders.items()}
+    windows = _windows(opened[model], data, samples, seq_len, recorded)
     models = {}
-    for label, folder in folders.items():
-        opened = open_family(folder, dtype=compute)
-        size = _size(opened.source)
-        models[label] = {
-            "perplexity": perplexity(opened, windows.ids, track=progress.layers(f"evaluating {label}")),
-            **size,
-        }
+    for label, family in opened.items():
+        found = perplexity(family, windows.ids, track=progress.layers(f"evaluating {label}"))
+        models[label] = {"perplexity": found, **_size(family.source)}
     if speed or prompt:
-        from .evaluation.speed import speed as measure
-
-        for label, measured in measure(folders, prompt, compute or torch.float32).items():
-            models[label] |= measured if speed else {"sample": measured["sample"]}
+        _add_speed(models, folders, speed, prompt, precision["dtype"] or torch.float32)
     count, length = windows.ids.shape
-    return {"schema_version": 1, "data": data, "windows": count, "seq_len": length, "models": models}
+    return {"schema_version": 1, "data": windows.source, "windows": count, "seq_len": length, "models": models}
 
 
 def _recorded(folder: Path) -> dict:
-    if not (folder / "grail.json").exists():
+    """The evaluation that grail.json records, {} where there is none."""
+    file = folder / "grail.json"
+    if not file.exists():
         return {}
-    document = read_json(folder / "grail.json")
-    evaluation, recipe = document.get("evaluation"), document.get("recipe")
+    evaluation = read_json(file).get("evaluation")
     if evaluation is None:
         return {}
-    sound = isinstance(evaluation, dict) and isinstance(recipe, dict)
-    if not sound or not {"data", "sha256", "windows", "seq_len"} <= set(evaluation):
-        raise GrailError(f"{folder / 'grail.json'} records an evaluation that grail cannot read; name --data yourself")
-    return evaluation | {"dtype": recipe.get("dtype")}
+    kinds = {"data": str, "sha256": str, "windows": int, "seq_len": int, "held_out": bool, "dtype": str}
+    if not isinstance(evaluation, dict) or not all(isinstance(evaluation.get(k), t) for k, t in kinds.items()):
+        raise GrailError(f"{file} records an evaluation that grail cannot read; name --data yourself")
+    return evaluation
 
 
-def _windows(folder: Path, data: str, samples: int | None, seq_len: int) -> Windows:
-    vocabulary = read_json(folder / "config.json").get("vocab_size", 0)
+def _windows(model: Decoder, data: str | None, samples: int | None, seq_len: int | None, recorded: dict) -> Windows:
+    """The recorded windows, unless something else is asked for; a new length takes all the windows there are."""
+    repeats = bool(recorded) and seq_len in (None, recorded["seq_len"])
+    wanted = samples or (recorded["windows"] if repeats else None)
+    source = data or recorded.get("data", "builtin")
     found = evaluation_windows(
-        data, lambda: load_tokenizer(folder), vocabulary, seq_len=seq_len, samples=samples, option="--data"
+        source,
+        lambda: load_tokenizer(model.source.path),
+        model.config.vocab_size,
+        seq_len=seq_len or recorded.get("seq_len"),
+        samples=wanted,
+        held_out=recorded.get("held_out", False),
+        option="--data",
     )
     if found is None:
-        raise GrailError(f"--data {data} holds less than one window of {seq_len} tokens; choose a smaller --seq-len")
+        raise GrailError(f"--data {source} holds less than one window; choose a smaller --seq-len")
+    if repeats and wanted == recorded["windows"] and found.sha256 != recorded["sha256"]:
+        raise GrailError(
+            f"{model.source.path / 'grail.json'} records other text under the name {source} (another Python version, "
+            f"or a changed file): its perplexity cannot be repeated here; name the data with --data"
+        )
     return found
 
 
-def _same_text(windows: Windows, recorded: dict, folder: Path) -> None:
-    if windows.sha256 != recorded.get("sha256"):
-        raise GrailError(
-            f"{folder / 'grail.json'} records other text under the name {windows.source} (another Python version, or a "
-            f"changed file): its perplexity cannot be repeated here; name the data with --data"
-        )
+def _add_speed(models: dict, folders: dict[str, Path], speed: bool, prompt: str | None, dtype: torch.dtype) -> None:
+    from .evaluation import speed as plain
+
+    loaded = plain.load_plain(folders, dtype)
+    if speed:
+        for label, measured in plain.speed(loaded).items():
+            models[label] |= measured
+    if prompt:
+        for label, folder in folders.items():
+            models[label]["sample"] = plain.sample(loaded[label], folder, prompt)
 
 
 def _size(source: SafetensorsFolder) -> dict:

@@ -14,9 +14,28 @@ from .errors import GrailError
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process so far (VmHWM), in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Largest resident memory of this process (VmHWM) or of one of its finished children, or the largest CUDA
+    allocation, whichever is more; bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return max(own, children, device)
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory` of this process anew (Linux), for benchmarks that share a process."""
+    refs = Path("/proc/self/clear_refs")
+    if refs.exists():
+        refs.write_text("5")
+
+
+def _status(key: str) -> int | None:
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def available_memory() -> int:
@@ -35,6 +54,8 @@ def usable_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else "not available"

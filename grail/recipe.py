@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any
 
 from .errors import GrailError
@@ -38,8 +40,17 @@ class Recipe:
     compare_pruned: bool = False
     overwrite: bool = False
     set: dict[str, str] = field(default_factory=dict)
+    called: str | None = None
+    """What the model is called in reports, when it was given in Python and has no path of its own."""
 
     def __post_init__(self):
+        self.device = str(self.device)
+        for option in ("calibration", "eval"):
+            value = getattr(self, option)
+            if isinstance(value, os.PathLike):
+                setattr(self, option, os.fspath(value))
+        if not isinstance(self.eval, (str, NoneType)):
+            raise GrailError(f"--eval must be the name of a data set or file; got {type(self.eval).__name__}")
         for option in ("ratio", "attn_ratio", "mlp_ratio"):
             value = getattr(self, option)
             given = value is not None or option == "ratio"
@@ -76,11 +87,10 @@ class Recipe:
 
     def to_json(self) -> dict:
         """Everything that decides the result, and nothing of where it goes."""
-        known = asdict(self) if not hasattr(self.model, "state_dict") else {**vars(self), "model": None}
-        for name in ("output", "overwrite"):
-            known.pop(name)
-        known["model"] = known["model"] and str(known["model"])
-        if not isinstance(known["calibration"], str):
+        left_out = {"output", "overwrite", "called"}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        known["model"] = self.called or str(self.model)
+        if not isinstance(self.calibration, str):
             known["calibration"] = "given in Python"
         return known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import socket
 import sys
@@ -42,11 +43,15 @@ class Report:
         return [_site_entry(result) for result in self.results]
 
     @property
-    def ratio_reached(self) -> float:
-        """Share of the sites' widths removed, weighted by width."""
-        before = sum(r.site.units.width for r in self.results)
-        after = sum(r.reduction.kept_width if r.reduction else r.site.units.width for r in self.results)
-        return 1 - after / before
+    def ratio(self) -> dict[str, dict[str, float]]:
+        """By kind of site, "heads" and "channels": the share of widths asked to be removed, and the share reached."""
+        found = {}
+        for kind in sorted({r.site.kind for r in self.results}):
+            results = [r for r in self.results if r.site.kind == kind]
+            before = sum(r.site.units.width for r in results)
+            after = sum(r.reduction.kept_width if r.reduction else r.site.units.width for r in results)
+            found[kind] = {"asked": self.recipe.ratio_of(kind), "reached": 1 - after / before}
+        return found
 
     def to_json(self) -> dict:
         """grail.json: equal for equal runs."""
@@ -57,7 +62,7 @@ class Report:
             "source": self.source,
             "calibration": self.calibration,
             "sites": self.sites,
-            "ratio": {"asked": self.recipe.ratio, "reached": self.ratio_reached},
+            "ratio": self.ratio,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.bytes[0], "after": self.bytes[1]},
             "evaluation": self.evaluation,
@@ -99,7 +104,7 @@ def _site_entry(result: SiteResult) -> dict:
     return entry | {
         "lambda": done and done.lam,
         "retries": done.retries if done else 0,
-        "rcond": done and done.rcond,
+        "rcond": done.rcond if done and math.isfinite(done.rcond) else None,
         "error_before": done and done.error_before,
         "error_after": done and done.error_after,
     }

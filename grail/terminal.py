@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -30,10 +31,10 @@ class TerminalProgress(Progress):
 
     def say(self, line: str) -> None:
         if self.verbosity > QUIET:
-            self.console.print(line)
+            self.console.print(line, markup=False)
 
     def warn(self, line: str) -> None:
-        self.console.print(f"warning: {line}", style="yellow")
+        self.console.print(f"warning: {line}", style="yellow", markup=False)
 
     def layers(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
         if self.verbosity == QUIET:
@@ -43,7 +44,7 @@ class TerminalProgress(Progress):
     def _bar(self, label: str, layers: list[int]) -> Iterator[int]:
         columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
         with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as bars:
-            yield from bars.track(layers, description=label)
+            yield from bars.track(layers, description=escape(label))
 
     def _lines(self, label: str, layers: list[int]) -> Iterator[int]:
         start, every = time.monotonic(), max(len(layers) // LINES_PER_LOOP, 1)
@@ -69,7 +70,9 @@ def show_report(report: Report, console: Console) -> None:
     lines = {
         "parameters": _before_after(*report.parameters, 1e6, "M"),
         "size on disk": _before_after(*report.bytes, 1e6, "MB"),
-        "ratio": f"asked {report.recipe.ratio:g}, reached {report.ratio_reached:.3f} of all widths",
+        "ratio": ", ".join(
+            f"{kind} {shares['reached']:.3f} (asked {shares['asked']:g})" for kind, shares in report.ratio.items()
+        ),
     }
     compensated = [site for site in report.sites if site["error_after"] is not None]
     if compensated:
@@ -97,7 +100,7 @@ def show_evaluation(found: dict, console: Console) -> None:
     labels = list(found["models"])
     table.add_column("")
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(escape(label), justify="right")
     rows = {
         "perplexity": "{:.3f}",
         "parameters": "{:,}",
@@ -108,7 +111,7 @@ def show_evaluation(found: dict, console: Console) -> None:
     for key, form in rows.items():
         if any(key in found["models"][label] for label in labels):
             table.add_row(key, *(form.format(found["models"][label][key]) for label in labels))
-    console.print(f"{found['data']}: {found['windows']} windows of {found['seq_len']} tokens")
+    console.print(f"{found['data']}: {found['windows']} windows of {found['seq_len']} tokens", markup=False)
     console.print(table)
     for label in labels:
         if "sample" in found["models"][label]:

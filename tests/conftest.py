@@ -22,10 +22,10 @@ def reopen_here(monkeypatch, tmp_path_factory):
     """The reopening check itself, in this process: the same comparisons without four seconds of imports."""
     from grail.checkpoint import reopen
 
-    def verify(folder, probe_1L, logits_1LV, dtype, token_ids, *, layerwise):
+    def verify(folder, probe_1L, logits_1LV, dtype, token_ids, written, *, layerwise):
         work = tmp_path_factory.mktemp("reopen")
         save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, work / "probe.safetensors")
-        (work / "tokens.json").write_text(json.dumps(token_ids))
+        (work / "expected.json").write_text(json.dumps({"token_ids": token_ids, "tensors": written}))
         return reopen.check(folder, work, dtype, layerwise=layerwise)
 
     monkeypatch.setattr(reopen, "verify", verify)

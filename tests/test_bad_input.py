@@ -585,6 +585,7 @@ class TestOutput:
     def test_non_empty_folder_is_replaced_with_overwrite(self, bench):
         bench.output.mkdir()
         (bench.output / "mine.txt").write_text("mine")
+        (bench.output / "config.json").write_text("{}")
         result = CliRunner().invoke(app, bench.command("--overwrite"))
         assert result.exit_code == 0, result.output
         assert not (bench.output / "mine.txt").exists() and (bench.output / "config.json").exists()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail.compensation import compensate, reconstruction_error
+from grail.compensation import compensate, reconstruction_errors
 from grail.errors import GrailError
 from grail.reduction import Folding, Selection
 from grail_kernels import GramAccumulator, PackedSymmetric
@@ -15,6 +15,10 @@ from grail_kernels import GramAccumulator, PackedSymmetric
 FORMS = ("anchored", "paper")
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+def reconstruction_error(weight_OH, weight_OK, reduction, gram):
+    return reconstruction_errors(weight_OH, [weight_OK], reduction, gram)[0]
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:

@@ -171,11 +171,28 @@ def test_json_that_no_strict_reader_takes_is_not_written(tmp_path):
 def test_overwrite_replaces_everything(tmp_path):
     (tmp_path / "out" / "sub").mkdir(parents=True)
     (tmp_path / "out" / "sub" / "old.txt").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("{}")
     with OutputFolder(tmp_path / "out", overwrite=True) as out:
         assert (tmp_path / "out" / "sub" / "old.txt").exists(), "the old one stays until the new one is whole"
         out.write_shard(SHARD, [Piece.of("x", torch.ones(1))])
         out.finish()
     assert [file.name for file in (tmp_path / "out").iterdir()] == [SHARD]
+
+
+def test_overwrite_never_deletes_a_folder_without_a_model(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    with pytest.raises(GrailError, match="holds no model"):
+        OutputFolder(tmp_path / "home", overwrite=True).check()
+    assert (tmp_path / "home" / "letter.txt").exists()
+
+
+def test_a_folder_in_the_way_of_the_working_folder_is_left_alone(tmp_path):
+    (tmp_path / "data.partial").mkdir()
+    (tmp_path / "data.partial" / "precious.txt").write_text("mine")
+    with pytest.raises(GrailError, match="in the way"):
+        OutputFolder(tmp_path / "data").check()
+    assert (tmp_path / "data.partial" / "precious.txt").exists()
 
 
 def test_a_non_empty_output_is_refused_and_untouched(tmp_path):

@@ -54,3 +54,19 @@ def tiny_calibration(file: Path, windows: int = 8, length: int = 32, vocab: int 
     generator = torch.Generator().manual_seed(1)
     save_file({"input_ids": torch.randint(vocab, (windows, length), generator=generator)}, file)
     return Path(file)
+
+
+def tiny_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:
+    """Write a word-level tokenizer of `words` entries, w3 w4 ..., beside a model."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return Path(folder)

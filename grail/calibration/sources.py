@@ -14,8 +14,8 @@ C4_EVALUATION_DOCUMENTS = 1100
 
 
 def documents(source: str, split: str, option: str = "--calibration") -> Iterator[str]:
-    """Documents of a named source or a local .txt / .jsonl file. Raises GrailError naming the option and the source
-    when it cannot be had."""
+    """Documents of a named source or a local .txt / .jsonl file; split "all" is the whole of a local file, and
+    "evaluation" elsewhere. Raises GrailError naming the option and the source when it cannot be had."""
     if source == "builtin":
         return iter(_builtin(split))
     if source in _HUB:
@@ -46,7 +46,7 @@ def _builtin(split: str) -> list[str]:
 
     texts = [text for _, text in sorted(topics.items())]
     held_out = texts[::HELD_OUT_EVERY]
-    if split == "evaluation":
+    if split != "calibration":
         return held_out
     seen = {paragraph for text in held_out for paragraph in _paragraphs(text)}
     others = (text for i, text in enumerate(texts) if i % HELD_OUT_EVERY)
@@ -75,6 +75,8 @@ def _jsonl(path: Path) -> list[str]:
 
 def _held_out_tail(records: list[str], split: str) -> list[str]:
     """The last tenth of the records is for evaluation."""
+    if split == "all":
+        return records
     cut = len(records) - len(records) // LOCAL_HELD_OUT
     return records[:cut] if split == "calibration" else records[cut:]
 
@@ -82,6 +84,8 @@ def _held_out_tail(records: list[str], split: str) -> list[str]:
 def _text_split(path: Path, split: str) -> list[str]:
     """The last tenth of the characters, from the next line break on, is for evaluation."""
     text = _read(path)
+    if split == "all":
+        return [text]
     cut = text.find("\n", len(text) - len(text) // LOCAL_HELD_OUT) + 1 or len(text)
     return [text[:cut] if split == "calibration" else text[cut:]]
 
@@ -116,6 +120,7 @@ def _hub(source: str, split: str, option: str) -> Iterator[str]:
 
     datasets.disable_progress_bar()
     repository, configuration, splits, files = _HUB[source]
+    split = "calibration" if split == "calibration" else "evaluation"
     try:
         rows = datasets.load_dataset(
             repository, configuration, split=splits[split], data_files=files and {splits[split]: files[splits[split]]}

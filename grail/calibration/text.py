@@ -54,7 +54,7 @@ def load_calibration(
         return Windows.of(_checked(ids, vocabulary, "calibration"), "given in Python")
     source = str(source)
     if source.endswith(".safetensors"):
-        ids = _pretokenised(Path(source), vocabulary, "--calibration")[:samples, :seq_len]
+        ids = _pretokenised(Path(source), vocabulary, "--calibration", seq_len)[:samples]
         return Windows.of(ids.contiguous(), source)
     length = seq_len or default_length(source)
     texts = documents(source, "calibration", "--calibration")
@@ -75,16 +75,22 @@ def evaluation_windows(
     tokenizer: Callable[[], Any],
     vocabulary: int,
     *,
-    seq_len: int,
+    seq_len: int | None,
     samples: int | None = None,
+    held_out: bool = True,
     option: str = "--eval",
 ) -> Windows | None:
-    """The held-out part of a source as non-overlapping windows, the last partial one dropped; None when there is no
-    full window (a pre-tokenised file is evaluated on all of its windows)."""
+    """Non-overlapping windows of a source, the last partial one dropped; None when there is no full window.
+
+    held_out: of a local text file only the part that calibration never sees (built-in text and data sets have splits
+    of their own; a pre-tokenised file is always evaluated whole). seq_len None: the file's own, or the default.
+    """
     if source.endswith(".safetensors"):
-        ids = _pretokenised(Path(source), vocabulary, option)
+        ids = _pretokenised(Path(source), vocabulary, option, seq_len)
         return Windows.of(ids[:samples].contiguous(), source)
-    tokens = _tokens(source, documents(source, "evaluation", option), tokenizer(), vocabulary)
+    seq_len = seq_len or default_length(source)
+    split = "evaluation" if held_out else "all"
+    tokens = _tokens(source, documents(source, split, option), tokenizer(), vocabulary)
     count = len(tokens) // seq_len
     if not count:
         return None
@@ -108,13 +114,16 @@ def _tokens(source: str, texts: Iterator[str], tokenizer: Any, vocabulary: int, 
     return _within(tokens, vocabulary, f"{source}, tokenised") if len(tokens) else tokens
 
 
-def _pretokenised(path: Path, vocabulary: int, option: str) -> Tensor:
+def _pretokenised(path: Path, vocabulary: int, option: str, seq_len: int | None) -> Tensor:
     if not path.is_file():
         raise GrailError(no_such_text(str(path), option))
     folder = SafetensorsFolder(path)
     if "input_ids" not in folder:
         raise GrailError(f"{path} holds no tensor input_ids [windows, length]")
-    return _checked(folder.get("input_ids"), vocabulary, str(path))
+    ids = _checked(folder.get("input_ids"), vocabulary, str(path))
+    if seq_len is not None and seq_len > ids.shape[1]:
+        raise GrailError(f"{path} holds windows of {ids.shape[1]} tokens; --seq-len {seq_len} is longer")
+    return ids[:, :seq_len]
 
 
 def _from_batches(source: Any, samples: int, seq_len: int | None) -> Tensor:

@@ -23,6 +23,7 @@ DOWNLOADED = [
     "chat_template*",
     "LICENSE*",
 ]
+NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _download(asked: str, hub_id: str) -> Located:
     called = hub_id if asked == hub_id else f"{asked} ({hub_id})"
     try:
         HfApi().model_info(hub_id, timeout=10)
-        folder = snapshot_download(hub_id, allow_patterns=DOWNLOADED)
+        folder = snapshot_download(hub_id, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
     except errors.HFValidationError as error:
         raise GrailError(f"--model {called}: no such folder, and not a name the hub can hold") from error
     except errors.GatedRepoError as error:
@@ -105,7 +106,9 @@ def _cached(hub_id: str, called: str, error: Exception) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(hub_id, allow_patterns=DOWNLOADED, local_files_only=True)
+        return snapshot_download(
+            hub_id, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED, local_files_only=True
+        )
     except Exception:
         raise GrailError(
             f"{called} is not in the local hub cache and the hub cannot be reached ({type(error).__name__}); "

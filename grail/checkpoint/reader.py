@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,15 +42,6 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.end - self.start
-
-
-class TensorSource(Protocol):
-    """Named tensors, one at a time."""
-
-    def names(self) -> list[str]: ...
-    def info(self, name: str) -> TensorInfo: ...
-    def get(self, name: str) -> Tensor: ...
-    def rows(self, name: str, index: Tensor) -> Tensor: ...
 
 
 class SafetensorsFolder:

@@ -19,17 +19,28 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of logits over the largest logit; the child multiplies narrower matrices in another order."""
 
 
-def verify(folder: Path, probe_1L, logits_1LV, dtype: str, token_ids: list[int] | None, *, layerwise: bool) -> dict:
+def verify(
+    folder: Path,
+    probe_1L,
+    logits_1LV,
+    dtype: str,
+    token_ids: list[int] | None,
+    written: dict[str, tuple[str, list[int]]],
+    *,
+    layerwise: bool,
+) -> dict:
     """Reopen `folder` in a fresh process; returns {"logit_difference", "token_ids_equal", "how"}.
 
-    layerwise: stream the check through grail one layer at a time, for checkpoints larger than memory.
+    probe_1L: token ids; logits_1LV: what compress had in memory for them; dtype: the compute dtype's name; token_ids
+    of SAMPLE by the source's tokenizer, or None; written: name -> (safetensors dtype, shape); layerwise: stream the
+    check through grail one layer at a time, for checkpoints larger than memory.
     Raises RuntimeError with the child's last lines when anything differs: a bug in GRAIL, not in the input.
     """
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
         save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, Path(work) / "probe.safetensors")
-        (Path(work) / "tokens.json").write_text(json.dumps(token_ids))
+        (Path(work) / "expected.json").write_text(json.dumps({"token_ids": token_ids, "tensors": written}))
         script = "import runpy, sys; sys.argv[0] = 'reopen'; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
         command = [sys.executable, "-c", script, __file__, str(folder), work, dtype]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
@@ -50,7 +61,8 @@ def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool) -> dict
     probe = load_file(work / "probe.safetensors")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    _compare_tensors(folder, skeleton)
+    expected = json.loads((work / "expected.json").read_text())
+    _compare_tensors(folder, skeleton, expected["tensors"])
     dtype = getattr(torch, dtype_name)
     if layerwise:
         from grail.evaluation.perplexity import logits
@@ -64,7 +76,7 @@ def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool) -> dict
     difference = ((found - probe["logits"]).abs().max() / probe["logits"].abs().max().clamp_min(1e-30)).item()
     if not difference <= TOLERANCE[dtype_name]:
         raise RuntimeError(f"logits differ from the compressed model's by {difference:.2e} of the largest")
-    equal = _tokens_equal(folder, json.loads((work / "tokens.json").read_text()))
+    equal = _tokens_equal(folder, expected["token_ids"])
     return {
         "logit_difference": difference,
         "token_ids_equal": equal,
@@ -72,15 +84,19 @@ def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool) -> dict
     }
 
 
-def _compare_tensors(folder: Path, skeleton) -> None:
-    """Every key and shape of the class is in the files, and the index agrees with the shards."""
+def _compare_tensors(folder: Path, skeleton, written: dict[str, list]) -> None:
+    """Every key, shape and dtype is as written, every key and shape is what the class wants, and the index agrees."""
     from safetensors import safe_open
 
     held = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - a file handle, not a dict
-                held[name] = tuple(handle.get_slice(name).get_shape())
+                tensor = handle.get_slice(name)
+                held[name] = [tensor.get_dtype(), list(tensor.get_shape())]
+    if held != written:
+        different = sorted(name for name in held | written if held.get(name) != written.get(name))
+        raise RuntimeError(f"{different[0]} reads back as {held.get(different[0])}, not {written.get(different[0])}")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     if set(index) != set(held):
         raise RuntimeError(f"the index and the shards disagree about {sorted(set(index) ^ set(held))[:3]}")
@@ -88,8 +104,8 @@ def _compare_tensors(folder: Path, skeleton) -> None:
     for name, tensor in skeleton.state_dict().items():
         if name not in held and name not in tied:
             raise RuntimeError(f"{name} is missing")
-        if name in held and held[name] != tuple(tensor.shape):
-            raise RuntimeError(f"{name} has shape {held[name]}, the class wants {tuple(tensor.shape)}")
+        if name in held and held[name][1] != list(tensor.shape):
+            raise RuntimeError(f"{name} has shape {held[name][1]}, the class wants {list(tensor.shape)}")
 
 
 def _tokens_equal(folder: Path, expected: list[int] | None) -> bool | None:

@@ -57,6 +57,7 @@ class OutputFolder:
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.overwrite = overwrite
         self.weight_map: dict[str, str] = {}
+        self.written: dict[str, tuple[str, list[int]]] = {}
         self.total_bytes = 0
         self.total_parameters = 0
 
@@ -67,8 +68,24 @@ class OutputFolder:
                 raise GrailError(f"--output {self.path} holds the input {source}; choose another folder")
         if self.path.is_file():
             raise GrailError(f"--output {self.path} is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.overwrite:
-            raise GrailError(f"--output {self.path} exists and is not empty; choose another, or add --overwrite")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not self.overwrite:
+                raise GrailError(f"--output {self.path} exists and is not empty; choose another, or add --overwrite")
+            if not any(any(self.path.glob(kind)) for kind in ("grail.json", "config.json", "*.safetensors")):
+                raise GrailError(
+                    f"--output {self.path} holds no model: --overwrite would delete other files; choose another folder"
+                )
+            if Path.cwd().is_relative_to(self.path):
+                raise GrailError(f"--output {self.path} holds the current folder; choose another")
+        if self.partial.exists() and not self._is_ours():
+            raise GrailError(
+                f"{self.partial} is in the way and was not made by grail; move it or choose another output"
+            )
+
+    def _is_ours(self) -> bool:
+        """A working folder of an earlier run (or nothing at all)."""
+        left = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else {""}
+        return not left or bool(left & {"lock", "journal.jsonl"})
 
     def __enter__(self) -> OutputFolder:
         self.check()
@@ -109,6 +126,7 @@ class OutputFolder:
         os.replace(temporary, self.partial / file)
         for piece in pieces:
             self.weight_map[piece.name] = file
+            self.written[piece.name] = (DTYPE_NAMES[piece.dtype], list(piece.shape))
             self.total_bytes += piece.nbytes
             self.total_parameters += torch.Size(piece.shape).numel()
         self.journal({"step": "shard", "file": file, "tensors": len(pieces)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +14,15 @@ DECODED = 32
 ROUNDS = 3
 
 
-def speed(folders: dict[str, Path], prompt: str | None, dtype: torch.dtype) -> dict[str, dict]:
-    """By label: prefill and decode rates (median of three interleaved rounds) and, with a prompt, a greedy sample."""
+def load_plain(folders: dict[str, Path], dtype: torch.dtype) -> dict[str, Any]:
+    """Whole transformers models, side by side in memory."""
     from transformers import AutoModelForCausalLM
 
-    models = {label: AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval() for label, path in folders.items()}
+    return {label: AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval() for label, path in folders.items()}
+
+
+def speed(models: dict[str, Any]) -> dict[str, dict]:
+    """By label: prefill and decode rates, the median of three interleaved rounds."""
     times: dict[str, dict[str, list[float]]] = {label: {"prefill": [], "decode": []} for label in models}
     for round_number in range(ROUNDS + 1):
         for label, model in models.items():
@@ -26,12 +31,10 @@ def speed(folders: dict[str, Path], prompt: str | None, dtype: torch.dtype) -> d
                 for phase, seconds in measured.items():
                     times[label][phase].append(seconds)
     found = {}
-    for label, model in models.items():
+    for label in models:
         prefill, decode = (statistics.median(times[label][phase]) for phase in ("prefill", "decode"))
         tokens = PREFILL_SHAPE[0] * PREFILL_SHAPE[1]
         found[label] = {"prefill tokens/s": tokens / prefill, "decode tokens/s": DECODED / decode}
-        if prompt:
-            found[label]["sample"] = _sample(model, folders[label], prompt)
     return found
 
 
@@ -58,7 +61,8 @@ def _decode(model) -> float:
     return time.perf_counter() - start
 
 
-def _sample(model, folder: Path, prompt: str) -> str:
+def sample(model, folder: Path, prompt: str) -> str:
+    """A short greedy continuation of the prompt."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -145,12 +145,13 @@ class Decoder(ABC):
         self._check_tensors(skeleton)
         self._layers = skeleton.model.layers
         self._norm = skeleton.model.norm
-        self.tied = skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight
+        self.tied = self._is_tied(skeleton)
         self._shell = skeleton.model
         self._recorders = [_Recorder() for _ in self._layers]
         self._shell.layers = nn.ModuleList(self._recorders)
         self._shell.norm = nn.Identity()
-        self._shell.rotary_emb = type(self._shell.rotary_emb)(config=config).to(self.device)
+        self._new_rotary = lambda: type(self._shell.rotary_emb)(config=config).to(self.device)
+        self._shell.rotary_emb = self._new_rotary()
         self._recorded_shape: tuple[int, int] | None = None
 
     @property
@@ -217,11 +218,19 @@ class Decoder(ABC):
 
     def _layer_kwargs(self, index: int, batch: int, length: int) -> dict:
         if self._recorded_shape != (batch, length):
+            # a fresh module for every shape: with dynamic rope a longer window would leave its frequencies behind
+            self._shell.rotary_emb = self._new_rotary()
             blank = torch.zeros(1, device=self.device, dtype=self.dtype)
             with torch.no_grad():
                 self._shell(inputs_embeds=blank.expand(batch, length, self.config.hidden_size), use_cache=False)
             self._recorded_shape = (batch, length)
         return self._recorders[index].kwargs
+
+    def _is_tied(self, skeleton: nn.Module) -> bool:
+        """Whether the head is the embedding. Like transformers: not when both are stored and differ."""
+        if skeleton.get_input_embeddings().weight is not skeleton.get_output_embeddings().weight:
+            return False
+        return HEAD not in self.source or torch.equal(self.source.get(HEAD), self.source.get(EMBEDDING))
 
     def _check_tensors(self, skeleton: nn.Module) -> None:
         """Every tensor the class needs is there, in its shape and in a floating-point dtype."""

@@ -16,6 +16,11 @@ from .decoder import Decoder, Part
 
 MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss")
 ATTENTION, MLP = "self_attn", "mlp"
+CARRIED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "hidden_act",
+    "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+    "attention_dropout",
+)  # fmt: skip
 PARTS = {
     ATTENTION: Part(ATTENTION, "input_layernorm", "o_proj", lambda value: (value, None)),
     MLP: Part(MLP, "post_attention_layernorm", "down_proj", lambda value: value),
@@ -77,7 +82,7 @@ class LlamaFamily(Decoder):
         if len(counts) > 1:
             raise GrailError("widths that differ between layers cannot be written as a uniform checkpoint")
         heads, kv_heads, width = counts.pop()
-        config = dict(self.raw_config)
+        config = {key: value for key, value in self.raw_config.items() if key != "auto_map"}
         own = f"transformers {_class_of(self.raw_config)}"
         if (heads, width) == (self.heads, self.mlp_width):
             return NarrowConfig(config, own, None)
@@ -109,9 +114,12 @@ class LlamaFamily(Decoder):
     def _carrier(self, config: dict) -> dict:
         """The same network under a class that takes any head count: mistral, or seed_oss where there are biases."""
         attention_bias, mlp_bias = self.config.attention_bias, self.config.mlp_bias
-        dropped = {"attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling"}
+        dropped = {"attention_bias", "mlp_bias", "pretraining_tp", "rope_scaling"}
+        known = self.config.to_dict()
         config = {key: value for key, value in config.items() if key not in dropped}
-        config["rope_parameters"] = self.config.rope_parameters
+        # spelled out, since the carrier's defaults are others
+        config |= {key: known[key] for key in CARRIED if config.get(key) is None and key in known}
+        config["rope_parameters"] = known["rope_parameters"]
         if not (attention_bias or mlp_bias):
             return config | {
                 "model_type": "mistral",

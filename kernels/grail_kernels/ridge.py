@@ -19,6 +19,7 @@ from torch import Tensor
 from .dispatch import backend as choose_backend
 
 FIRST_RAISE = 1e-8
+NORM_ROWS = 1024
 
 
 class RidgeError(ArithmeticError):
@@ -123,7 +124,7 @@ def _factor(a_KK: Tensor, lam: float) -> _Factor:
         work_KK = a_KK.to(torch.float64, copy=True)
         work_KK.diagonal().copy_(shifted_K)
         work_KK.mul_(scale_K[:, None]).mul_(scale_K)
-        norm = work_KK.abs().sum(0).max().item()
+        norm = max(rows.abs().sum(1).max().item() for rows in work_KK.split(NORM_ROWS))
         info_0 = torch.empty((), dtype=torch.int32, device=a_KK.device)
         torch.linalg.cholesky_ex(work_KK.mT, out=(work_KK.mT, info_0))
         lower_KK, info = work_KK.mT, int(info_0)

@@ -1,0 +1,243 @@
+"""Everything a run needs before and after the stream: the model, the text, the probe, the checks and the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grail_kernels
+
+from .allocation import allocate_uniform
+from .calibration import Windows, evaluation_windows, load_calibration
+from .calibration.text import default_length
+from .calibration.tokenizer import load_tokenizer
+from .checkpoint import reopen
+from .checkpoint.locate import Located, locate
+from .checkpoint.writer import OutputFolder
+from .errors import GrailError
+from .estimate import estimate
+from .evaluation.perplexity import perplexity
+from .families import open_family
+from .families.base import NarrowConfig
+from .families.decoder import Decoder
+from .machine import available_memory, usable_device
+from .pipeline import Job, Streamed, stream
+from .progress import Progress
+from .recipe import Recipe
+from .selectors import selector_class
+
+EVALUATED_BY_DEFAULT = 10**9
+PROBE_LENGTH = 64
+
+
+@dataclass
+class Session:
+    """The parts of a run that follow from the recipe; making one checks all input. Raises GrailError."""
+
+    recipe: Recipe
+    progress: Progress
+
+    def __post_init__(self):
+        json.dumps(self.recipe.to_json())
+        selector = selector_class(self.recipe.method).from_options(self.recipe.set)
+        for operation in ("gram", "ridge"):
+            try:
+                grail_kernels.backend(operation, usable_device(self.recipe.device))
+            except ValueError as error:
+                raise GrailError(str(error)) from error
+        output = OutputFolder(self.recipe.output, overwrite=self.recipe.overwrite)
+        output.check()
+        self.located: Located = locate(self.recipe.model)
+        output.check(self.located.folder, *self._local_texts())
+        self.phases: dict[str, float] = {}
+        written_as = self.recipe.output_dtype and getattr(torch, self.recipe.output_dtype)
+        self.model = self._open(self.located.folder, written_as=written_as)
+        sites = self.model.sites(self.recipe.gqa)
+        self.job = Job(self.model, sites, allocate_uniform(sites, self.recipe), selector, self.recipe)
+        names = self.model.source.names()
+        self.parameters = sum(torch.Size(self.model.source.info(n).shape).numel() for n in names)
+        self.source_bytes = sum(self.model.source.info(n).nbytes for n in names)
+        if self.has_tokenizer:
+            _ = self.tokenizer
+        with self.phase("text"):
+            self.windows = self._calibration() if self.job.needs_data else None
+            self.evaluated = self._evaluated()
+
+    def _open(self, folder: Path, **options: Any) -> Decoder:
+        dtype = self.recipe.dtype and getattr(torch, self.recipe.dtype)
+        return open_family(folder, device=usable_device(self.recipe.device), dtype=dtype, **options)
+
+    def _local_texts(self) -> list[Path]:
+        named = (self.recipe.calibration, self.recipe.eval)
+        return [Path(text) for text in named if isinstance(text, str) and Path(text).is_file()]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.located.folder)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(self.located.folder.glob("tokenizer*"))
+
+    @cached_property
+    def probe(self) -> torch.Tensor:
+        """Fixed pseudo-random token ids [1, 64]."""
+        generator = torch.Generator().manual_seed(0)
+        length = min(PROBE_LENGTH, self.model.config.max_position_embeddings)
+        return torch.randint(self.model.config.vocab_size, (1, length), generator=generator)
+
+    def _calibration(self) -> Windows:
+        recipe = self.recipe
+        windows = load_calibration(
+            recipe.calibration,
+            lambda: self.tokenizer,
+            self.model.config.vocab_size,
+            samples=recipe.samples,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+        )
+        widest = max(site.units.width for site in self.job.sites if self.job.changes(site))
+        if windows.tokens < widest:
+            self.progress.warn(
+                f"{windows.tokens} calibration tokens for {widest} channels: the Gram matrix is singular; use more text"
+            )
+        return windows
+
+    def _evaluated(self) -> Windows | None:
+        """Evaluation windows: those asked for, or by default the held-out part of the calibration text."""
+        asked, given = self.recipe.eval, self.recipe.calibration
+        if asked == "none":
+            return None
+        if asked is None:
+            tokenised = not isinstance(given, str) or given.endswith(".safetensors")
+            if tokenised or self.parameters >= EVALUATED_BY_DEFAULT:
+                return None
+            if not self.has_tokenizer:
+                self.progress.warn(
+                    f"{self.located.folder} has no tokenizer: no evaluation (name token ids with --eval)"
+                )
+                return None
+        source = asked or given
+        source = os.path.abspath(source) if Path(source).is_file() else source
+        length = self.recipe.seq_len or (self.windows.ids.shape[1] if self.windows else default_length(source))
+        found = evaluation_windows(
+            source,
+            lambda: self.tokenizer,
+            self.model.config.vocab_size,
+            seq_len=None if source.endswith(".safetensors") and self.recipe.seq_len is None else length,
+            held_out=self._held_out(source),
+        )
+        if found is None and asked is not None:
+            raise GrailError(f"--eval {asked} holds less than one window of {length} tokens")
+        return found
+
+    def _held_out(self, source: str) -> bool:
+        """Whether only the part of `source` that calibration never sees may be used for evaluation."""
+        given = self.recipe.calibration
+        return isinstance(given, str) and (source == given or os.path.abspath(given) == source)
+
+    def headline(self) -> str:
+        """The one line before work."""
+        changed = sum(map(self.job.changes, self.job.sites))
+        tokens = self.windows.tokens if self.windows else 0
+        evaluated = self.evaluated.tokens if self.evaluated else 0
+        cost = estimate(self.job, tokens, evaluated, self.recipe.compare_pruned and self.recipe.compensate)
+        return (
+            f"{self.recipe.called or self.located.id}: {self.parameters / 1e6:.1f} M parameters, "
+            f"{changed} of {len(self.job.sites)} sites, {tokens:,} calibration tokens; "
+            f"about {cost.memory / 1e9:.1f} GB and {max(cost.seconds, 1):.0f} s"
+        )
+
+    def source_entry(self) -> dict:
+        located = self.located
+        return {
+            "id": self.recipe.called or located.id,
+            "revision": located.revision,
+            "sha256": self.model.source.sha256(),
+        }
+
+    def calibration_entry(self) -> dict | None:
+        if self.windows is None:
+            return None
+        count, length = self.windows.ids.shape
+        return {
+            "source": self.windows.source,
+            "sha256": self.windows.sha256,
+            "windows": count,
+            "seq_len": length,
+            "tokens": self.windows.tokens,
+        }
+
+    def write_rest(self, job: Job, streamed: Streamed, out: OutputFolder) -> NarrowConfig:
+        """Configuration, carried files, index last."""
+        narrow = self.model.narrow_config(streamed.reductions, job.sites)
+        config = dict(narrow.config)
+        if self.recipe.output_dtype:
+            config.pop("torch_dtype", None)
+            config["dtype"] = self.recipe.output_dtype
+        out.write_json("config.json", config)
+        out.carry_over(self.located.folder)
+        out.write_index()
+        return narrow
+
+    def reopen(self, out: OutputFolder, streamed: Streamed) -> dict:
+        tokens = self.tokenizer(reopen.SAMPLE).input_ids if self.has_tokenizer else None
+        needed = out.total_parameters * self.model.dtype.itemsize
+        return reopen.verify(
+            out.partial,
+            self.probe,
+            streamed.probe_logits,
+            str(self.model.dtype).removeprefix("torch."),
+            tokens,
+            out.written,
+            layerwise=needed > 0.7 * available_memory(),
+        )
+
+    def evaluate(self, out: OutputFolder) -> dict | None:
+        """Perplexities of the written files on the held-out windows."""
+        if self.evaluated is None:
+            return None
+        found: dict[str, float] = {}
+        found["dense"] = self._perplexity("evaluating dense", self.located.folder)
+        if self.recipe.compare_pruned and self.recipe.compensate:
+            found["pruned"] = self._pruned_perplexity(out)
+        found["compressed"] = self._perplexity("evaluating compressed", out.partial)
+        count, length = self.evaluated.ids.shape
+        return {
+            "data": self.evaluated.source,
+            "sha256": self.evaluated.sha256,
+            "windows": count,
+            "seq_len": length,
+            "held_out": self._held_out(self.evaluated.source),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "perplexity": found,
+        }
+
+    def _perplexity(self, label: str, folder: Path) -> float:
+        with self.phase(label):
+            return perplexity(self._open(folder), self.evaluated.ids, track=self.progress.layers(label))
+
+    def _pruned_perplexity(self, out: OutputFolder) -> float:
+        """What the same recipe gives with --no-compensate: a run of its own, evaluated and thrown away."""
+        job = replace(self.job, recipe=replace(self.recipe, compensate=False))
+        with OutputFolder(out.partial / "pruned") as pruned:
+            with self.phase("pruned only"):
+                windows = self.windows.ids if job.needs_data else None
+                streamed = stream(job, windows, self.probe, pruned, self.progress.layers("pruning only"))
+            self.write_rest(job, streamed, pruned)
+            return self._perplexity("evaluating pruned", pruned.partial)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
