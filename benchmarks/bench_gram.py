@@ -2,39 +2,60 @@
 
     pytest benchmarks/bench_gram.py --benchmark-only --benchmark-json=gram.json
 
-`ratio` in extra_info is the median time of the full product over that of GramAccumulator.update (at most 2: half the
-multiplications). Shapes of issue A: the MLP widths of SmolLM2-135M, a 4096-wide attention, and LLaMA-2-7B's MLP.
+The same file runs on a CPU (float32, small) and on a GPU (bf16, full size). In extra_info: seconds as p20, p50, p80 for
+each way, `ratio` the full product's median over ours (2 is the limit: half the multiplications), useful GFLOP/s of
+ours, and on a GPU `roofline` the fraction of half the measured full-product rate. Ways: `full` (BLAS or cuBLAS GEMM),
+`blocked` (a GEMM per block row of a dense matrix), `ssyrk` (scipy, CPU only; its BLAS is OpenBLAS, torch's is not).
 """
 
 import pytest
 import torch
+from scipy.linalg.blas import ssyrk
 
 from benchmarks.timing import record, side_by_side
 from grail_kernels import GramAccumulator, backend
 
-SHAPES = {"smollm2-mlp": (8192, 1536), "attention-4096": (4096, 4096), "llama-2-7b-mlp": (2048, 11008)}
+SMALL = {"smollm2-mlp": (8192, 1536), "attention-4096": (4096, 4096), "llama-2-7b-mlp": (2048, 11008)}
+FULL = {"smollm2-mlp": (65536, 1536), "attention-4096": (32768, 4096), "llama-2-7b-mlp": (32768, 11008)}
+BLOCK = 512
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SMALL)
 def bench_gram_update(benchmark, shape):
-    rows, width = SHAPES[shape]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x_TH = torch.randn(rows, width, device=device, generator=torch.Generator(device).manual_seed(0))
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    rows, width = (FULL if cuda else SMALL)[shape]
+    x_TH = torch.randn(rows, width, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     full_HH = torch.zeros(width, width, device=device)
     accumulator = GramAccumulator(width, device=device)
 
-    def full():
-        full_HH.add_(x_TH.T @ x_TH)
+    def blocked():
+        for start in range(0, width, BLOCK):
+            end = min(start + BLOCK, width)
+            full_HH[start:end, :end] += x_TH[:, start:end].T @ x_TH[:, :end]
 
-    times = side_by_side({"full": full, "packed": lambda: accumulator.update(x_TH)})
-    benchmark.pedantic(lambda: accumulator.update(x_TH), rounds=1)
-    packed = accumulator.packed.data.numel() * 4
+    calls = {
+        "full": lambda: full_HH.add_(x_TH.T @ x_TH),
+        "blocked": blocked,
+        "packed": lambda: accumulator.update(x_TH),
+    }
+    if not cuda:
+        x_fortran = x_TH.numpy().T
+        calls["ssyrk"] = lambda: ssyrk(1.0, x_fortran)
+    times = side_by_side(calls)
+    benchmark.pedantic(calls["packed"], rounds=1)
+    full, packed = times["full"]["p50"], times["packed"]["p50"]
+    extra = {"roofline": full / 2 / packed} if cuda else {}
     record(
         benchmark,
         times,
-        ratio=times["full"]["p50"] / times["packed"]["p50"],
-        useful_gflops=rows * width * (width + 1) / times["packed"]["p50"] / 1e9,
-        full_gflops=2 * rows * width**2 / times["full"]["p50"] / 1e9,
-        packed_share_of_full=packed / (4 * width**2),
+        rows=rows,
+        width=width,
+        dtype=str(dtype),
+        ratio=full / packed,
+        useful_gflops=rows * width * (width + 1) / packed / 1e9,
+        full_gflops=2 * rows * width**2 / full / 1e9,
+        packed_share_of_full=accumulator.packed.data.numel() / width**2,
         backend=backend("gram", device).name,
+        **extra,
     )

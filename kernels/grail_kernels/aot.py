@@ -11,6 +11,7 @@ bytes. The triton wheel ships ptxas, cuobjdump and nvdisasm. Not to be run with 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -20,15 +21,28 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .configs import GRAM, GRAM_THREE_DOTS, INTERPRETER, GramConfig
+from .configs import (
+    GRAM,
+    GRAM_THREE_DOTS,
+    INTERPRETER,
+    MATMUL_PRECISION,
+    MATMUL_ROWS,
+    PACKED_BLOCK,
+    SCATTER_BLOCK,
+    SMALL_COLUMNS,
+    SMALL_ROWS,
+    GramConfig,
+)  # fmt: skip
 
+INPUT_POINTERS = {"x_ptr", "low_ptr", "x_low_ptr", "y_ptr", "y_low_ptr"}
 POINTERS = {
-    "gram_kernel": ("x_ptr", "low_ptr", "mask_ptr", "out_ptr", "sum_ptr"),
-    "cross_kernel": ("x_ptr", "x_low_ptr", "y_ptr", "y_low_ptr", "mask_ptr", "out_ptr"),
-}
-FLOAT32_POINTERS = {"out_ptr", "sum_ptr"}
+    "mask_ptr": "u8", "info_ptr": "i32", "rows_ptr": "i64", "cols_ptr": "i64", "index_ptr": "i64",
+    "high_part_ptr": "bf16", "low_part_ptr": "bf16",
+}  # fmt: skip
 UNIT_STRIDES = {"stride_h", "stride_xh", "stride_yh"}
 LONG = {"stride_s", "out_size"}
+RIDGE = "ridge_triton.ridge_kernel"
+UNALIGNED = {"rows", "R", "C", "N", "size"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,8 @@ TENSOR_MEMORY_COLUMNS = 512
 
 @dataclass(frozen=True)
 class Variant:
-    """One way a kernel is specialised at launch."""
+    """One way a kernel is specialised at launch. `constants` None: those of the Gram configuration; `pipelined`: its
+    operands must come in 16-byte copies; `matrix`: it must use the matrix units."""
 
     name: str
     kernel: str = "gram_kernel"
@@ -62,6 +77,28 @@ class Variant:
     mask: bool = False
     three_dots: bool = False
     add: bool = True
+    module: str = "gram_triton"
+    constants: tuple[tuple[str, int], ...] | None = None
+    warps: int = 4
+    stages: int = 2
+    matrix: bool = True
+    pipelined: bool = True
+
+
+def _plain(name: str, kernel: str, warps: int = 4, matrix: bool = False, stages: int = 2, **constants: int) -> Variant:
+    """A float32 kernel without a configuration of its own."""
+    module, function = kernel.split(".")
+    return Variant(
+        name,
+        kernel=function,
+        dtype="fp32",
+        module=module,
+        constants=tuple(constants.items()),
+        warps=warps,
+        stages=stages,
+        matrix=matrix,
+        pipelined=False,
+    )
 
 
 VARIANTS = (
@@ -73,6 +110,17 @@ VARIANTS = (
     Variant("gram fp32 masked", mask=True, three_dots=True),
     Variant("cross bf16", kernel="cross_kernel"),
     Variant("cross fp32 masked", kernel="cross_kernel", mask=True, three_dots=True),
+    _plain(
+        "packed matmul", "packed_triton.matmul_kernel", 8, True, TILE=128, BLOCK_N=PACKED_BLOCK, BLOCK_K=MATMUL_ROWS
+    ),
+    _plain("packed gather", "packed_triton.gather_kernel", TILE=128, BLOCK=PACKED_BLOCK),
+    _plain("packed scatter", "packed_triton.scatter_kernel", TILE=128, BLOCK=SCATTER_BLOCK),
+    _plain("split reduction", "gram_triton.reduce_kernel", BLOCK=1024),
+    _plain("float32 parts", "gram_triton.split_kernel", BLOCK=1024),
+    *(
+        _plain(f"small ridge {k}", RIDGE, stages=1, BLOCK_K=k, BLOCK_M=SMALL_COLUMNS, BLOCK_P=SMALL_ROWS)
+        for k in (16, 32, 64, 128)
+    ),
 )
 
 
@@ -115,9 +163,9 @@ def check(target_name: str, variant: Variant, config: GramConfig | None = None) 
         result.problems.append(f"{result.shared} bytes of shared memory, limit {target.shared_limit}")
     if result.tensor_columns > TENSOR_MEMORY_COLUMNS:
         result.problems.append(f"{result.tensor_columns} columns of tensor memory, limit {TENSOR_MEMORY_COLUMNS}")
-    if not result.matrix:
+    if variant.matrix and not result.matrix:
         result.problems.append("no matrix instruction (a trap, or plain arithmetic)")
-    if result.narrow_copies or not result.wide_copies:
+    if variant.pipelined and (result.narrow_copies or not result.wide_copies):
         result.problems.append(f"{result.narrow_copies} copies narrower than 16 bytes, {result.wide_copies} wide")
     return result
 
@@ -133,29 +181,23 @@ def _compile(target: Target, variant: Variant, config: GramConfig):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import gram_triton
-
-    kernel = getattr(gram_triton, variant.kernel)
-    constants = {
-        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "SPAN": config.span, "HAS_MASK": variant.mask,
-        "THREE_DOTS": variant.three_dots, "ADD": variant.add, "EPILOGUE": config.epilogue, "UPCAST": False,
-    }  # fmt: skip
-    constants |= {name: 1 for name in UNIT_STRIDES if name in kernel.arg_names}
-    if variant.kernel == "gram_kernel":
-        constants |= {"TILE": config.tile, "STEP": config.step}
+    kernel = getattr(importlib.import_module(f".{variant.module}", __package__), variant.kernel)
+    if variant.constants is None:
+        constants, options = _gram_constants(kernel, variant, config), (config.warps, config.stages)
     else:
-        constants |= {"BLOCK_N": config.tile}
+        constants, options = dict(variant.constants), (variant.warps, variant.stages)
+    if "PRECISION" in kernel.arg_names:
+        constants["PRECISION"] = MATMUL_PRECISION[target.backend]
     signature, aligned = {}, []
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-            continue
-        if name.endswith("_ptr"):
-            kind = "fp32" if name in FLOAT32_POINTERS else "u8" if name == "mask_ptr" else variant.dtype
-            signature[name] = f"*{kind}"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + (variant.dtype if name in INPUT_POINTERS else POINTERS.get(name, "fp32"))
         else:
             signature[name] = "i64" if name in LONG else "i32"
-        if name != "rows":
+        unaligned = name in UNALIGNED or (name == "columns" and variant.constants is not None)
+        if name not in constants and not unaligned:
             aligned.append(name)
     index = kernel.arg_names.index
     source = ASTSource(
@@ -164,8 +206,18 @@ def _compile(target: Target, variant: Variant, config: GramConfig):
         constexprs={(index(name),): value for name, value in constants.items()},
         attrs={(index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
+    gpu = GPUTarget(target.backend, target.arch, target.warp)
+    return triton.compile(source, target=gpu, options={"num_warps": options[0], "num_stages": options[1]})
+
+
+def _gram_constants(kernel, variant: Variant, config: GramConfig) -> dict[str, int]:
+    constants = {
+        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "SPAN": config.span, "HAS_MASK": variant.mask,
+        "THREE_DOTS": variant.three_dots, "ADD": variant.add, "EPILOGUE": config.epilogue, "UPCAST": False,
+        "TILE": config.tile, "BLOCK_N": config.tile, "STEP": config.step,
+    }  # fmt: skip
+    constants |= dict.fromkeys(UNIT_STRIDES, 1)
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
 def _inspect_cuda(kernel) -> dict:

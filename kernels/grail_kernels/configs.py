@@ -47,6 +47,12 @@ GRAM_THREE_DOTS = {
 }
 
 
+PACKED_BLOCK, SCATTER_BLOCK, MATMUL_ROWS = 64, 32, 32
+SMALL_COLUMNS, SMALL_ROWS = 32, 16
+MATMUL_PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+"""How float32 is multiplied on the matrix units; three passes of tf32 are good to 1e-6."""
+
+
 def target_of(capability: tuple[int, int] | None, hip_arch: str | None = None) -> str:
     """The configuration name for a CUDA compute capability or a HIP architecture.
 

@@ -13,7 +13,11 @@ from typing import NamedTuple
 import torch
 
 ENVIRONMENT = "GRAIL_KERNELS_BACKEND"
-IMPLEMENTATIONS = {"gram": ("reference", "torch", "triton"), "ridge": ("reference", "torch")}
+IMPLEMENTATIONS = {
+    "gram": ("reference", "torch", "triton"),
+    "packed": ("torch", "triton"),
+    "ridge": ("reference", "torch", "triton"),
+}
 
 
 class Backend(NamedTuple):
@@ -24,11 +28,11 @@ class Backend(NamedTuple):
 
 
 def backend(operation: str = "gram", device=None, override: str | None = None) -> Backend:
-    """Choose the implementation of `operation` ("gram" or "ridge") for a device.
+    """Choose the implementation of `operation` ("gram", "packed" or "ridge") for a device.
 
     "reference" is the plain formula in float64; "torch" is blocked torch, on CPU and CUDA; "triton" are our kernels,
-    the default for Gram matrices on a GPU. The environment names one implementation for all operations; an operation
-    that has none of that name keeps its default.
+    the default on a GPU (for "ridge": stacks of K <= 128, the rest goes through torch.linalg). The environment names
+    one implementation for all operations; an operation that has none of that name keeps its default.
     Raises ValueError for an operation or an implementation that does not exist, and for one that cannot run here.
     """
     if operation not in IMPLEMENTATIONS:

@@ -64,7 +64,8 @@ class GramAccumulator:
         count = self.sites or 1
         size = packed_size(self.width, tile, padded=padded)
         self._data = torch.zeros(count, size, dtype=torch.float32, device=self.device)
-        self._packed = [PackedSymmetric(self.width, tile=tile, padded=padded, data=row) for row in self._data]
+        layout = {"tile": tile, "padded": padded, "backend": "triton" if self.backend.name == "triton" else None}
+        self._packed = [PackedSymmetric(self.width, data=row, **layout) for row in self._data]
         self._sum = torch.zeros(count, self.width, dtype=torch.float64, device=self.device)
         self._count = torch.zeros(count, dtype=torch.int64)
         self._symmetric = True

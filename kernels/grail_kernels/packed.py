@@ -14,6 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import Backend
+from .dispatch import backend as choose_backend
+
+LAYOUT = Backend("torch", "the layout is not padded")
+
 
 def default_tile(width: int, device: torch.device) -> int:
     """Tile edge for a width. CPU: fastest of 64..1024 on two AVX-512 cores (benchmarks/bench_gram.py)."""
@@ -31,7 +36,8 @@ def packed_size(width: int, tile: int, *, padded: bool) -> int:
 class PackedSymmetric:
     """Symmetric [H, H] matrix, float32 by default, stored as about H(H + b)/2 numbers.
 
-    Every method works on the packed form; only `to_dense` unpacks the whole.
+    Every method works on the packed form; only `to_dense` unpacks the whole. `backend` overrides the dispatch ("torch",
+    "triton"; the kernels need the padded layout).
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class PackedSymmetric:
         dtype=torch.float32,
         padded: bool = False,
         data: Tensor | None = None,
+        backend: str | None = None,
     ):
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
@@ -50,6 +57,7 @@ class PackedSymmetric:
         self.device = torch.device(device or "cpu") if data is None else data.device
         self.tile = tile or default_tile(width, self.device)
         self.padded = padded
+        self.backend = choose_backend("packed", self.device, backend) if padded else LAYOUT
         self.bounds = [(s, min(s + self.tile, width)) for s in range(0, width, self.tile)]
         strides = [self.tile if padded else end - start for start, end in self.bounds]
         sizes = [end * stride for (_, end), stride in zip(self.bounds, strides, strict=True)]
@@ -108,6 +116,12 @@ class PackedSymmetric:
         rows, cols = self._index(rows), self._index(cols)
         if out is None:
             out = self.data.new_empty(len(rows), len(cols))
+        if self.backend.name == "triton" and out.stride(1) == 1:
+            if out.numel():
+                from .launch import packed_gather
+
+                packed_gather(self.data, self.tile, rows, cols, out)
+            return out
         for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
             in_cols = ((cols >= start) & (cols < end)).nonzero()[:, 0]
             above = (rows < end).nonzero()[:, 0]
@@ -121,8 +135,30 @@ class PackedSymmetric:
                 out[in_rows[:, None], left] = block.mT.to(out.dtype)
         return out
 
+    def scatter_(self, index: Tensor, values: Tensor) -> PackedSymmetric:
+        """G[index][:, index] = values [N, N], symmetric, of which the lower triangle is read; distinct indices."""
+        index = self._index(index)
+        if values.shape != (len(index), len(index)) or len(index.unique()) != len(index):
+            raise ValueError(f"values {tuple(values.shape)} do not fit {len(index)} distinct indices")
+        values = values.to(self.data).contiguous()
+        if self.backend.name == "triton" and len(index):
+            from .launch import packed_scatter
+
+            packed_scatter(self.data, self.tile, index, values)
+            return self
+        values = values.tril() + values.tril(-1).mT
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            columns = ((index >= start) & (index < end)).nonzero()[:, 0]
+            above = (index < end).nonzero()[:, 0]
+            panel[index[above][:, None], index[columns] - start] = values[above][:, columns]
+        return self
+
     def matmul(self, dense_HM: Tensor) -> Tensor:
-        """G @ dense, [H, M], in the dtype of the dense operand."""
+        """G @ dense, [H, M], in the dtype of the dense operand (by the kernel: float32, in three passes of tf32)."""
+        if self.backend.name == "triton" and dense_HM.dtype == torch.float32 and dense_HM.numel():
+            from .launch import packed_matmul
+
+            return packed_matmul(self.data, self.tile, dense_HM)
         out = torch.zeros_like(dense_HM)
         for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
             panel = panel.to(dense_HM.dtype)

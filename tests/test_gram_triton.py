@@ -1,0 +1,222 @@
+"""The Triton kernels in the interpreter, against float64.
+
+What the interpreter cannot show: it multiplies bf16 upcast to float32 (its tl.dot has no bf16), it truncates instead of
+rounding when it converts (the kernels round by hand), it runs programs one after the other, and it knows no tensor
+cores. So these tests cover indexing, masks, splits and sums; test_aot.py looks at the machine code. Few, large tiles,
+since an iteration costs about 2 ms whatever its size.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grail_kernels import CrossAccumulator, GramAccumulator, cross_reference, gram_reference
+from grail_kernels.configs import GRAM, GRAM_THREE_DOTS
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def rows(count, width, dtype=torch.float32, seed=0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bound(x):
+    """float32 goes through two bf16 parts: 16 bits, so one product is off by up to 2^-16; over a matrix it averages."""
+    if x.dtype != torch.float32:
+        return 1e-6
+    return 5e-6 if x.numel() >= 64 else 2**-16
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every workspace starts as NaN: an element that a kernel does not write shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "width"), [(1, 1), (63, 7), (100, 130), (130, 33), (64, 64), (257, 96)])
+def test_odd_shapes(poisoned, dtype, count, width):
+    x = rows(count, width, DTYPES[dtype])
+    found = GramAccumulator(width, backend="triton").update(x)
+    assert error(found.to_dense(), gram_reference(x)) <= bound(x)
+    assert torch.allclose(found.sum, x.double().sum(0), rtol=1e-4, atol=1e-4)
+    assert found.count == count
+    assert torch.equal(found.to_dense(), found.to_dense().mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_rows_never_leak(poisoned, dtype):
+    x = rows(150, 70, DTYPES[dtype])
+    mask = torch.rand(150, generator=torch.Generator().manual_seed(1)) > 0.4
+    dirty = x.clone()
+    dirty[~mask] = float("nan")
+    found = GramAccumulator(70, backend="triton").update(dirty, mask)
+    assert error(found.to_dense(), gram_reference(x[mask])) <= bound(x)
+    assert torch.allclose(found.sum, x[mask].double().sum(0), rtol=1e-4, atol=1e-4)
+    assert found.count == int(mask.sum())
+
+
+VIEWS = {
+    "transposed": lambda: rows(40, 90, torch.float16).mT,
+    "every other row": lambda: rows(180, 40, torch.float16)[::2],
+    "middle columns": lambda: rows(90, 80, torch.float16)[:, 20:60],
+    "every other column": lambda: rows(90, 80)[:, ::2],
+    "windows": lambda: rows(90, 40, torch.bfloat16).view(3, 30, 40),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strided_views(poisoned, view):
+    x = VIEWS[view]()
+    found = GramAccumulator(x.shape[-1], backend="triton").update(x)
+    assert error(found.to_dense(), gram_reference(x.reshape(-1, x.shape[-1]))) <= bound(x)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_splits_agree_and_repeat_to_the_bit(poisoned, splits):
+    from grail_kernels.launch import gram_add
+    from grail_kernels.packed import packed_size
+
+    x = rows(300, 70, torch.float16)
+    results = []
+    for _ in range(2):
+        data = torch.zeros(1, packed_size(70, GRAM["interpreter"].tile, padded=True))
+        sums = gram_add(data, x[None], None, splits=splits)
+        results.append((data, sums))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    accumulator = GramAccumulator(70, backend="triton").update(x)
+    accumulator._data.copy_(results[0][0])
+    assert error(accumulator.to_dense(), gram_reference(x)) <= 1e-6
+
+
+def test_many_updates_and_a_long_one(poisoned):
+    x = rows(3000, 20, torch.float16)
+    parts = GramAccumulator(20, backend="triton", precise=True)
+    for part in x.split(110):
+        parts.update(part)
+    whole = GramAccumulator(20, backend="triton", precise=True).update(x)
+    for found in (parts, whole):
+        assert error(found.to_dense(), gram_reference(x)) <= 1e-6
+        assert found.count == 3000
+
+
+def test_many_sites_at_once_also_as_heads_of_one_tensor(poisoned):
+    x = rows(90, 4 * 24, torch.float16)
+    heads = x.view(90, 4, 24).transpose(0, 1)
+    mask = torch.rand(4, 90, generator=torch.Generator().manual_seed(2)) > 0.3
+    found = GramAccumulator(24, sites=4, backend="triton").update(heads, mask)
+    assert found.count == mask.sum(1).tolist()
+    for site in range(4):
+        assert error(found.packed[site].to_dense(), gram_reference(heads[site][mask[site]])) <= 1e-6
+        assert torch.allclose(found.sum[site], heads[site][mask[site]].double().sum(0), atol=1e-4)
+    same = GramAccumulator(24, sites=4, backend="torch").update(heads, mask)
+    assert error(found.to_dense(), same.to_dense().double()) <= 1e-6
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 140), st.integers(1, 110), st.booleans(), st.sampled_from(sorted(DTYPES)))
+def test_any_shape(count, width, masked, dtype):
+    x = rows(count, width, DTYPES[dtype])
+    mask = torch.arange(count) % 3 != 1 if masked else None
+    found = GramAccumulator(width, backend="triton").update(x, mask)
+    assert error(found.to_dense(), gram_reference(x if mask is None else x[mask])) <= bound(x)
+
+
+def test_states_move_between_backends():
+    x = rows(90, 70)
+    for first, second in (("torch", "triton"), ("triton", "torch")):
+        started = GramAccumulator(70, backend=first).update(x[:50])
+        continued = GramAccumulator(70, backend=second)
+        continued.load_state_dict(started.state_dict())
+        continued.update(x[50:])
+        assert error(continued.to_dense(), gram_reference(x)) <= 5e-6
+        assert continued.count == 90
+
+
+def test_infinity_and_nan_in_counted_rows_are_seen():
+    for bad in (float("nan"), float("inf")):
+        x = rows(20, 10)
+        x[3, 4] = bad
+        assert not torch.isfinite(GramAccumulator(10, backend="triton").update(x).diagonal()[4])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_moment(poisoned, backend, masked, dtype):
+    x, y = rows(150, 70, DTYPES[dtype]), rows(150, 45, DTYPES[dtype], seed=3)
+    mask = torch.arange(150) % 4 != 2
+    dirty = x.clone()
+    if masked:
+        dirty[~mask] = float("nan")
+    found = CrossAccumulator(70, 45, backend=backend)
+    for part in (slice(0, 90), slice(90, 150)):
+        found.update(dirty[part], y[part], mask[part] if masked else None)
+    kept = mask if masked else torch.ones(150, dtype=torch.bool)
+    assert error(found.value, cross_reference(x[kept], y[kept])) <= bound(x)
+    assert found.count == int(kept.sum())
+
+
+def test_cross_moment_splits_states_and_shapes(poisoned):
+    from grail_kernels.launch import cross_add
+
+    x, y = rows(200, 40, torch.float16), rows(200, 33, torch.float16, seed=3)
+    out = torch.zeros(40, 33)
+    cross_add(out, x, y, None, splits=3)
+    assert error(out, cross_reference(x, y)) <= 1e-6
+    first = CrossAccumulator(40, 33).update(x[:90], y[:90])
+    second = CrossAccumulator(40, 33)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.update(x[90:], y[90:]).value, first.update(x[90:], y[90:]).value)
+    with pytest.raises(ValueError):
+        first.update(x, y[:, :5])
+
+
+@triton.jit
+def decode_kernel(panel_ptr, block_ptr, COUNT: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr):
+    from_here = tl.arange(0, COUNT)
+    panel, block = decode(from_here, SPAN, STEP)
+    tl.store(panel_ptr + from_here, panel)
+    tl.store(block_ptr + from_here, block)
+
+
+from grail_kernels.gram_triton import decode_program as decode  # noqa: E402
+
+TABLES = {"gram": GRAM, "fp32": GRAM_THREE_DOTS}
+SHIPPED = {f"{table} {name}": config for table, held in TABLES.items() for name, config in held.items()}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("panels", [1, 5, 86, 224], ids=lambda n: f"{n} panels")
+def test_every_lower_tile_is_made_by_exactly_one_program(name, panels):
+    from grail_kernels.launch import _program_count
+
+    config = SHIPPED[name]
+    programs = _program_count(panels * config.tile, config)
+    count = triton.next_power_of_2(programs)
+    panel, block = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int32)
+    decode_kernel[(1,)](panel, block, COUNT=count, SPAN=config.span, STEP=config.step)
+    made = list(zip(panel[:programs].tolist(), block[:programs].tolist(), strict=True))
+    per_panel = config.block_m // config.tile
+    wanted = {(p, b) for p in range(panels) for b in range(p // per_panel + 1)}
+    kept = [(p, b) for p, b in made if p < panels and b * config.block_m < (p + 1) * config.tile]
+    assert sorted(kept) == sorted(wanted)
