@@ -20,6 +20,7 @@ from .packed import PackedSymmetric, default_tile, packed_size
 CHAIN_ROWS = 8192
 CHAIN_ROWS_PRECISE = 2048
 NARROW, NARROW_CHAIN_ROWS = 32, 512
+SQUARE_LEAF = 96
 
 
 def gram_reference(x_TH: Tensor) -> Tensor:
@@ -213,9 +214,7 @@ class CrossAccumulator:
             self.value += cross_reference(x_TH.to(self.device), y_TO.to(self.device)).float()
             return
         x_TH, y_TO = x_TH.to(self.device, torch.float32), y_TO.to(self.device, torch.float32)
-        step = NARROW_CHAIN_ROWS if min(self.width, self.columns) < NARROW else max(len(x_TH), 1)
-        for x_part, y_part in zip(x_TH.split(step), y_TO.split(step), strict=True):
-            self.value += x_part.mT @ y_part
+        _add_product(self.value, x_TH, y_TO)
 
     def all_reduce(self, group=None) -> CrossAccumulator:
         """Sum over the processes of a torch.distributed group."""
@@ -260,12 +259,32 @@ def _to(mask: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def _accumulate_panels(packed: PackedSymmetric, x_TH: Tensor) -> None:
-    """One GEMM per panel, then added; the half above the diagonal tiles is never computed. A BLAS sums the rows of a
-    very narrow product one after the other, so those are cut shorter."""
+    """One GEMM per panel for what lies above its diagonal tile, and the upper half of that tile; then added. The half
+    above the diagonal tiles, and most of the other half of those, is never computed."""
     for panel, (start, end) in zip(packed.panels, packed.bounds, strict=True):
-        rows = NARROW_CHAIN_ROWS if end - start < NARROW else max(len(x_TH), 1)
-        for part_TH in x_TH.split(rows):
-            panel += part_TH[:, :end].mT @ part_TH[:, start:end]
+        if start:
+            _add_product(panel[:start], x_TH[:, :start], x_TH[:, start:end])
+        _add_square(panel[start:end], x_TH[:, start:end])
+
+
+def _add_square(out_WW: Tensor, x_TW: Tensor) -> None:
+    """The upper triangle (at least) of out += XᵀX, by halves down to squares that a BLAS still multiplies fast."""
+    width = x_TW.shape[1]
+    if width <= SQUARE_LEAF or x_TW.device.type != "cpu":
+        _add_product(out_WW, x_TW, x_TW)
+        return
+    half = (width // 2 + 15) // 16 * 16
+    _add_square(out_WW[:half, :half], x_TW[:, :half])
+    _add_product(out_WW[:half, half:], x_TW[:, :half], x_TW[:, half:])
+    _add_square(out_WW[half:, half:], x_TW[:, half:])
+
+
+def _add_product(out_HO: Tensor, x_TH: Tensor, y_TO: Tensor) -> None:
+    """out += XᵀY. A BLAS sums the rows of a very narrow product one after the other, so those are cut shorter."""
+    narrow = min(out_HO.shape) < NARROW
+    rows = NARROW_CHAIN_ROWS if narrow else max(len(x_TH), 1)
+    for x_part, y_part in zip(x_TH.split(rows), y_TO.split(rows), strict=True):
+        out_HO += x_part.mT @ y_part
 
 
 def _accumulate_reference(packed: PackedSymmetric, x_TH: Tensor) -> None:
