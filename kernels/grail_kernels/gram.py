@@ -20,7 +20,7 @@ from .packed import PackedSymmetric, default_tile, packed_size
 CHAIN_ROWS = 8192
 CHAIN_ROWS_PRECISE = 2048
 NARROW, NARROW_CHAIN_ROWS = 32, 512
-SQUARE_LEAF = 96
+SQUARE_LEAF = 128
 
 
 def gram_reference(x_TH: Tensor) -> Tensor:

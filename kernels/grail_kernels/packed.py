@@ -21,9 +21,11 @@ LAYOUT = Backend("torch", "the layout is not padded")
 
 
 def default_tile(width: int, device: torch.device) -> int:
-    """Tile edge for a width. CPU: the fastest of 64..1024 on two AVX-512 cores that keeps a width of 11,008 below 0.52
-    of the full matrix; narrower widths are one tile or a few."""
-    return 384 if device.type == "cpu" else 128
+    """Tile edge for a width. CPU: the fastest of 64..1024 on two AVX-512 cores (benchmarks/bench_gram.py); for large
+    widths the fastest that keeps the packed matrix below 0.52 of the full one."""
+    if device.type != "cpu":
+        return 128
+    return 512 if 3072 <= width < 8192 else 384
 
 
 def packed_size(width: int, tile: int, *, padded: bool) -> int:
