@@ -13,7 +13,12 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; test_aot.py c
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
+
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), 2))
 

@@ -33,7 +33,7 @@ def test_every_shipped_configuration_compiles_to_what_it_should():
     results = json.loads(done.stdout)
     assert {r["target"]: r["problems"] for r in results if r["problems"]} == {}
     assert done.returncode == 0
-    assert len(results) == len(TARGETS) * len(VARIANTS)
+    assert len(results) == len(TARGETS) * len(VARIANTS) - 3 * sum(variant.descriptors for variant in VARIANTS)
     assert set(TARGETS) == (set(GRAM) | set(GRAM_THREE_DOTS)) - {INTERPRETER}
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from .configs import (
     GRAM,
     GRAM_THREE_DOTS,
+    GRAM_TMA,
     INTERPRETER,
     MATMUL_PRECISION,
     MATMUL_ROWS,
@@ -39,6 +40,7 @@ POINTERS = {
     "mask_ptr": "u8", "info_ptr": "i32", "rows_ptr": "i64", "cols_ptr": "i64", "index_ptr": "i64",
     "high_part_ptr": "bf16", "low_part_ptr": "bf16",
 }  # fmt: skip
+DESCRIPTORS = {"rows_desc": "block_m", "cols_desc": "tile"}
 UNIT_STRIDES = {"stride_h", "stride_xh", "stride_yh"}
 LONG = {"stride_s", "out_size"}
 RIDGE = "ridge_triton.ridge_kernel"
@@ -69,7 +71,8 @@ TENSOR_MEMORY_COLUMNS = 512
 @dataclass(frozen=True)
 class Variant:
     """One way a kernel is specialised at launch. `constants` None: those of the Gram configuration; `pipelined`: its
-    operands must come in 16-byte copies; `matrix`: it must use the matrix units."""
+    operands must come in 16-byte copies, or through the copy engine; `descriptors`: only for targets that have one;
+    `matrix`: it must use the matrix units."""
 
     name: str
     kernel: str = "gram_kernel"
@@ -83,6 +86,12 @@ class Variant:
     stages: int = 2
     matrix: bool = True
     pipelined: bool = True
+    descriptors: bool = False
+
+    def config(self, target: str) -> GramConfig:
+        """The shipped configuration of a variant that has one."""
+        table = GRAM_TMA if self.descriptors else GRAM_THREE_DOTS if self.three_dots else GRAM
+        return table[target]
 
 
 def _plain(name: str, kernel: str, warps: int = 4, matrix: bool = False, stages: int = 2, **constants: int) -> Variant:
@@ -108,6 +117,8 @@ VARIANTS = (
     Variant("gram bf16 split", add=False),
     Variant("gram fp32", three_dots=True),
     Variant("gram fp32 masked", mask=True, three_dots=True),
+    Variant("gram bf16 TMA", kernel="gram_tma_kernel", module="gram_tma", descriptors=True),
+    Variant("gram bf16 TMA split", kernel="gram_tma_kernel", module="gram_tma", descriptors=True, add=False),
     Variant("cross bf16", kernel="cross_kernel"),
     Variant("cross fp32 masked", kernel="cross_kernel", mask=True, three_dots=True),
     _plain(
@@ -143,7 +154,7 @@ class Compiled:
 def check(target_name: str, variant: Variant, config: GramConfig | None = None) -> Compiled:
     """Compile one variant for one target (with its shipped configuration, or another one) and judge it."""
     target = TARGETS[target_name]
-    config = config or (GRAM_THREE_DOTS if variant.three_dots else GRAM)[target_name]
+    config = config or variant.config(target_name)
     kernel = _compile(target, variant, config)
     found = _inspect_hip(kernel) if target.backend == "hip" else _inspect_cuda(kernel)
     code = found.pop("code")
@@ -173,7 +184,12 @@ def check(target_name: str, variant: Variant, config: GramConfig | None = None) 
 def check_all(targets: list[str] | None = None) -> list[Compiled]:
     """Every variant on every target that has a shipped configuration."""
     names = [name for name in GRAM if name != INTERPRETER]
-    return [check(name, variant) for name in targets or names for variant in VARIANTS]
+    return [
+        check(name, variant)
+        for name in targets or names
+        for variant in VARIANTS
+        if name in GRAM_TMA or not variant.descriptors
+    ]
 
 
 def _compile(target: Target, variant: Variant, config: GramConfig):
@@ -192,12 +208,14 @@ def _compile(target: Target, variant: Variant, config: GramConfig):
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name in DESCRIPTORS:
+            signature[name] = f"tensordesc<{variant.dtype}[{config.block_k}, {getattr(config, DESCRIPTORS[name])}]>"
         elif name.endswith("_ptr"):
             signature[name] = "*" + (variant.dtype if name in INPUT_POINTERS else POINTERS.get(name, "fp32"))
         else:
             signature[name] = "i64" if name in LONG else "i32"
         unaligned = name in UNALIGNED or (name == "columns" and variant.constants is not None)
-        if name not in constants and not unaligned:
+        if name not in constants and name not in DESCRIPTORS and not unaligned:
             aligned.append(name)
     index = kernel.arg_names.index
     source = ASTSource(
@@ -236,7 +254,7 @@ def _inspect_cuda(kernel) -> dict:
         "code": code,
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "wide_copies": sum(w == 16 for w in widths),
+        "wide_copies": sum(w == 16 for w in widths) + len(re.findall(r"\bUTMALDG", code)),
         "narrow_copies": sum(w != 16 for w in widths),
     }
 

@@ -47,6 +47,13 @@ GRAM_THREE_DOTS = {
 }
 
 
+GRAM_TMA = {
+    "sm_90": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=4, epilogue=2),
+    "sm_100": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=4, epilogue=4),
+    INTERPRETER: GRAM[INTERPRETER],
+}
+"""For the tensor-descriptor kernel (gram_tma.py)."""
+
 PACKED_BLOCK, SCATTER_BLOCK, MATMUL_ROWS = 64, 32, 32
 SMALL_COLUMNS, SMALL_ROWS = 32, 16
 MATMUL_PRECISION = {"cuda": "tf32x3", "hip": "ieee"}

@@ -16,6 +16,7 @@ from . import gram_triton, packed_triton, ridge_triton
 from .configs import (
     GRAM,
     GRAM_THREE_DOTS,
+    GRAM_TMA,
     INTERPRETER,
     MATMUL_PRECISION,
     MATMUL_ROWS,
@@ -27,6 +28,7 @@ from .configs import (
     target_of,
 )  # fmt: skip
 
+VARIANT_ENVIRONMENT = "GRAIL_KERNELS_GRAM"
 ELEMENTWISE_BLOCK = 1024
 LEAST_SPLIT_ROWS = 512
 
@@ -51,16 +53,27 @@ def config_for(device: torch.device, dtype: torch.dtype) -> GramConfig:
     return table[_target(device)]
 
 
-def gram_add(
-    data: Tensor, x_STH: Tensor, mask_ST: Tensor | None, *, splits: int | None = None, config: GramConfig | None = None
-) -> Tensor:
+def uses_tma(x_STH: Tensor, mask_ST: Tensor | None) -> bool:
+    """Whether this input runs on the tensor-descriptor kernel: asked for (GRAIL_KERNELS_GRAM=tma), checked on this
+    target, one site without a mask, 16-bit rows that are dense and 16-byte aligned. Off by default: which of the two is
+    faster has not been measured, and they may differ in the last bit."""
+    if os.environ.get(VARIANT_ENVIRONMENT, "pointer") != "tma" or _target(x_STH.device) not in GRAM_TMA:
+        return False
+    aligned = x_STH.stride(1) * x_STH.element_size() % 16 == 0 and x_STH.data_ptr() % 16 == 0
+    dense = x_STH.shape[0] == 1 and x_STH.stride(2) == 1 and x_STH.stride(1) >= x_STH.shape[2]
+    return mask_ST is None and x_STH.dtype != torch.float32 and dense and aligned
+
+
+def gram_add(data: Tensor, x_STH: Tensor, mask_ST: Tensor | None, *, splits: int | None = None) -> Tensor:
     """data [S, size] float32 panels (padded layout) += Xᵀ X of each site; returns the column sums [S, H], float32.
 
     x may have any strides. mask [S, T] bool, True = the row counts. `splits` overrides how often the rows are split.
     """
     sites, rows, width = x_STH.shape
-    config = config or config_for(x_STH.device, x_STH.dtype)
-    high, low = _operands(x_STH)
+    if not rows:
+        return torch.zeros(sites, width, dtype=torch.float32, device=x_STH.device)
+    tma = uses_tma(x_STH, mask_ST)
+    config = GRAM_TMA[_target(x_STH.device)] if tma else config_for(x_STH.device, x_STH.dtype)
     programs = _program_count(width, config)
     splits = splits or _splits(programs * sites, rows, x_STH.device)
     split_rows = _round_up(-(-rows // splits), config.block_k)
@@ -68,17 +81,49 @@ def gram_add(
     make = data.new_zeros if padding else data.new_empty
     out = data if splits == 1 else make(sites, splits, data.shape[1])
     sums_SPH = torch.empty(sites, splits, width, dtype=torch.float32, device=x_STH.device)
+    launch = _launch_tma if tma else _launch_pointer
+    launch(config, x_STH, mask_ST, out, sums_SPH, split_rows)
+    if splits > 1:
+        _reduce(out, data, splits)
+    return sums_SPH.sum(1)
+
+
+def _launch_pointer(
+    config: GramConfig, x_STH: Tensor, mask_ST: Tensor | None, out: Tensor, sums_SPH: Tensor, split_rows: int
+) -> None:
+    sites, rows, width = x_STH.shape
+    high, low = _operands(x_STH)
     mask = torch.empty(0, dtype=torch.uint8, device=x_STH.device) if mask_ST is None else _bytes(mask_ST)
-    gram_triton.gram_kernel[(programs, splits, sites)](
+    splits = sums_SPH.shape[1]
+    gram_triton.gram_kernel[(_program_count(width, config), splits, sites)](
         high, low, mask, out, sums_SPH,
-        rows, width, high.stride(0), high.stride(1), high.stride(2), split_rows, data.shape[1],
+        rows, width, high.stride(0), high.stride(1), high.stride(2), split_rows, out.shape[-1],
         TILE=config.tile, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SPAN=config.span, STEP=config.step,
         HAS_MASK=mask_ST is not None, THREE_DOTS=x_STH.dtype == torch.float32, ADD=splits == 1,
         EPILOGUE=config.epilogue, UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if splits > 1:
-        _reduce(out, data, splits)
-    return sums_SPH.sum(1)
+
+
+def _launch_tma(
+    config: GramConfig, x_STH: Tensor, mask_ST: Tensor | None, out: Tensor, sums_SPH: Tensor, split_rows: int
+) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from .gram_tma import gram_tma_kernel
+
+    _, rows, width = x_STH.shape
+    strides = [x_STH.stride(1), 1]
+    by_rows, by_cols = (
+        TensorDescriptor(x_STH[0], [rows, width], strides, [config.block_k, columns])
+        for columns in (config.block_m, config.tile)
+    )
+    splits = sums_SPH.shape[1]
+    gram_tma_kernel[(_program_count(width, config), splits)](
+        by_rows, by_cols, out, sums_SPH, rows, width, split_rows, out.shape[-1],
+        TILE=config.tile, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SPAN=config.span, STEP=config.step,
+        ADD=splits == 1, EPILOGUE=config.epilogue, UPCAST=interpreted(), num_warps=config.warps,
+        num_stages=config.stages,
+    )  # fmt: skip
 
 
 def cross_add(
