@@ -135,6 +135,30 @@ def test_the_descriptor_kernel_takes_only_what_it_can(monkeypatch):
     assert [name for name, case in refused.items() if uses_tma(*case)] == []
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_keeps_to_the_faster_of_the_two(monkeypatch, faster):
+    from grail_kernels import launch
+
+    monkeypatch.setenv("GRAIL_KERNELS_GRAM", "auto")
+    monkeypatch.setattr(launch, "TUNE_ROWS", 64)
+    timed = []
+
+    def seconds(call, device):
+        call()
+        timed.append(call.func.__name__)
+        return {"_launch_pointer": 1.0, "_launch_tma": 0.5 if faster else 2.0}[call.func.__name__]
+
+    monkeypatch.setattr(launch, "_seconds", seconds)
+    launch._tma_is_faster.cache_clear()
+    x = rows(64, 40, torch.float16)[None]
+    assert [launch.uses_tma(x, None) for _ in range(2)] == [faster, faster]
+    assert timed == ["_launch_pointer", "_launch_tma"], "timed once"
+    launch._tma_is_faster.cache_clear()
+    monkeypatch.setenv("GRAIL_KERNELS_GRAM", "fast")
+    with pytest.raises(ValueError, match="pointer, tma, auto"):
+        launch.uses_tma(x, None)
+
+
 def test_many_updates_and_a_long_one(poisoned):
     x = rows(3000, 20, torch.float16)
     parts = GramAccumulator(20, backend="triton", precise=True)

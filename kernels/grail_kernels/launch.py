@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+import time
+from collections.abc import Callable
 
 import torch
 import triton
@@ -27,8 +29,11 @@ from .configs import (
     GramConfig,
     target_of,
 )  # fmt: skip
+from .packed import packed_size
 
 VARIANT_ENVIRONMENT = "GRAIL_KERNELS_GRAM"
+VARIANTS = ("pointer", "tma", "auto")
+TUNE_ROWS = 4096
 ELEMENTWISE_BLOCK = 1024
 LEAST_SPLIT_ROWS = 512
 
@@ -54,14 +59,40 @@ def config_for(device: torch.device, dtype: torch.dtype) -> GramConfig:
 
 
 def uses_tma(x_STH: Tensor, mask_ST: Tensor | None) -> bool:
-    """Whether this input runs on the tensor-descriptor kernel: asked for (GRAIL_KERNELS_GRAM=tma), checked on this
-    target, one site without a mask, 16-bit rows that are dense and 16-byte aligned. Off by default: which of the two is
-    faster has not been measured, and they may differ in the last bit."""
-    if os.environ.get(VARIANT_ENVIRONMENT, "pointer") != "tma" or _target(x_STH.device) not in GRAM_TMA:
+    """Whether this input runs on the tensor-descriptor kernel: checked on this target, one site without a mask, 16-bit
+    rows that are dense and 16-byte aligned, and asked for: GRAIL_KERNELS_GRAM=tma, or =auto where it won a timing.
+    The default is the pointer kernel: no GPU has measured the two yet, and they may differ in the last bit."""
+    wish = os.environ.get(VARIANT_ENVIRONMENT, "pointer")
+    if wish not in VARIANTS:
+        raise ValueError(f"{VARIANT_ENVIRONMENT}={wish}: choose one of {', '.join(VARIANTS)}")
+    if wish == "pointer" or _target(x_STH.device) not in GRAM_TMA:
         return False
     aligned = x_STH.stride(1) * x_STH.element_size() % 16 == 0 and x_STH.data_ptr() % 16 == 0
     dense = x_STH.shape[0] == 1 and x_STH.stride(2) == 1 and x_STH.stride(1) >= x_STH.shape[2]
-    return mask_ST is None and x_STH.dtype != torch.float32 and dense and aligned
+    able = mask_ST is None and x_STH.dtype != torch.float32 and dense and aligned
+    return able and (wish == "tma" or _tma_is_faster(x_STH.shape[2], x_STH.dtype, x_STH.device))
+
+
+@functools.cache
+def _tma_is_faster(width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Time the two checked configurations once on a width, and keep to the answer in this process."""
+    x_STH = torch.ones(1, TUNE_ROWS, width, dtype=dtype, device=device)
+    sums_SPH = torch.empty(1, 1, width, dtype=torch.float32, device=device)
+    seconds = {}
+    for launch, table in ((_launch_pointer, GRAM), (_launch_tma, GRAM_TMA)):
+        config = table[_target(device)]
+        out = torch.zeros(1, packed_size(width, config.tile, padded=True), device=device)
+        call = functools.partial(launch, config, x_STH, None, out, sums_SPH, TUNE_ROWS)
+        seconds[launch] = _seconds(call, device)
+    return seconds[_launch_tma] < seconds[_launch_pointer]
+
+
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        return triton.testing.do_bench(call)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def gram_add(data: Tensor, x_STH: Tensor, mask_ST: Tensor | None, *, splits: int | None = None) -> Tensor:
