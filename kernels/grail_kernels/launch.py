@@ -43,6 +43,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _on_its_device(launch: Callable) -> Callable:
+    """Run with the first tensor's GPU as the current one: Triton launches on whichever is current."""
+
+    @functools.wraps(launch)
+    def guarded(first: Tensor, *args, **kwargs):
+        if first.device.type != "cuda":
+            return launch(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(first, *args, **kwargs)
+
+    return guarded
+
+
 @functools.cache
 def _target(device: torch.device) -> str:
     if interpreted():
@@ -95,6 +108,7 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@_on_its_device
 def gram_add(data: Tensor, x_STH: Tensor, mask_ST: Tensor | None, *, splits: int | None = None) -> Tensor:
     """data [S, size] float32 panels (padded layout) += Xᵀ X of each site; returns the column sums [S, H], float32.
 
@@ -105,8 +119,7 @@ def gram_add(data: Tensor, x_STH: Tensor, mask_ST: Tensor | None, *, splits: int
         return torch.zeros(sites, width, dtype=torch.float32, device=x_STH.device)
     tma = uses_tma(x_STH, mask_ST)
     config = GRAM_TMA[_target(x_STH.device)] if tma else config_for(x_STH.device, x_STH.dtype)
-    programs = _program_count(width, config)
-    splits = splits or _splits(programs * sites, rows, x_STH.device)
+    splits = splits or _splits(_tile_count(width, config) * sites, rows, x_STH.device)
     split_rows = _round_up(-(-rows // splits), config.block_k)
     padding = width % config.tile  # the padded columns of a workspace are added too, though nobody reads them
     make = data.new_zeros if padding else data.new_empty
@@ -157,6 +170,7 @@ def _launch_tma(
     )  # fmt: skip
 
 
+@_on_its_device
 def cross_add(
     out_HO: Tensor, x_TH: Tensor, y_TO: Tensor, mask_T: Tensor | None, *, splits: int | None = None,
     config: GramConfig | None = None,
@@ -181,6 +195,7 @@ def cross_add(
         _reduce(out[None], out_HO.view(1, -1), splits)
 
 
+@_on_its_device
 def small_ridge(
     a_SKK: Tensor, rhs_SKM: Tensor, anchor_SKM: Tensor | None, lam_S: Tensor
 ) -> tuple[Tensor, list[int], list[float]]:
@@ -222,6 +237,7 @@ def _dense_rows(stack: Tensor) -> Tensor:
     return stack.contiguous()
 
 
+@_on_its_device
 def packed_gather(data: Tensor, tile: int, rows: Tensor, cols: Tensor, out: Tensor) -> None:
     """out [R, C] = G[rows][:, cols] of packed numbers (padded layout); out has unit column stride."""
     grid = (-(-len(rows) // PACKED_BLOCK), -(-len(cols) // PACKED_BLOCK))
@@ -230,6 +246,7 @@ def packed_gather(data: Tensor, tile: int, rows: Tensor, cols: Tensor, out: Tens
     )
 
 
+@_on_its_device
 def packed_scatter(data: Tensor, tile: int, index: Tensor, values: Tensor) -> None:
     """G[index][:, index] = values (its lower triangle), in place."""
     blocks = -(-len(index) // SCATTER_BLOCK)
@@ -238,6 +255,7 @@ def packed_scatter(data: Tensor, tile: int, index: Tensor, values: Tensor) -> No
     )
 
 
+@_on_its_device
 def packed_matmul(data: Tensor, tile: int, dense_HM: Tensor) -> Tensor:
     """G @ dense [H, M], float32."""
     width, columns = dense_HM.shape
@@ -281,11 +299,17 @@ def _program_count(width: int, config: GramConfig) -> int:
     return config.span * config.step * bands * (bands + 1) // 2
 
 
-def _splits(programs: int, rows: int, device: torch.device) -> int:
+def _tile_count(width: int, config: GramConfig) -> int:
+    """Programs of one site that have something to do."""
+    per_block = config.block_m // config.tile
+    return sum(panel // per_block + 1 for panel in range(-(-width // config.tile)))
+
+
+def _splits(tiles: int, rows: int, device: torch.device) -> int:
     """Splits of the rows that fill the device once, none shorter than LEAST_SPLIT_ROWS."""
     if device.type != "cuda":
         return 1
-    wanted = -(-torch.cuda.get_device_properties(device).multi_processor_count // programs)
+    wanted = -(-torch.cuda.get_device_properties(device).multi_processor_count // tiles)
     return max(min(wanted, rows // LEAST_SPLIT_ROWS), 1)
 
 
