@@ -22,6 +22,7 @@ from pathlib import Path
 from grail import compress
 from grail.checkpoint.gguf import cache_folder
 from grail.checkpoint.locate import SMOLLM2, locate
+from grail.report import versions
 
 ROWS = {
     "gqa": {"ratio": 0.3},
@@ -70,6 +71,7 @@ def measure(row: str, output: Path, method: str) -> dict:
         "share": excess["compressed"] / excess["pruned"],
         "sites_with_raised_lambda": sum(site["retries"] > 0 for site in report.sites),
         "seconds": report.phases,
+        "versions": versions(),
     }
 
 
