@@ -73,7 +73,7 @@ def test_a_nan_names_its_problem(backend):
 
 
 def test_the_kernel_reports_the_first_pivot_that_failed():
-    from grail_kernels.launch import small_ridge
+    from grail_kernels.launch_packed import small_ridge
 
     a, rhs = problems(3, 10, 2)
     a[1] = torch.eye(10)

@@ -3,8 +3,10 @@
 Every import inside this package is relative, so that the folder also loads by path (DESIGN section 4).
 """
 
+from .cross import CrossAccumulator
 from .dispatch import Backend, backend
-from .gram import CrossAccumulator, GramAccumulator, cross_reference, gram_reference
+from .gram import GramAccumulator
+from .gram_torch import cross_reference, gram_reference
 from .packed import PackedSymmetric
 from .ridge import RidgeError, RidgeSolution, ridge_reference, ridge_solve
 

@@ -127,7 +127,8 @@ VARIANTS = (
     _plain("packed gather", "packed_triton.gather_kernel", TILE=128, BLOCK=PACKED_BLOCK),
     _plain("packed scatter", "packed_triton.scatter_kernel", TILE=128, BLOCK=SCATTER_BLOCK),
     _plain("split reduction", "gram_triton.reduce_kernel", BLOCK=1024),
-    _plain("float32 parts", "gram_triton.split_kernel", BLOCK=1024),
+    _plain("float32 parts", "gram_triton.split_kernel", HAS_SHIFT=0, BLOCK=1024),
+    _plain("shifted parts", "gram_triton.split_kernel", HAS_SHIFT=1, BLOCK=1024),
     *(
         _plain(f"small ridge {k}", RIDGE, stages=1, BLOCK_K=k, BLOCK_M=SMALL_COLUMNS, BLOCK_P=SMALL_ROWS)
         for k in (16, 32, 64, 128)

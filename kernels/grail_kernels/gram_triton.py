@@ -187,12 +187,17 @@ def _nearest_bf16(x):
 
 
 @triton.jit
-def split_kernel(x_ptr, high_part_ptr, low_part_ptr, width, count, stride_t, stride_h, BLOCK: tl.constexpr):
-    """float32 x [T, H] of any strides -> two bf16 parts [T, H], x = high + low to 16 bits. Rounds to nearest even by
-    hand, since the interpreter truncates; what is not finite stays so in the low part."""
+def split_kernel(
+    x_ptr, shift_ptr, high_part_ptr, low_part_ptr, width, count, stride_t, stride_h,
+    HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x [T, H] of any strides, less shift [H] float32 -> two bf16 parts [T, H], x = high + low to 16 bits. Rounds to
+    nearest even by hand, since the interpreter truncates; what is not finite stays so in the low part."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
-    x = tl.load(x_ptr + (i // width) * stride_t + (i % width) * stride_h, mask=inside, other=0.0)
+    x = tl.load(x_ptr + (i // width) * stride_t + (i % width) * stride_h, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        x -= tl.load(shift_ptr + i % width, mask=inside, other=0.0)
     high = _nearest_bf16(x)
     tl.store(high_part_ptr + i, high.to(tl.bfloat16), mask=inside)
     tl.store(low_part_ptr + i, _nearest_bf16(x - high).to(tl.bfloat16), mask=inside)

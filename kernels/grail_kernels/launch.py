@@ -1,4 +1,4 @@
-"""Launch the Triton kernels: choose the configuration, split the rows, hand over pointers.
+"""Launch the Gram and cross-moment kernels: choose the configuration, split the rows, hand over pointers.
 
 Shapes: S sites, T rows, H width, O columns of the second operand, P splits. Imported only when Triton is to run.
 """
@@ -14,18 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import gram_triton, packed_triton, ridge_triton
+from . import gram_triton
 from .configs import (
     GRAM,
     GRAM_THREE_DOTS,
     GRAM_TMA,
     INTERPRETER,
-    MATMUL_PRECISION,
-    MATMUL_ROWS,
-    PACKED_BLOCK,
-    SCATTER_BLOCK,
-    SMALL_COLUMNS,
-    SMALL_ROWS,
     GramConfig,
     target_of,
 )  # fmt: skip
@@ -43,7 +37,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _on_its_device(launch: Callable) -> Callable:
+def on_its_device(launch: Callable) -> Callable:
     """Run with the first tensor's GPU as the current one: Triton launches on whichever is current."""
 
     @functools.wraps(launch)
@@ -108,42 +102,55 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-@_on_its_device
-def gram_add(data: Tensor, x_STH: Tensor, mask_ST: Tensor | None, *, splits: int | None = None) -> Tensor:
+@on_its_device
+def gram_add(
+    data: Tensor,
+    x_STH: Tensor,
+    mask_ST: Tensor | None,
+    *,
+    shift_SH: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:
     """data [S, size] float32 panels (padded layout) += Xᵀ X of each site; returns the column sums [S, H], float32.
 
-    x may have any strides. mask [S, T] bool, True = the row counts. `splits` overrides how often the rows are split.
+    x may have any strides. mask [S, T] bool, True = the row counts. shift: X is x - shift, formed in float32 and
+    multiplied as three bf16 products whatever x's dtype. `splits` overrides how often the rows are split.
     """
     sites, rows, width = x_STH.shape
     if not rows:
         return torch.zeros(sites, width, dtype=torch.float32, device=x_STH.device)
-    tma = uses_tma(x_STH, mask_ST)
-    config = GRAM_TMA[_target(x_STH.device)] if tma else config_for(x_STH.device, x_STH.dtype)
+    tma = shift_SH is None and uses_tma(x_STH, mask_ST)
+    three_dots = x_STH.dtype == torch.float32 or shift_SH is not None
+    dtype = torch.float32 if three_dots else x_STH.dtype
+    config = GRAM_TMA[_target(x_STH.device)] if tma else config_for(x_STH.device, dtype)
     splits = splits or _splits(_tile_count(width, config) * sites, rows, x_STH.device)
     split_rows = _round_up(-(-rows // splits), config.block_k)
     padding = width % config.tile  # the padded columns of a workspace are added too, though nobody reads them
     make = data.new_zeros if padding else data.new_empty
     out = data if splits == 1 else make(sites, splits, data.shape[1])
     sums_SPH = torch.empty(sites, splits, width, dtype=torch.float32, device=x_STH.device)
-    launch = _launch_tma if tma else _launch_pointer
-    launch(config, x_STH, mask_ST, out, sums_SPH, split_rows)
+    if tma:
+        _launch_tma(config, x_STH, mask_ST, out, sums_SPH, split_rows)
+    else:
+        _launch_pointer(config, x_STH, mask_ST, out, sums_SPH, split_rows, shift_SH)
     if splits > 1:
         _reduce(out, data, splits)
     return sums_SPH.sum(1)
 
 
 def _launch_pointer(
-    config: GramConfig, x_STH: Tensor, mask_ST: Tensor | None, out: Tensor, sums_SPH: Tensor, split_rows: int
-) -> None:
+    config: GramConfig, x_STH: Tensor, mask_ST: Tensor | None, out: Tensor, sums_SPH: Tensor, split_rows: int,
+    shift_SH: Tensor | None = None,
+) -> None:  # fmt: skip
     sites, rows, width = x_STH.shape
-    high, low = _operands(x_STH)
+    high, low = _operands(x_STH, shift_SH)
     mask = torch.empty(0, dtype=torch.uint8, device=x_STH.device) if mask_ST is None else _bytes(mask_ST)
     splits = sums_SPH.shape[1]
     gram_triton.gram_kernel[(_program_count(width, config), splits, sites)](
         high, low, mask, out, sums_SPH,
         rows, width, high.stride(0), high.stride(1), high.stride(2), split_rows, out.shape[-1],
         TILE=config.tile, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SPAN=config.span, STEP=config.step,
-        HAS_MASK=mask_ST is not None, THREE_DOTS=x_STH.dtype == torch.float32, ADD=splits == 1,
+        HAS_MASK=mask_ST is not None, THREE_DOTS=high is not low, ADD=splits == 1,
         EPILOGUE=config.epilogue, UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -170,7 +177,7 @@ def _launch_tma(
     )  # fmt: skip
 
 
-@_on_its_device
+@on_its_device
 def cross_add(
     out_HO: Tensor, x_TH: Tensor, y_TO: Tensor, mask_T: Tensor | None, *, splits: int | None = None,
     config: GramConfig | None = None,
@@ -195,81 +202,6 @@ def cross_add(
         _reduce(out[None], out_HO.view(1, -1), splits)
 
 
-@_on_its_device
-def small_ridge(
-    a_SKK: Tensor, rhs_SKM: Tensor, anchor_SKM: Tensor | None, lam_S: Tensor
-) -> tuple[Tensor, list[int], list[float]]:
-    """(solution [S, K, M] float64, info, smallest scaled pivot) of S problems with K <= 128; a and rhs may be expanded
-    along S. One step of refinement against the float64 residual."""
-    lam = lam_S.to(a_SKK.device)
-    target = rhs_SKM.double()
-    if anchor_SKM is not None:
-        target = target - a_SKK.double() @ anchor_SKM.double()
-    a32 = _dense_rows(a_SKK.float())
-    x_SKM, info, pivot = _small_ridge_once(a32, target.float(), lam.float())
-    x_SKM = x_SKM.double()
-    residual = target - a_SKK.double() @ x_SKM - lam[:, None, None] * x_SKM
-    x_SKM += _small_ridge_once(a32, residual.float(), lam.float())[0]
-    if anchor_SKM is not None:
-        x_SKM += anchor_SKM.double()
-    return x_SKM, info.tolist(), pivot.tolist()
-
-
-def _small_ridge_once(a_SKK: Tensor, rhs_SKM: Tensor, lam_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    count, size, columns = rhs_SKM.shape
-    rhs_SKM = _dense_rows(rhs_SKM)
-    out = torch.empty(count, size, columns, dtype=torch.float32, device=a_SKK.device)
-    info = torch.empty(count, dtype=torch.int32, device=a_SKK.device)
-    pivot = torch.empty(count, dtype=torch.float32, device=a_SKK.device)
-    block, column_blocks = max(triton.next_power_of_2(size), SMALL_ROWS), -(-columns // SMALL_COLUMNS)
-    work = torch.empty(count, column_blocks, block, block, dtype=torch.float32, device=a_SKK.device)
-    ridge_triton.ridge_kernel[(count, column_blocks)](
-        a_SKK, rhs_SKM, lam_S.contiguous(), work, out, info, pivot, size, columns, a_SKK.stride(0), rhs_SKM.stride(0),
-        BLOCK_K=block, BLOCK_M=SMALL_COLUMNS, BLOCK_P=SMALL_ROWS, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return out, info, pivot
-
-
-def _dense_rows(stack: Tensor) -> Tensor:
-    """The same stack with dense matrices; one that is expanded along S (stride 0) stays so."""
-    if stack.stride(0) == 0:
-        return stack[:1].contiguous().expand_as(stack)
-    return stack.contiguous()
-
-
-@_on_its_device
-def packed_gather(data: Tensor, tile: int, rows: Tensor, cols: Tensor, out: Tensor) -> None:
-    """out [R, C] = G[rows][:, cols] of packed numbers (padded layout); out has unit column stride."""
-    grid = (-(-len(rows) // PACKED_BLOCK), -(-len(cols) // PACKED_BLOCK))
-    packed_triton.gather_kernel[grid](
-        data, rows, cols, out, len(rows), len(cols), out.stride(0), TILE=tile, BLOCK=PACKED_BLOCK
-    )
-
-
-@_on_its_device
-def packed_scatter(data: Tensor, tile: int, index: Tensor, values: Tensor) -> None:
-    """G[index][:, index] = values (its lower triangle), in place."""
-    blocks = -(-len(index) // SCATTER_BLOCK)
-    packed_triton.scatter_kernel[(blocks, blocks)](
-        data, index, values, len(index), values.stride(0), TILE=tile, BLOCK=SCATTER_BLOCK
-    )
-
-
-@_on_its_device
-def packed_matmul(data: Tensor, tile: int, dense_HM: Tensor) -> Tensor:
-    """G @ dense [H, M], float32."""
-    width, columns = dense_HM.shape
-    out = torch.empty(width, columns, dtype=torch.float32, device=data.device)
-    grid = (-(-width // tile), -(-columns // PACKED_BLOCK))
-    packed_triton.matmul_kernel[grid](
-        data, dense_HM, out, width, columns, dense_HM.stride(0), dense_HM.stride(1),
-        TILE=tile, BLOCK_N=PACKED_BLOCK, BLOCK_K=MATMUL_ROWS,
-        PRECISION=MATMUL_PRECISION["hip" if torch.version.hip else "cuda"],
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
-    return out
-
-
 def _reduce(work: Tensor, out_SN: Tensor, splits: int) -> None:
     """out [S, N] += Σ over splits of work [S, P, ...], in order."""
     sites, size = out_SN.shape
@@ -277,18 +209,19 @@ def _reduce(work: Tensor, out_SN: Tensor, splits: int) -> None:
     gram_triton.reduce_kernel[grid](work, out_SN, size, splits, BLOCK=ELEMENTWISE_BLOCK)
 
 
-def _operands(x_STH: Tensor) -> tuple[Tensor, Tensor]:
-    """(high, low): float32 as two bf16 arrays; other dtypes as they are, twice."""
-    if x_STH.dtype != torch.float32:
+def _operands(x_STH: Tensor, shift_SH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(high, low): float32, or x - shift, as two bf16 arrays; other dtypes as they are, twice the same."""
+    if x_STH.dtype != torch.float32 and shift_SH is None:
         return x_STH, x_STH
     sites, rows, width = x_STH.shape
     parts = torch.empty(2, sites, rows, width, dtype=torch.bfloat16, device=x_STH.device)
     grid = (-(-rows * width // ELEMENTWISE_BLOCK),)
     for site in range(sites):
         x_TH = x_STH[site]
+        shift_H = x_TH if shift_SH is None else shift_SH[site]
         gram_triton.split_kernel[grid](
-            x_TH, parts[0, site], parts[1, site], width, rows * width, x_TH.stride(0), x_TH.stride(1),
-            BLOCK=ELEMENTWISE_BLOCK,
+            x_TH, shift_H, parts[0, site], parts[1, site], width, rows * width, x_TH.stride(0), x_TH.stride(1),
+            HAS_SHIFT=shift_SH is not None, BLOCK=ELEMENTWISE_BLOCK,
         )  # fmt: skip
     return parts[0], parts[1]
 

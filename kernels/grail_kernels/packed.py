@@ -25,7 +25,9 @@ def default_tile(width: int, device: torch.device) -> int:
     widths the fastest that keeps the packed matrix below 0.52 of the full one."""
     if device.type != "cpu":
         return 128
-    return 512 if 3072 <= width < 8192 else 384
+    if width < 3072:
+        return 768
+    return 512 if width < 8192 else 384
 
 
 def packed_size(width: int, tile: int, *, padded: bool) -> int:
@@ -119,7 +121,7 @@ class PackedSymmetric:
             out = self.data.new_empty(len(rows), len(cols))
         if self.backend.name == "triton" and out.stride(1) == 1:
             if out.numel():
-                from .launch import packed_gather
+                from .launch_packed import packed_gather
 
                 packed_gather(self.data, self.tile, rows, cols, out)
             return out
@@ -143,7 +145,7 @@ class PackedSymmetric:
             raise ValueError(f"values {tuple(values.shape)} do not fit {len(index)} distinct indices")
         values = values.to(self.data).contiguous()
         if self.backend.name == "triton" and len(index):
-            from .launch import packed_scatter
+            from .launch_packed import packed_scatter
 
             packed_scatter(self.data, self.tile, index, values)
             return self
@@ -154,10 +156,28 @@ class PackedSymmetric:
             panel[index[above][:, None], index[columns] - start] = values[above][:, columns]
         return self
 
+    def add_outer_(self, u_H: Tensor, v_H: Tensor) -> PackedSymmetric:
+        """G += u vᵀ + v uᵀ, the products in float64: moves a Gram matrix to another origin (see `shifted_`)."""
+        u_H, v_H = (t.to(self.device, torch.float64) for t in (u_H, v_H))
+        for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
+            outer = torch.outer(u_H[:end], v_H[start:end]).addr_(v_H[:end], u_H[start:end])
+            panel.copy_(outer.add_(panel))
+        return self
+
+    def shifted_(self, sum_H: Tensor, count: int, delta_H: Tensor) -> PackedSymmetric:
+        """From Σ x xᵀ of `count` rows with column sums `sum` to Σ (x + δ)(x + δ)ᵀ."""
+        delta_H = delta_H.to(self.device, torch.float64)
+        return self.add_outer_(sum_H.to(self.device, torch.float64) + 0.5 * count * delta_H, delta_H)
+
+    def clone(self) -> PackedSymmetric:
+        """An independent copy in the same layout."""
+        backend = self.backend.name if self.padded else None
+        return PackedSymmetric(self.width, tile=self.tile, padded=self.padded, data=self.data.clone(), backend=backend)
+
     def matmul(self, dense_HM: Tensor) -> Tensor:
         """G @ dense, [H, M], in the dtype of the dense operand (by the kernel: float32, in three passes of tf32)."""
         if self.backend.name == "triton" and dense_HM.dtype == torch.float32 and dense_HM.numel():
-            from .launch import packed_matmul
+            from .launch_packed import packed_matmul
 
             return packed_matmul(self.data, self.tile, dense_HM)
         out = torch.zeros_like(dense_HM)

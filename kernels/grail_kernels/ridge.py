@@ -101,7 +101,7 @@ def _solve_stack(
     count, size, _ = a_SKK.shape
     done: dict[int, RidgeSolution] = {}
     if name == "triton" and size <= SMALL:
-        from .launch import small_ridge
+        from .launch_packed import small_ridge
 
         solution, info, pivot = small_ridge(a_SKK, rhs_SKM, anchor_SKM, lam_S)
         for i in range(count):
