@@ -13,45 +13,80 @@ from grail_kernels import GramAccumulator, PackedSymmetric
 from .errors import GrailError
 
 DIAGONAL = "diag"
+MOMENTS = "moments"
 GRAM = "gram"
+KNOWN = frozenset({DIAGONAL, MOMENTS, GRAM})
 
 
 class SiteStatistics:
-    """Streaming statistics of x [..., H]: the sum of squares per channel (float64), or the whole Gram matrix."""
+    """Streaming statistics of x [..., H]: per channel the mean and the squares about it (float64), or the whole Gram
+    matrix; `affine` keeps the Gram matrix about the mean, for a repair that fits a bias."""
 
-    def __init__(self, width: int, needs: frozenset[str], *, device=None):
-        unknown = needs - {DIAGONAL, GRAM}
-        if unknown:
-            raise ValueError(f"unknown statistics {sorted(unknown)}")
-        self.width = width
+    def __init__(self, width: int, needs: frozenset[str], *, device=None, affine: bool = False):
+        if needs - KNOWN:
+            raise ValueError(f"unknown statistics {sorted(needs - KNOWN)}")
+        self.width, self.needs = width, needs
         self.count = 0
-        self._gram = GramAccumulator(width, device=device) if GRAM in needs else None
-        self._square_sum = torch.zeros(width, dtype=torch.float64, device=device) if needs == {DIAGONAL} else None
+        self._raw: PackedSymmetric | None = None
+        centred = affine or MOMENTS in needs
+        self._gram = GramAccumulator(width, device=device, centred=centred) if GRAM in needs else None
+        self._mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(width, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add the rows of x [..., H]; mask [...] True = the row counts. Raises ValueError on unfitting shapes."""
         if x.dim() < 1 or x.shape[-1] != self.width or (mask is not None and mask.shape != x.shape[:-1]):
             raise ValueError(f"rows {tuple(x.shape)} and mask do not fit a width of {self.width}")
         rows_TH = x.reshape(-1, self.width) if mask is None else x[mask.bool()]
-        self.count += rows_TH.shape[0]
+        if not len(rows_TH):
+            return
         if self._gram is not None:
             self._gram.update(rows_TH)
-        elif self._square_sum is not None:
-            self._square_sum += rows_TH.float().square().sum(0)
+            self._raw = None
+        elif self.needs:
+            self._merge(rows_TH.double())
+        self.count += len(rows_TH)
+
+    def _merge(self, rows_TH: Tensor) -> None:
+        """Chan, Golub and LeVeque's update of the mean and the squares about it: nothing cancels."""
+        count, mean_H = len(rows_TH), rows_TH.mean(0)
+        delta_H = mean_H - self._mean
+        share = count / (self.count + count)
+        self._mean += delta_H * share
+        self._squares += (rows_TH - mean_H).square().sum(0) + delta_H.square() * (self.count * share)
 
     @property
     def gram(self) -> PackedSymmetric:
         """G = XᵀX, packed float32."""
-        if self._gram is None:
-            raise LookupError("the Gram matrix was not asked for: add 'gram' to the selector's needs")
+        self._require_gram()
+        if not self._gram.centred:
+            return self._gram.packed
+        if self._raw is None:
+            self._raw = self._gram.raw_packed()
+        return self._raw
+
+    @property
+    def scatter(self) -> PackedSymmetric:
+        """Σ (x − μ)(x − μ)ᵀ, packed float32: n times the covariance."""
+        self._require_gram()
+        if not self._gram.centred:
+            raise LookupError("the scatter about the mean was not asked for: add 'moments', or set affine")
         return self._gram.packed
+
+    def mean(self) -> Tensor:
+        """E[x] per channel, float64 [H]."""
+        return self._gram.mean if self._gram is not None else self._moment(self._mean)
+
+    def variance(self) -> Tensor:
+        """Unbiased variance per channel (divided by N - 1), float64 [H]; 0 for a single row."""
+        squares_H = self.scatter.diagonal().double() if self._gram is not None else self._moment(self._squares)
+        return squares_H / max(self.count - 1, 1)
 
     def mean_square(self) -> Tensor:
         """E[x²] per channel, float64 [H]."""
-        total_H = self._gram.diagonal().double() if self._gram is not None else self._square_sum
-        if total_H is None:
-            raise LookupError("the diagonal was not asked for: add 'diag' to the selector's needs")
-        return total_H / max(self.count, 1)
+        if self._gram is not None:
+            return self.gram.diagonal().double() / max(self.count, 1)
+        return self._moment(self._squares) / max(self.count, 1) + self._mean.square()
 
     def check_finite(self, name: str) -> None:
         """Raise GrailError naming the site when an activation was NaN or too large for its dtype."""
@@ -61,3 +96,12 @@ class SiteStatistics:
                 f"{name}: {len(bad)} of {self.width} channels carry NaN or infinite activations (first: channel "
                 f"{bad[0]}); check the checkpoint, or use --dtype float32 where a narrower one overflows"
             )
+
+    def _moment(self, value_H: Tensor) -> Tensor:
+        if not self.needs:
+            raise LookupError("no statistics were asked for: add 'diag' or 'moments' to the selector's needs")
+        return value_H
+
+    def _require_gram(self) -> None:
+        if self._gram is None:
+            raise LookupError("the Gram matrix was not asked for: add 'gram' to the selector's needs")

@@ -14,14 +14,17 @@ from ..reduction import Reduction, Selection, Units
 from ..statistics import SiteStatistics
 
 PRODUCERS = "producers"
+BLOCK_GRADIENTS = "block_gradients"
 
 
 @dataclass
 class SiteView:
-    """Everything a selector may look at. Shapes: O outputs, H width.
+    """Everything a selector may look at. Shapes: O outputs, H width, D inputs of a producer.
 
-    weight_OH: the consumer's weight; producers: name -> weight [rows, D], filled for selectors that need "producers";
-    kept: units to keep in each group.
+    weight_OH: the consumer's weight; producers: name -> [rows, D], a bias as one more column, filled for selectors that
+    need "producers"; gradients_OH: for those that need "block_gradients", RMS over calibration windows of
+    ∂‖f(X)‖₂/∂weight for the block f; kept: units to keep in each group; affine: whether the repair fits a bias too, so
+    that the exact objective is the centred one.
     """
 
     name: str
@@ -32,6 +35,8 @@ class SiteView:
     statistics: SiteStatistics
     kept: int
     seed: int
+    gradients_OH: Tensor | None = None
+    affine: bool = False
 
     def generator(self) -> torch.Generator:
         """A random stream that depends on the seed and the site's name alone."""
@@ -41,13 +46,15 @@ class SiteView:
 class Selector:
     """One method. Subclasses set the class variables and `select`; their options are dataclass fields.
 
-    `needs` may hold "diag", "gram" (see statistics) and "producers".
+    `needs` may hold "diag", "moments", "gram" (see statistics), "producers" and "block_gradients"; `allocation` is the
+    method's own rule of how much goes where, unless --allocation names another.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    allocation: ClassVar[str] = "uniform"
 
     @classmethod
     def from_options(cls, options: dict[str, str]) -> Selector:
@@ -67,17 +74,38 @@ class Selector:
 
     @classmethod
     def describe(cls) -> dict:
-        """Summary, source, needs, and options with their defaults."""
+        """Summary, source, needs, allocation, and options with their defaults."""
         options = {name: field.default for name, field in cls._options().items()}
-        return {"summary": cls.summary, "source": cls.source, "needs": sorted(cls.needs), "options": options}
+        return {
+            "summary": cls.summary,
+            "source": cls.source,
+            "needs": sorted(cls.needs),
+            "allocation": cls.allocation,
+            "options": options,
+        }
 
     @classmethod
     def _options(cls) -> dict[str, Field]:
         return {field.name: field for field in fields(cls)} if is_dataclass(cls) else {}
 
+    def needs_of(self, kind: str) -> frozenset[str]:
+        """What is needed at sites of a kind, "heads" or "channels"."""
+        return self.needs
+
     def select(self, site: SiteView) -> Reduction:
         """The site's reduction, keeping `site.kept` units in each group."""
         raise NotImplementedError
+
+    def global_scores(self, site: SiteView) -> Tensor:
+        """Unit scores, float64 [U], that can be compared between sites: for an allocation over the whole network.
+
+        Raises GrailError for a method that ranks nothing.
+        """
+        raise GrailError(f"--allocation global: method {self.name} gives no scores; use --allocation uniform or log")
+
+    def own_ridge(self, site: SiteView) -> float | None:
+        """The absolute λ of a weight update that belongs to the method itself, made even without compensation."""
+        return None
 
 
 class ScoreSelector(Selector):
@@ -89,6 +117,17 @@ class ScoreSelector(Selector):
 
     def select(self, site: SiteView) -> Selection:
         return keep_best(self.scores(site), site.units, site.kept)
+
+    def global_scores(self, site: SiteView) -> Tensor:
+        """z-scores over the site's channels, the mean of each unit (FLAP, An et al., AAAI 2024)."""
+        return standardised(self.scores(site)).view(site.units.count, site.units.size).mean(1)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """(scores - mean) / standard deviation, float64; 0 where all are equal."""
+    centred = scores.double() - scores.double().mean()
+    deviation = centred.square().mean().sqrt()
+    return centred / deviation if deviation > 0 else centred
 
 
 def keep_best(scores_H: Tensor, units: Units, kept: int) -> Selection:
