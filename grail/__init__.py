@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import GrailError
+from .registration import install as _install
 
 __version__ = "0.1.0"
 __all__ = ["GrailError", "Recipe", "Report", "compress", "load"]
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from .run import compress, load
 
 _HOME = {"compress": "run", "load": "run", "Recipe": "recipe", "Report": "report"}
+
+
+_install()
 
 
 def __getattr__(name: str) -> Any:

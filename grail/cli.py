@@ -147,12 +147,18 @@ def compress(
     compare_pruned: Annotated[
         bool, _data("--compare-pruned", help="Also evaluate the same pruning without repair.")
     ] = False,
+    allocation: Annotated[
+        str | None, _widths("--allocation", help="How much goes where: uniform, global or log (the method's own).")
+    ] = None,
     compensate: Annotated[
         bool, _repair("--compensate/--no-compensate", help="Repair each site in closed form.")
     ] = True,
     ridge: Annotated[
         float, _repair("--ridge", help="Ridge, relative to the mean of the Gram matrix's diagonal.")
     ] = 1e-3,
+    bias: Annotated[
+        bool | None, _repair("--bias/--no-bias", help="Fit a bias along with the weights (the method's own choice).")
+    ] = None,
     ridge_form: Annotated[
         str, _repair("--ridge-form", help="anchored (shrinks to pruning) or paper (to zero).")
     ] = "anchored",
@@ -161,6 +167,9 @@ def compress(
     output_dtype: Annotated[
         str | None, _machine("--output-dtype", help="Dtype of the written weights (as stored).")
     ] = None,
+    format: Annotated[
+        str, _machine("--format", help="auto, uniform (plain), grail (widths per layer), padded (old widths, zeros).")
+    ] = "auto",
     overwrite: Annotated[bool, _machine("--overwrite", help="Replace a non-empty output folder.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -211,6 +220,29 @@ def evaluate_command(
         _json(found)
     else:
         show_evaluation(found, Console(highlight=False, soft_wrap=True))
+
+
+@app.command("convert")
+@guarded
+def convert_command(
+    path: Annotated[str, typer.Argument(help="A folder that grail wrote, or any of a supported family.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the converted checkpoint.")],
+    to: Annotated[str, typer.Option("--to", help="uniform, grail or padded.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a compressed checkpoint in another format: the same network, the same logits."""
+    _start(quiet, verbose)
+    from .convert import convert
+
+    found = convert(path, output, to=to, overwrite=overwrite)
+    if as_json:
+        _json(found)
+    else:
+        for key in ("format", "parameters", "loads_with", "output"):
+            typer.echo(f"{key.replace('_', ' '):12} {found[key]}")
 
 
 @app.command("methods")

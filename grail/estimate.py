@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .job import Job
 from .machine import gemm_rate
-from .pipeline import Job
+from .selectors.base import BLOCK_GRADIENTS
 
 PROCESS_BYTES = 750 * 10**6
 """Resident memory of a process that has imported torch and transformers (measured, torch 2.15)."""
+
+
+BACKWARD = 2
+"""A backward pass in forward passes."""
+REOPENING = 10.0
+"""Seconds of a fresh process that imports torch and transformers and opens a small model."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,9 @@ class Estimate:
     seconds: float
 
 
-def estimate(job: Job, tokens: int, evaluation_tokens: int, pruned_too: bool) -> Estimate:
-    """Cost of a run on `tokens` calibration tokens; `pruned_too`: the pruned model is made and evaluated as well."""
+def estimate(job: Job, tokens: int, evaluation_tokens: int, pruned_too: bool, surveyed: bool = False) -> Estimate:
+    """Cost of a run on `tokens` calibration tokens; `pruned_too`: the pruned model is made and evaluated as well;
+    `surveyed`: the dense network is scored in a pass of its own first."""
     evaluations = 3 if pruned_too else 2
     config = job.model.config
     source = job.model.source
@@ -36,5 +44,19 @@ def estimate(job: Job, tokens: int, evaluation_tokens: int, pruned_too: bool) ->
     forward = 2 * layer * job.model.layer_count
     gram = sum(site.units.width**2 for site in job.sites if job.changes(site)) if job.recipe.compensate else 0
     evaluated = evaluation_tokens * evaluations * (forward + 2 * config.vocab_size * config.hidden_size)
-    work = tokens * (forward * (1 + pruned_too) + gram) + evaluated
-    return Estimate(memory, work / gemm_rate(job.model.device))
+    scored = forward * (1 + BACKWARD * (BLOCK_GRADIENTS in job.selector.needs))
+    work = tokens * ((forward if surveyed else 0) + scored * (1 + pruned_too) + gram) + evaluated
+    work += _training(job, tokens, forward) * (1 + pruned_too)
+    # a solve is a third of K³ and two triangular ones on at most as many columns, in float64 at half the rate
+    work += 2 * sum(2 * site.units.width**3 for site in job.sites if job.changes(site) and job.recipe.compensate)
+    return Estimate(memory, work / gemm_rate(job.model.device) + REOPENING)
+
+
+def _training(job: Job, tokens: int, forward: int) -> float:
+    """FLOPs of regional optimisation: forward and backward over some windows, several times, and one more forward."""
+    options = job.selector.regional_options()
+    if options is None:
+        return 0.0
+    length = job.recipe.seq_len or 512
+    trained = min(options.windows * length, tokens)
+    return forward * ((1 + BACKWARD) * options.passes * trained + tokens)

@@ -1,7 +1,7 @@
 """Stream a model layer by layer: load -> calibrate -> select -> compensate -> write -> free (DESIGN section 6).
 
-Shapes: B windows, L tokens, D hidden size, H a site's width. A chunk is a batch of windows; its stream x [B, L, D] is
-what lives between layers. Selectors and compensation see statistics and weights, families never see a selector.
+Shapes: B windows, L tokens, D hidden size. A chunk is a batch of windows; its stream x [B, L, D] is what lives between
+layers. Selectors and compensation see statistics and weights, families never see a selector.
 """
 
 from __future__ import annotations
@@ -13,34 +13,25 @@ import torch
 from torch import Tensor
 
 from .checkpoint.writer import OutputFolder, Piece
-from .compensation import Compensation, compensate
 from .errors import GrailError
 from .evaluation.perplexity import chunked
-from .families.base import Site
-from .families.decoder import LAYERS, Block, Decoder
-from .recipe import Recipe
-from .reduction import Reduction, Selection
-from .selectors import Selector, SiteView
-from .selectors.base import PRODUCERS
-from .statistics import GRAM, SiteStatistics
+from .job import Job
+from .reduction import Reduction
+from .selectors.base import BLOCK_GRADIENTS, PRODUCERS
+from .sites import LayerPass, SiteResult, without_working_tensors
+from .statistics import SiteStatistics
+from .training import LayerTraining, Training
 
 Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass
-class SiteResult:
-    """What was done at one site; `compensation` is None when it was only pruned, both None when nothing was removed."""
-
-    site: Site
-    reduction: Reduction | None = None
-    compensation: Compensation | None = None
-
-
-@dataclass
 class Streamed:
-    """Results of one pass over the model, in execution order, and the logits [1, L, V] of the probe window."""
+    """Results of one pass over the model, in execution order; how each trained layer fared; and the logits [1, L, V] of
+    the probe window."""
 
     results: list[SiteResult] = field(default_factory=list)
+    trained: list[Training] = field(default_factory=list)
     probe_logits: Tensor | None = None
 
     @property
@@ -48,28 +39,24 @@ class Streamed:
         return {r.site.name: r.reduction for r in self.results if r.reduction is not None}
 
 
-@dataclass
-class Job:
-    """One pass: the model, its sites, how many units each keeps, the method, and the recipe's compensation."""
-
-    model: Decoder
-    sites: list[Site]
-    kept: dict[str, int]
-    selector: Selector
-    recipe: Recipe
-
-    def changes(self, site: Site) -> bool:
-        return self.kept[site.name] < site.units.per_group
-
-    @property
-    def statistics_needed(self) -> frozenset[str]:
-        """Statistics gathered at each changed site; empty when no calibration data is needed at all."""
-        wanted = self.selector.needs - {PRODUCERS}
-        return wanted | {GRAM} if self.recipe.compensate else wanted
-
-    @property
-    def needs_data(self) -> bool:
-        return bool(self.statistics_needed) and any(map(self.changes, self.sites))
+def survey(job: Job, windows_NL: Tensor | None, track: Track = lambda layers: layers) -> dict[str, Tensor]:
+    """Comparable unit scores [U] of every site of the dense network, by site name: the first of two passes, for an
+    allocation over the whole network."""
+    selector, scores = job.selector, {}
+    needed = [selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites]
+    chunks = _embedded(job, windows_NL) if any(needed) else []
+    for layer in track(range(job.model.layer_count)):
+        run = LayerPass(job, layer, chunks, len(chunks))
+        for site in run.sites:
+            needs = selector.needs_of(site.kind) - {PRODUCERS, BLOCK_GRADIENTS}
+            statistics = SiteStatistics(site.units.width, needs, device=job.model.device, affine=job.affine)
+            if chunks:
+                run.pass_through(site, statistics)
+            if needs:
+                statistics.check_finite(site.name)
+            scores[site.name] = selector.global_scores(run.view(site, statistics)).cpu()
+        chunks = run.outputs() if chunks else chunks
+    return scores
 
 
 def stream(
@@ -80,16 +67,15 @@ def stream(
     model, streamed = job.model, Streamed()
     shards = model.layer_count + 1
     last = max((site.layer for site in job.sites if job.changes(site)), default=-1)
-    chunks = [model.embed(ids) for ids in chunked(windows_NL)] if windows_NL is not None else []
+    chunks = _embedded(job, windows_NL)
     probe = model.embed(probe_1L)
     for layer in track(range(model.layer_count)):
         if layer > last:
             chunks = []
-        block = model.block(layer)
-        tensors, results, states = _layer(job, layer, block, [*chunks, probe], len(chunks))
+        run = LayerPass(job, layer, [*chunks, probe], len(chunks))
+        tensors, states = _layer(run, streamed)
         chunks, probe = states[:-1], states[-1]
-        streamed.results += results
-        out.write_shard(_shard_name(layer + 1, shards), _layer_pieces(job, layer, tensors))
+        out.write_shard(_shard_name(layer + 1, shards), _layer_pieces(job, layer, tensors, streamed.reductions))
     with torch.no_grad():
         streamed.probe_logits = model.tail()(probe).cpu()
     if not torch.isfinite(streamed.probe_logits).all():
@@ -99,90 +85,45 @@ def stream(
     return streamed
 
 
-def _layer(
-    job: Job, layer: int, block: Block, states: list[Tensor], counted: int
-) -> tuple[dict[str, Tensor], list[SiteResult], list[Tensor]]:
-    """One layer: the new tensors, the results, and each chunk's stream after the layer. The first `counted` chunks
-    enter the statistics; the others (the probe) only pass through."""
-    tensors: dict[str, Tensor] = {}
-    results = []
-    known: list[dict[str, Tensor]] = [{} for _ in states]
-    for site in (s for s in job.sites if s.layer == layer):
-        part = job.model.part_of(site)
+def _embedded(job: Job, windows_NL: Tensor | None) -> list[Tensor]:
+    return [job.model.embed(ids) for ids in chunked(windows_NL)] if windows_NL is not None else []
+
+
+def _layer(run: LayerPass, streamed: Streamed) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """One layer: its new tensors by full name, and each chunk's stream after it."""
+    job = run.job
+    options = job.selector.regional_options()
+    training = LayerTraining(run, options) if options and any(map(job.changes, run.sites)) else None
+    results, tensors = [], {}
+    for site in run.sites:
         if not job.changes(site):
-            for x_BLD, branches in zip(states, known, strict=True):
-                branches[part] = block.consume(part, block.hidden(part, x_BLD, branches))
+            run.pass_through(site)
             results.append(SiteResult(site))
             continue
-        statistics = SiteStatistics(site.units.width, job.statistics_needed, device=job.model.device)
-        hidden: list[Tensor | None] = []
-        for i, (x_BLD, branches) in enumerate(zip(states, known, strict=True)):
-            h_BLH = block.hidden(part, x_BLD, branches)
-            if i < counted:
-                statistics.update(h_BLH)
-            hidden.append(h_BLH)
-        result, changed = _site(job, site, statistics)
+        result = run.compress(site)
         results.append(result)
-        tensors |= changed
-        weight_OK = changed[f"{site.consumer}.weight"]
-        for i, branches in enumerate(known):
-            h_BLH, hidden[i] = hidden[i], None
-            branches[part] = block.consume(part, result.reduction.reduce(h_BLH), weight_OK)
-    for i, branches in enumerate(known):
-        states[i] = block.output(states[i], branches)
-        if not torch.isfinite(states[i]).all():
-            raise GrailError(
-                f"{LAYERS}{layer}: its output holds NaN or infinity; check the checkpoint, or use --dtype float32 "
-                f"where a narrower one overflows"
-            )
-    return tensors, results, states
-
-
-def _site(job: Job, site: Site, statistics: SiteStatistics) -> tuple[SiteResult, dict[str, Tensor]]:
-    """Select and compensate one site; its new tensors in their stored dtypes."""
-    model, recipe = job.model, job.recipe
-    if job.statistics_needed:
-        statistics.check_finite(site.name)
-    weight_OH = model.source.get(f"{site.consumer}.weight").to(model.device)
-    producers = [p.name for p in site.producers] if PRODUCERS in job.selector.needs else []
-    view = SiteView(
-        name=site.name,
-        kind=site.kind,
-        units=site.units,
-        weight_OH=weight_OH,
-        producers={name: model.source.get(f"{name}.weight").to(model.device) for name in producers},
-        statistics=statistics,
-        kept=job.kept[site.name],
-        seed=recipe.seed,
-    )
-    reduction = job.selector.select(view)
-    if not isinstance(reduction, Selection):
-        raise NotImplementedError("folding needs the narrowed producers to be run again (DESIGN section 1)")
-    compensation = None
-    if recipe.compensate:
-        compensation = compensate(
-            weight_OH,
-            statistics.gram,
-            reduction,
-            ridge=recipe.ridge,
-            form=recipe.ridge_form,
-            name=site.name,
-            dtype=_output_dtype(job, weight_OH.dtype),
-        )
-        weight_OK = compensation.weight
+        tensors |= job.model.narrow(site, result.reduction, result.weight, result.bias)
+    if training is not None:
+        tensors = training.train(results)
+        streamed.trained.append(training.outcome)
+        states = training.outputs()
     else:
-        weight_OK = reduction.lift_consumer(weight_OH).to(_output_dtype(job, weight_OH.dtype))
-    return SiteResult(site, reduction, compensation), model.narrow(site, reduction, weight_OK)
+        states = run.outputs()
+    streamed.results += map(without_working_tensors, results)
+    return tensors, states
 
 
-def _layer_pieces(job: Job, layer: int, changed: dict[str, Tensor]) -> list[Piece]:
-    """The layer's tensors in the source's order, the changed ones replaced."""
+def _layer_pieces(job: Job, layer: int, changed: dict[str, Tensor], reductions: dict[str, Reduction]) -> list[Piece]:
+    """The layer's tensors in the source's order, the changed ones replaced, what the format adds at the end."""
+    if job.format is not None:
+        changed = job.format.layer_tensors(layer, changed, reductions)
     names = [name for name in job.model.source.names() if job.model.layer_of(name) == layer]
+    added = [name for name in changed if name not in job.model.source]
     return [
-        Piece.of(name, changed[name].to(_output_dtype(job, changed[name].dtype)))
+        Piece.of(name, changed[name].to(job.written_dtype(changed[name].dtype)))
         if name in changed
         else _copied(job, name)
-        for name in names
+        for name in names + added
     ]
 
 
@@ -190,15 +131,10 @@ def _copied(job: Job, name: str) -> Piece:
     """A tensor as it is, in raw chunks; converted only when another output dtype was asked for."""
     source = job.model.source
     info = source.info(name)
-    dtype = _output_dtype(job, info.dtype)
+    dtype = job.written_dtype(info.dtype)
     if dtype != info.dtype:
         return Piece.of(name, source.get(name).to(dtype))
     return Piece(name, info.dtype, info.shape, source.chunks(name))
-
-
-def _output_dtype(job: Job, stored: torch.dtype) -> torch.dtype:
-    asked = job.recipe.output_dtype
-    return getattr(torch, asked) if asked and stored.is_floating_point else stored
 
 
 def _shard_name(number: int, total: int) -> str:

@@ -30,6 +30,9 @@ class Recipe:
     compensate: bool = True
     ridge: float = 1e-3
     ridge_form: str = "anchored"
+    bias: bool | None = None
+    allocation: str | None = None
+    format: str = "auto"
     round_to: int | None = None
     head_multiple: int = 1
     gqa: str = "query"
@@ -68,6 +71,8 @@ class Recipe:
             raise GrailError(f"--seed must be a whole number from 0 to 2147483647; got {self.seed}")
         for option, choices in {
             "ridge_form": ("anchored", "paper"),
+            "allocation": (None, "uniform", "global", "log"),
+            "format": ("auto", "uniform", "grail", "padded"),
             "gqa": ("query", "group"),
             "dtype": (None, *DTYPES),
             "output_dtype": (None, *DTYPES),

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .families.base import OutputFormat
 from .machine import peak_memory
-from .pipeline import SiteResult
 from .recipe import Recipe
+from .sites import SiteResult
+from .training import Training
+from .widths import WidthPlan
 
 SCHEMA_VERSION = 1
 PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
@@ -29,8 +32,9 @@ class Report:
     results: list[SiteResult]
     parameters: tuple[int, int]
     bytes: tuple[int, int]
-    loads_with: str
-    class_changed: str | None
+    widths: WidthPlan
+    format: OutputFormat
+    trained: list[Training] = field(default_factory=list)
     evaluation: dict | None = None
     reopened: dict | None = None
     output: str | None = None
@@ -44,14 +48,31 @@ class Report:
 
     @property
     def ratio(self) -> dict[str, dict[str, float]]:
-        """By kind of site, "heads" and "channels": the share of widths asked to be removed, and the share reached."""
+        """By kind of site, "heads" and "channels", the share of widths asked to be removed (None under one ratio for
+        the whole network) and the share reached; "overall" the same weighted by parameters."""
         found = {}
         for kind in sorted({r.site.kind for r in self.results}):
             results = [r for r in self.results if r.site.kind == kind]
             before = sum(r.site.units.width for r in results)
             after = sum(r.reduction.kept_width if r.reduction else r.site.units.width for r in results)
-            found[kind] = {"asked": self.recipe.ratio_of(kind), "reached": 1 - after / before}
+            pooled = self.widths.needs_scores and self.widths.asked.overall is not None
+            asked = None if pooled else self.widths.asked.by_kind[kind]
+            found[kind] = {"asked": asked, "reached": 1 - after / before}
+        before, after = (sum(self._site_parameters(r, narrow) for r in self.results) for narrow in (False, True))
+        found["overall"] = {"asked": self.widths.asked.overall, "reached": 1 - after / before}
         return found
+
+    def _site_parameters(self, result: SiteResult, narrow: bool) -> int:
+        width = result.reduction.kept_width if narrow and result.reduction else result.site.units.width
+        return width // result.site.units.size * self.widths.costs[result.site.name]
+
+    @property
+    def loads_with(self) -> str:
+        return self.format.loads_with
+
+    @property
+    def class_changed(self) -> str | None:
+        return self.format.class_changed
 
     def to_json(self) -> dict:
         """grail.json: equal for equal runs."""
@@ -62,11 +83,15 @@ class Report:
             "source": self.source,
             "calibration": self.calibration,
             "sites": self.sites,
+            "allocation": self.widths.allocation,
             "ratio": self.ratio,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.bytes[0], "after": self.bytes[1]},
             "evaluation": self.evaluation,
-            "format": "uniform",
+            "regional": [vars(training) for training in self.trained],
+            "format": self.format.name,
+            "tensor_parallel": self.format.tensor_parallel,
+            "original_widths": self.format.original_widths,
             "loads_with": self.loads_with,
             "class_changed": self.class_changed,
         }

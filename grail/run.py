@@ -58,10 +58,13 @@ def run(recipe: Recipe, progress: Progress) -> Report:
     session = Session(recipe, progress)
     job, windows = session.job, session.windows
     progress.say(session.headline())
+    for note in session.notes():
+        progress.say(note)
+    session.settle_widths()
     with OutputFolder(recipe.output, overwrite=recipe.overwrite) as out:
         with session.phase("compress"):
             streamed = stream(job, windows and windows.ids, session.probe, out, progress.layers("compressing"))
-        narrow = session.write_rest(job, streamed, out)
+        session.write_rest(job, out)
         with session.phase("reopen"):
             reopened = session.reopen(out, streamed)
         evaluation = session.evaluate(out)
@@ -70,10 +73,11 @@ def run(recipe: Recipe, progress: Progress) -> Report:
             source=session.source_entry(),
             calibration=session.calibration_entry(),
             results=streamed.results,
+            trained=streamed.trained,
+            widths=session.widths,
+            format=job.format,
             parameters=(session.parameters, out.total_parameters),
             bytes=(session.source_bytes, out.total_bytes),
-            loads_with=narrow.loads_with,
-            class_changed=narrow.class_changed,
             evaluation=evaluation,
             reopened=reopened,
             phases=session.phases,

@@ -16,7 +16,6 @@ import torch
 
 import grail_kernels
 
-from .allocation import allocate_uniform
 from .calibration import Windows, evaluation_windows, load_calibration
 from .calibration.text import default_length
 from .calibration.tokenizer import load_tokenizer
@@ -27,13 +26,14 @@ from .errors import GrailError
 from .estimate import estimate
 from .evaluation.perplexity import perplexity
 from .families import open_family
-from .families.base import NarrowConfig
 from .families.decoder import Decoder
+from .job import Job
 from .machine import available_memory, usable_device
-from .pipeline import Job, Streamed, stream
+from .pipeline import Streamed, stream, survey
 from .progress import Progress
 from .recipe import Recipe
 from .selectors import selector_class
+from .widths import WidthPlan
 
 EVALUATED_BY_DEFAULT = 10**9
 PROBE_LENGTH = 64
@@ -62,7 +62,15 @@ class Session:
         written_as = self.recipe.output_dtype and getattr(torch, self.recipe.output_dtype)
         self.model = self._open(self.located.folder, written_as=written_as)
         sites = self.model.sites(self.recipe.gqa)
-        self.job = Job(self.model, sites, allocate_uniform(sites, self.recipe), selector, self.recipe)
+        self.widths = WidthPlan.of(sites, self.recipe, selector, self.model.source)
+        self.job = Job(self.model, sites, self.widths.before_work(), selector, self.recipe)
+        if not self.widths.needs_scores:
+            self._decide_format()
+        elif self.recipe.format == "uniform":
+            raise GrailError(
+                "--format uniform needs the same widths in every layer, which --allocation global does not give; "
+                "choose --allocation uniform, or another --format"
+            )
         names = self.model.source.names()
         self.parameters = sum(torch.Size(self.model.source.info(n).shape).numel() for n in names)
         self.source_bytes = sum(self.model.source.info(n).nbytes for n in names)
@@ -71,6 +79,34 @@ class Session:
         with self.phase("text"):
             self.windows = self._calibration() if self.job.needs_data else None
             self.evaluated = self._evaluated()
+
+    def _decide_format(self) -> None:
+        job = self.job
+        biased = job.affine and any(map(job.changes, job.sites))
+        job.format = self.model.output_format(job.sites, job.kept, bias=biased, asked=self.recipe.format)
+
+    def settle_widths(self) -> None:
+        """For a global allocation: the first of two passes, then widths and format."""
+        if not self.widths.needs_scores:
+            return
+        windows = self.windows and self.windows.ids
+        with self.phase("survey"):
+            scores = survey(self.job, windows, self.progress.layers("scoring the dense network"))
+        self.job.kept = self.widths.from_scores(scores)
+        self._decide_format()
+
+    def notes(self) -> list[str]:
+        """What a user should know before work begins, beside the headline."""
+        said = []
+        if self.widths.needs_scores:
+            said.append("two passes over the model: one to score the dense network, one to compress it")
+        differs = self.widths.needs_scores or (self.job.format and self.job.format.name == "grail")
+        if differs and self.recipe.format != "padded":
+            said.append(
+                "the result needs the class file written beside it (trust_remote_code, or `import grail`); "
+                "--allocation uniform without --bias gives a plain checkpoint, --format padded one of the old widths"
+            )
+        return said
 
     def _open(self, folder: Path, **options: Any) -> Decoder:
         dtype = self.recipe.dtype and getattr(torch, self.recipe.dtype)
@@ -150,7 +186,8 @@ class Session:
         changed = sum(map(self.job.changes, self.job.sites))
         tokens = self.windows.tokens if self.windows else 0
         evaluated = self.evaluated.tokens if self.evaluated else 0
-        cost = estimate(self.job, tokens, evaluated, self.recipe.compare_pruned and self.recipe.compensate)
+        pruned_too = self.recipe.compare_pruned and self.recipe.compensate
+        cost = estimate(self.job, tokens, evaluated, pruned_too, self.widths.needs_scores)
         return (
             f"{self.recipe.called or self.located.id}: {self.parameters / 1e6:.1f} M parameters, "
             f"{changed} of {len(self.job.sites)} sites, {tokens:,} calibration tokens; "
@@ -177,17 +214,17 @@ class Session:
             "tokens": self.windows.tokens,
         }
 
-    def write_rest(self, job: Job, streamed: Streamed, out: OutputFolder) -> NarrowConfig:
+    def write_rest(self, job: Job, out: OutputFolder) -> None:
         """Configuration, carried files, index last."""
-        narrow = self.model.narrow_config(streamed.reductions, job.sites)
-        config = dict(narrow.config)
+        config = dict(job.format.config)
         if self.recipe.output_dtype:
             config.pop("torch_dtype", None)
             config["dtype"] = self.recipe.output_dtype
         out.write_json("config.json", config)
+        for name, text in job.format.files.items():
+            out.write_text(name, text)
         out.carry_over(self.located.folder)
         out.write_index()
-        return narrow
 
     def reopen(self, out: OutputFolder, streamed: Streamed) -> dict:
         tokens = self.tokenizer(reopen.SAMPLE).input_ids if self.has_tokenizer else None
@@ -200,6 +237,7 @@ class Session:
             tokens,
             out.written,
             layerwise=needed > 0.7 * available_memory(),
+            loads=self.job.format.loads,
         )
 
     def evaluate(self, out: OutputFolder) -> dict | None:
@@ -232,8 +270,8 @@ class Session:
         with OutputFolder(out.partial / "pruned") as pruned:
             with self.phase("pruned only"):
                 windows = self.windows.ids if job.needs_data else None
-                streamed = stream(job, windows, self.probe, pruned, self.progress.layers("pruning only"))
-            self.write_rest(job, streamed, pruned)
+                stream(job, windows, self.probe, pruned, self.progress.layers("pruning only"))
+            self.write_rest(job, pruned)
             return self._perplexity("evaluating pruned", pruned.partial)
 
     @contextmanager

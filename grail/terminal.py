@@ -71,7 +71,8 @@ def show_report(report: Report, console: Console) -> None:
         "parameters": _before_after(*report.parameters, 1e6, "M"),
         "size on disk": _before_after(*report.bytes, 1e6, "MB"),
         "ratio": ", ".join(
-            f"{kind} {shares['reached']:.3f} (asked {shares['asked']:g})" for kind, shares in report.ratio.items()
+            f"{kind} {shares['reached']:.3f}" + ("" if shares["asked"] is None else f" (asked {shares['asked']:g})")
+            for kind, shares in report.ratio.items()
         ),
     }
     compensated = [site for site in report.sites if site["error_after"] is not None]
@@ -87,7 +88,9 @@ def show_report(report: Report, console: Console) -> None:
         shown = ", ".join(f"{names[name]} {value:.3f}" for name, value in found["perplexity"].items())
         lines["perplexity"] = f"{shown}  ({found['data']}, {found['windows']} windows of {found['seq_len']})"
     lines["written to"] = str(report.output)
-    lines["loads with"] = f"AutoModelForCausalLM.from_pretrained({report.output!r}), {report.loads_with}"
+    trust = ", trust_remote_code=True" if report.format.loads == "grail" else ""
+    lines["loads with"] = f"AutoModelForCausalLM.from_pretrained({report.output!r}{trust}), {report.loads_with}"
+    lines["tensor par."] = f"up to {report.format.tensor_parallel} processes"
     if report.class_changed:
         lines["class changed"] = report.class_changed
     for key, value in lines.items():

@@ -28,10 +28,10 @@ def reopen_here(monkeypatch, tmp_path_factory):
     """The reopening check itself, in this process: the same comparisons without four seconds of imports."""
     from grail.checkpoint import reopen
 
-    def verify(folder, probe_1L, logits_1LV, dtype, token_ids, written, *, layerwise):
+    def verify(folder, probe_1L, logits_1LV, dtype, token_ids, written, *, layerwise, loads="plain"):
         work = tmp_path_factory.mktemp("reopen")
         save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, work / "probe.safetensors")
         (work / "expected.json").write_text(json.dumps({"token_ids": token_ids, "tensors": written}))
-        return reopen.check(folder, work, dtype, layerwise=layerwise)
+        return reopen.check(folder, work, dtype, layerwise=layerwise, loads=loads)
 
     monkeypatch.setattr(reopen, "verify", verify)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail.allocation import allocate_uniform, kept_per_group
+from grail.allocation import global_threshold, kept_per_group, logarithmic, shares, uniform
 from grail.errors import GrailError
 from grail.families.base import Site
 from grail.recipe import Recipe
@@ -25,6 +26,10 @@ def attention(groups: int, per_group: int) -> Site:
 
 def kept(site: Site, ratio: float, **options) -> int:
     return allocate_uniform([site], Recipe(model="m", ratio=ratio, **options))[site.name]
+
+
+def allocate_uniform(sites: list[Site], recipe: Recipe) -> dict[str, int]:
+    return uniform(sites, recipe, shares(sites, recipe, {s.name: 1 for s in sites}))
 
 
 @pytest.mark.parametrize(
@@ -160,3 +165,92 @@ def test_own_ratios_override_the_common_one():
     assert allocate_uniform(sites, recipe) == {"attention": 8, "mlp": 50}
     recipe = Recipe(model="m", ratio=0.5, attn_ratio=0.0, mlp_ratio=0.1)
     assert allocate_uniform(sites, recipe) == {"attention": 10, "mlp": 90}
+
+
+def network(layers: int = 6, groups: int = 2, per_group: int = 3, width: int = 40) -> list[Site]:
+    found = []
+    for i in range(layers):
+        found.append(Site(f"a{i}", "heads", i, (), f"a{i}", Units(groups, per_group, 8)))
+        found.append(Site(f"m{i}", "channels", i, (), f"m{i}", Units(1, width, 1)))
+    return found
+
+
+COSTS = {"heads": 16 * 48, "channels": 3 * 48}
+
+
+def costs_of(sites: list[Site]) -> dict[str, int]:
+    return {s.name: COSTS[s.kind] for s in sites}
+
+
+def removed_share(sites: list[Site], kept: dict[str, int], kind: str | None = None) -> float:
+    of = [s for s in sites if kind in (None, s.kind)]
+    total = sum(s.units.count * COSTS[s.kind] for s in of)
+    return sum((s.units.per_group - kept[s.name]) * s.units.groups * COSTS[s.kind] for s in of) / total
+
+
+def scored(sites: list[Site], seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {s.name: torch.randn(s.units.count, generator=generator, dtype=torch.float64) for s in sites}
+
+
+def allocate_global(sites, ratio, scores=None, **options):
+    recipe = Recipe(model="m", ratio=ratio, **options)
+    asked = shares(sites, recipe, costs_of(sites))
+    return global_threshold(sites, recipe, asked, scores or scored(sites), costs_of(sites))
+
+
+@given(ratio=st.floats(0, 0.9), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_a_global_threshold_spends_the_parameter_budget_and_never_empties_a_site(ratio, seed):
+    sites = network()
+    kept = allocate_global(sites, ratio, scored(sites, seed))
+    assert all(1 <= kept[s.name] <= s.units.per_group for s in sites)
+    largest = max(s.units.groups * COSTS[s.kind] for s in sites) / sum(s.units.count * COSTS[s.kind] for s in sites)
+    removable = removed_share(sites, {s.name: 1 for s in sites})
+    assert removed_share(sites, kept) == pytest.approx(min(ratio, removable), abs=largest / 2 + 1e-9)
+
+
+def test_a_global_threshold_takes_the_lowest_scores_first():
+    sites = [s for s in network() if s.kind == "channels"]
+    scores = {s.name: torch.full((40,), float(i)) for i, s in enumerate(sites)}
+    kept = allocate_global(sites, 2 / 6, scores)
+    assert [kept[s.name] for s in sites] == [1, 1, 38, 40, 40, 40]
+
+
+def test_ratio_zero_removes_nothing_under_any_allocation():
+    sites = network()
+    whole = {s.name: s.units.per_group for s in sites}
+    recipe = Recipe(model="m", ratio=0)
+    assert allocate_global(sites, 0) == whole
+    assert logarithmic(sites, recipe, shares(sites, recipe, costs_of(sites))) == whole
+
+
+def test_ratios_of_their_own_make_pools_of_their_own():
+    sites = network()
+    kept = allocate_global(sites, 0.3, attn_ratio=0, mlp_ratio=0.5)
+    assert all(kept[s.name] == 3 for s in sites if s.kind == "heads")
+    assert removed_share(sites, kept, "channels") == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_fixed_number_of_heads_leaves_the_rest_of_the_budget_to_the_channels():
+    sites = network(groups=1, per_group=6)
+    recipe = Recipe(model="m", ratio=0.3)
+    asked = shares(sites, recipe, costs_of(sites), remove_heads=9)
+    kept = global_threshold(sites, recipe, asked, scored(sites), costs_of(sites))
+    assert sum(6 - kept[s.name] for s in sites if s.kind == "heads") == 9
+    assert removed_share(sites, kept) == pytest.approx(0.3, abs=0.01)
+    with pytest.raises(GrailError, match="remove_heads"):
+        shares(sites, recipe, costs_of(sites), remove_heads=36)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
+def test_the_log_ratio_rises_with_depth_and_keeps_its_mean(ratio):
+    sites = network(layers=30, groups=3, per_group=3, width=1536)
+    recipe = Recipe(model="m", ratio=ratio)
+    kept = logarithmic(sites, recipe, shares(sites, recipe, costs_of(sites)))
+    widths = [kept[s.name] for s in sites if s.kind == "channels"]
+    assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+    assert widths[0] == pytest.approx(1536 * (1 - ratio / 2), abs=1)
+    assert 1 - sum(widths) / (30 * 1536) == pytest.approx(ratio, abs=1e-3)
+    heads = [kept[s.name] for s in sites if s.kind == "heads"]
+    assert 1 - sum(heads) / 90 == pytest.approx(ratio, abs=0.5 / 90 + 1e-9)

@@ -51,7 +51,10 @@ def test_the_report_is_the_file_also_for_a_module(tmp_path):
 
 def test_asked_and_reached_ratio_by_kind(tmp_path, source):
     report = grail.compress(source, output=tmp_path / "out", calibration=windows(), attn_ratio=0, mlp_ratio=0.5)
-    assert report.ratio == {"heads": {"asked": 0, "reached": 0.0}, "channels": {"asked": 0.5, "reached": 0.5}}
+    assert report.ratio["heads"] == {"asked": 0, "reached": 0.0}
+    assert report.ratio["channels"] == {"asked": 0.5, "reached": 0.5}
+    attention, mlp = 2 * 6 * 8 * 48, 3 * 40 * 48  # query rows and output columns; three matrices
+    assert report.ratio["overall"] == {"asked": None, "reached": pytest.approx(mlp / 2 / (attention + mlp))}
 
 
 def test_the_reference_kernels_can_be_asked_for(tmp_path, source, monkeypatch):

@@ -1,7 +1,8 @@
 """Reopen a written checkpoint in a fresh process and compare logits and token ids with what compress had in memory.
 
 Run as a script by `verify` below. On a plain checkpoint the child never imports grail: what it proves is that
-transformers alone can load the folder.
+transformers alone can load the folder. One in the format `grail` is opened twice: by its own class file, before grail
+is imported, and by the classes that `import grail` registers; both must agree to the last bit.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ def verify(
     written: dict[str, tuple[str, list[int]]],
     *,
     layerwise: bool,
+    loads: str = "plain",
 ) -> dict:
     """Reopen `folder` in a fresh process; returns {"logit_difference", "token_ids_equal", "how"}.
 
     probe_1L: token ids; logits_1LV: what compress had in memory for them; dtype: the compute dtype's name; token_ids
     of SAMPLE by the source's tokenizer, or None; written: name -> (safetensors dtype, shape); layerwise: stream the
-    check through grail one layer at a time, for checkpoints larger than memory.
+    check through grail one layer at a time, for checkpoints larger than memory; loads: how the folder claims to open,
+    "plain" or "grail" (OutputFormat.loads).
     Raises RuntimeError with the child's last lines when anything differs: a bug in GRAIL, not in the input.
     """
     from safetensors.torch import save_file
@@ -44,6 +47,8 @@ def verify(
         script = "import runpy, sys; sys.argv[0] = 'reopen'; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
         command = [sys.executable, "-c", script, __file__, str(folder), work, dtype]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+        environment["HF_MODULES_CACHE"] = str(Path(work) / "modules")  # where transformers copies class files to
+        command += ["--loads", loads]
         if layerwise:
             command.append("--layerwise")
         done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment)
@@ -52,15 +57,16 @@ def verify(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool) -> dict:
+def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool, loads: str = "plain") -> dict:
     """What the child does: compare tensors with the class, logits and token ids with what lies in `work`."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     probe = load_file(work / "probe.safetensors")
+    by_file = {"trust_remote_code": loads == "grail"}
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **by_file), **by_file)
     expected = json.loads((work / "expected.json").read_text())
     _compare_tensors(folder, skeleton, expected["tensors"])
     dtype = getattr(torch, dtype_name)
@@ -70,18 +76,32 @@ def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool) -> dict
 
         found = logits(open_family(folder, dtype=dtype), probe["ids"])
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        with torch.no_grad():
-            found = model(probe["ids"], use_cache=False).logits.float()
+        found = _logits(folder, probe["ids"], dtype, **by_file)
+    equal = _tokens_equal(folder, expected["token_ids"], **by_file)
+    if loads == "grail" and not layerwise:
+        from grail.families import register
+
+        register()
+        if not torch.equal(found, _logits(folder, probe["ids"], dtype)):
+            raise RuntimeError("the class file and the registered class give different logits")
     difference = ((found - probe["logits"]).abs().max() / probe["logits"].abs().max().clamp_min(1e-30)).item()
     if not difference <= TOLERANCE[dtype_name]:
         raise RuntimeError(f"logits differ from the compressed model's by {difference:.2e} of the largest")
-    equal = _tokens_equal(folder, expected["token_ids"])
     return {
         "logit_difference": difference,
         "token_ids_equal": equal,
         "how": "layer by layer" if layerwise else "at once",
     }
+
+
+def _logits(folder: Path, ids, dtype, **options):
+    """Logits of the folder as transformers opens it with these options, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.float()
 
 
 def _compare_tensors(folder: Path, skeleton, written: dict[str, list]) -> None:
@@ -108,12 +128,12 @@ def _compare_tensors(folder: Path, skeleton, written: dict[str, list]) -> None:
             raise RuntimeError(f"{name} has shape {held[name][1]}, the class wants {list(tensor.shape)}")
 
 
-def _tokens_equal(folder: Path, expected: list[int] | None) -> bool | None:
+def _tokens_equal(folder: Path, expected: list[int] | None, **options) -> bool | None:
     if expected is None:
         return None
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(folder)(SAMPLE).input_ids != expected:
+    if AutoTokenizer.from_pretrained(folder, **options)(SAMPLE).input_ids != expected:
         raise RuntimeError("the tokenizer gives other token ids than the source's")
     return True
 
@@ -124,8 +144,10 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("dtype")
     parser.add_argument("--layerwise", action="store_true")
+    parser.add_argument("--loads", default="plain", choices=("plain", "grail"))
     asked = parser.parse_args()
-    sys.stdout.write(json.dumps(check(asked.folder, asked.work, asked.dtype, layerwise=asked.layerwise)) + "\n")
+    found = check(asked.folder, asked.work, asked.dtype, layerwise=asked.layerwise, loads=asked.loads)
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -140,15 +140,22 @@ class OutputFolder:
 
     def write_json(self, file: str, value: dict) -> None:
         """Commit one JSON file: two spaces, sorted where the value is, newline at the end."""
+        self.write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_text(self, file: str, text: str) -> None:
+        """Commit one text file, UTF-8."""
         temporary = self.partial / (file + ".tmp")
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self.partial / file)
 
     def carry_over(self, source: Path) -> None:
-        """Copy tokenizer, chat template, generation config and licence files, following links."""
+        """Copy tokenizer, chat template, generation config and licence files, following links.
+
+        A file that has been written already stays as it was written.
+        """
         for pattern in CARRIED:
             for file in sorted(source.glob(pattern)):
-                if file.is_file():
+                if file.is_file() and not (self.partial / file.name).exists():
                     shutil.copyfile(file, self.partial / file.name)
         templates = source / "additional_chat_templates"
         if templates.is_dir():

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
+from ..modeling_grail import PREFIX
+from ..registration import register
 from . import llama
 from .base import Producer, Site
 
-__all__ = ["Producer", "Site", "open_family"]
+__all__ = ["Producer", "Site", "open_family", "register"]
 
 FAMILIES = (llama,)
 
@@ -20,8 +22,9 @@ def open_family(folder: Path, **options):
     if not config_file.exists():
         raise GrailError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     model_type = read_json(config_file).get("model_type")
+    plain_type = model_type.removeprefix(PREFIX) if isinstance(model_type, str) else model_type
     for family in FAMILIES:
-        if model_type in family.MODEL_TYPES:
+        if plain_type in family.MODEL_TYPES:
             return family.open_folder(folder, **options)
     known = ", ".join(name for family in FAMILIES for name in family.MODEL_TYPES)
     raise GrailError(f"{config_file}: model type {model_type!r} is not supported; supported: {known}")

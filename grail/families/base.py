@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from ..reduction import Units
+from torch import Tensor
+
+from ..reduction import Reduction, Units
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,41 @@ class Site:
     units: Units
 
 
-@dataclass(frozen=True)
-class NarrowConfig:
-    """config.json of the result, and what opens it: `loads_with` a class by name, `class_changed` why (or None)."""
+@dataclass(frozen=True, eq=False)
+class OutputFormat(ABC):
+    """What will be written: config.json, other files by name, and the tensors that are no plain copies.
 
+    name: uniform, grail or padded. loads_with names what opens the result; class_changed says why it is not the
+    source's class and how to keep that one (None: it is).
+    """
+
+    name: str
     config: dict
+    files: dict[str, str]
     loads_with: str
     class_changed: str | None
+
+    @property
+    @abstractmethod
+    def loads(self) -> str:
+        """How it opens, for checkpoint.reopen: "plain", or "grail" (its class file, or `import grail`)."""
+
+    @property
+    @abstractmethod
+    def tensor_parallel(self) -> int:
+        """The largest number of devices over which every layer can be split evenly."""
+
+    @property
+    @abstractmethod
+    def original_widths(self) -> dict[str, int]:
+        """The widths that `padded` has or would have, under their names in config.json."""
+
+    @abstractmethod
+    def layer_tensors(
+        self, layer: int, changed: dict[str, Tensor], reductions: dict[str, Reduction]
+    ) -> dict[str, Tensor]:
+        """A layer's tensors that are no plain copies of the source's, by full name, as they are written.
+
+        changed: what `Decoder.narrow` gave for the layer's changed sites; reductions: by site name. Names that the
+        source does not have (biases) are among the result.
+        """

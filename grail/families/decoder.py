@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,45 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
 from ..reduction import Reduction
-from .base import NarrowConfig, Site
+from .base import OutputFormat, Site
+from .block import Block, Part
 
 ROOT, LAYERS = "model.", "model.layers."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LOGIT_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Part:
-    """One residual branch of a layer: the sub-module, the norm that feeds it, its last linear layer, and how the
-    layer expects its result."""
-
-    module: str
-    norm: str
-    consumer: str
-    wrap: Callable[[Tensor], object]
-
-
-class _Reached(Exception):
-    """Carries a consumer's input out of a forward that need not go on."""
-
-    def __init__(self, hidden: Tensor):
-        self.hidden = hidden
-
-
-class _Tap(nn.Module):
-    def forward(self, hidden: Tensor) -> Tensor:
-        raise _Reached(hidden)
-
-
-class _Given(nn.Module):
-    """Stands for a branch whose output is already known."""
-
-    def __init__(self, value: object):
-        super().__init__()
-        self.value = value
-
-    def forward(self, *args, **kwargs) -> object:
-        return self.value
 
 
 class _Recorder(nn.Module):
@@ -71,54 +36,6 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, **kwargs) -> Tensor:
         self.kwargs = kwargs
         return hidden
-
-
-class Block:
-    """One decoder layer with its weights. `hidden` and `output` replay the layer's own forward with the branches
-    that are already known put in place, so that each expensive part runs once."""
-
-    def __init__(self, module: nn.Module, parts: dict[str, Part], kwargs_for: Callable[[int, int], dict]):
-        self.module = module
-        self.parts = parts
-        self._kwargs_for = kwargs_for
-
-    @torch.no_grad()
-    def run(self, x_BLD: Tensor) -> Tensor:
-        """The layer's output."""
-        return self.module(x_BLD, **self._kwargs_for(*x_BLD.shape[:2]))
-
-    @torch.no_grad()
-    def hidden(self, part: str, x_BLD: Tensor, known: dict[str, Tensor]) -> Tensor:
-        """The input of the part's consumer, [B, L, H], given the outputs of the branches before it."""
-        branch = self.parts[part]
-        with self._with_known(known), _replaced(self.module.get_submodule(part), {branch.consumer: _Tap()}):
-            try:
-                self.run(x_BLD)
-            except _Reached as reached:
-                return reached.hidden
-        raise RuntimeError(f"{part}.{branch.consumer} was never called")
-
-    @torch.no_grad()
-    def consume(self, part: str, hidden: Tensor, weight_OK: Tensor | None = None) -> Tensor:
-        """The branch's output from its consumer's input, with a narrower weight in place if one is given."""
-        consumer = self.module.get_submodule(f"{part}.{self.parts[part].consumer}")
-        weight_OK = consumer.weight if weight_OK is None else weight_OK.to(hidden.device, hidden.dtype)
-        return nn.functional.linear(hidden, weight_OK, consumer.bias)
-
-    @torch.no_grad()
-    def output(self, x_BLD: Tensor, known: dict[str, Tensor]) -> Tensor:
-        """The layer's output when every branch is known."""
-        with self._with_known(known):
-            return self.run(x_BLD)
-
-    @contextmanager
-    def _with_known(self, known: dict[str, Tensor]) -> Iterator[None]:
-        stands: dict[str, nn.Module] = {}
-        for name, value in known.items():
-            stands[name] = _Given(self.parts[name].wrap(value))
-            stands[self.parts[name].norm] = nn.Identity()
-        with _replaced(self.module, stands):
-            yield
 
 
 class Decoder(ABC):
@@ -150,7 +67,8 @@ class Decoder(ABC):
         self._recorders = [_Recorder() for _ in self._layers]
         self._shell.layers = nn.ModuleList(self._recorders)
         self._shell.norm = nn.Identity()
-        self._new_rotary = lambda: type(self._shell.rotary_emb)(config=config).to(self.device)
+        rotary = self._shell.rotary_emb  # its own configuration: with widths by layer, one layer's
+        self._new_rotary = lambda: type(rotary)(config=rotary.config).to(self.device)
         self._shell.rotary_emb = self._new_rotary()
         self._recorded_shape: tuple[int, int] | None = None
 
@@ -173,14 +91,22 @@ class Decoder(ABC):
         """The residual branch a site lies in: a key of `parts`."""
 
     @abstractmethod
-    def narrow(self, site: Site, reduction: Reduction, consumer_OK: Tensor) -> dict[str, Tensor]:
-        """The site's tensors after the reduction, in their stored dtypes: producers narrowed, consumer replaced."""
+    def narrow(
+        self, site: Site, reduction: Reduction, consumer_OK: Tensor, bias_O: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The site's tensors after the reduction, in their stored dtypes: producers narrowed, consumer replaced.
+
+        bias_O: the consumer's whole new bias; None leaves it as it is.
+        """
 
     @abstractmethod
-    def narrow_config(self, reductions: dict[str, Reduction], sites: list[Site]) -> NarrowConfig:
-        """config.json for the given reductions (by site name; absent: untouched).
+    def output_format(
+        self, sites: list[Site], kept: dict[str, int], *, bias: bool = False, asked: str = "auto"
+    ) -> OutputFormat:
+        """How the result will be written when each site keeps kept[site.name] units per group; decided before work.
 
-        Raises GrailError when the widths cannot be written in the family's format.
+        bias: the consumers of the sites from which something is removed get one; asked: auto, uniform, grail or
+        padded. Raises GrailError, saying what to choose, where the format asked for cannot be.
         """
 
     def embed(self, ids_BL: Tensor) -> Tensor:
@@ -250,16 +176,3 @@ class Decoder(ABC):
                 )
             if info.dtype.itemsize < 2 or not info.dtype.is_floating_point:
                 raise GrailError(f"{info.file}: {name} is stored as {info.dtype}; only float weights can be compressed")
-
-
-@contextmanager
-def _replaced(module: nn.Module, stands: dict[str, nn.Module]) -> Iterator[None]:
-    """Put other sub-modules in place for a while."""
-    kept = {name: getattr(module, name) for name in stands}
-    try:
-        for name, stand in stands.items():
-            setattr(module, name, stand)
-        yield
-    finally:
-        for name, original in kept.items():
-            setattr(module, name, original)

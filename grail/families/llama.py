@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..calibration.tokenizer import load_tokenizer
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..errors import GrailError
-from ..reduction import Reduction, Selection, Units
-from .base import NarrowConfig, Producer, Site
-from .decoder import Decoder, Part
+from ..modeling_grail import BASES, PREFIX
+from ..reduction import Reduction, Units
+from ..registration import register
+from .base import OutputFormat, Producer, Site
+from .block import Part
+from .decoder import LAYERS, Decoder
+from .formats import output_format
+from .layout import ATTENTION, LINEARS, MLP, LayerWidths
+from .plain import CLASSES
 
-MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "seed_oss")
-ATTENTION, MLP = "self_attn", "mlp"
-CARRIED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "hidden_act",
-    "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
-    "attention_dropout",
-)  # fmt: skip
+MODEL_TYPES = tuple(BASES)
+GRAIL_FIELDS = ("per_layer_config", "auto_map", "o_proj_bias", "down_proj_bias")
 PARTS = {
     ATTENTION: Part(ATTENTION, "input_layernorm", "o_proj", lambda value: (value, None)),
     MLP: Part(MLP, "post_attention_layernorm", "down_proj", lambda value: value),
@@ -28,113 +32,120 @@ PARTS = {
 
 
 class LlamaFamily(Decoder):
-    """A checkpoint of this family: its sites in execution order, its narrow tensors and configuration."""
+    """A checkpoint of this family, plain or in the format `grail`: its sites, its narrow tensors, its output formats.
+
+    widths and biases (linear layers that have one) are per layer; `original` the widths in the fields of config.json,
+    which in the format `grail` are those before anything was removed; `plain_raw` config.json as a plain one.
+    """
 
     def __init__(self, source: SafetensorsFolder, config: PreTrainedConfig, raw_config: dict, **precision):
         super().__init__(source, config, PARTS, **precision)
-        self.raw_config = raw_config
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.mlp_width = config.intermediate_size
+        self.base_type = config.model_type.removeprefix(PREFIX)
+        self.in_grail_format = config.model_type != self.base_type
+        self.plain_raw = _as_plain(raw_config, self.base_type)
+        layers = [config.per_layer_config[i] for i in range(self.layer_count)]
+        self.head_dim = getattr(layers[0], "head_dim", None) or config.hidden_size // layers[0].num_attention_heads
+        self.widths = [LayerWidths(c.num_attention_heads, c.num_key_value_heads, c.intermediate_size) for c in layers]
+        self.original = _named_widths(raw_config) if self.in_grail_format else self.widths[0]
+        self.biases = [
+            frozenset(name for name in LINEARS if f"{self._module(layer, name)}.bias" in source)
+            for layer in range(self.layer_count)
+        ]
+
+    @property
+    def class_name(self) -> str:
+        """The source's own class, as a plain one."""
+        return (self.plain_raw.get("architectures") or ["AutoModelForCausalLM"])[0]
+
+    @cached_property
+    def tokenizer_files(self) -> dict[str, str]:
+        """What another model type needs beside it for the source's token ids: its tokenizer's class, by name.
+
+        AutoTokenizer goes by the model type first: qwen2 takes Qwen2Tokenizer whatever tokenizer_config.json says.
+        """
+        folder, file = self.source.path, "tokenizer_config.json"
+        if not any(folder.glob("tokenizer*")):
+            return {}
+        named = read_json(folder / file) if (folder / file).exists() else {}
+        pinned = named | {"tokenizer_class": type(load_tokenizer(folder)).__name__}
+        return {} if pinned == named else {file: json.dumps(pinned, indent=2, ensure_ascii=False) + "\n"}
 
     def sites(self, gqa: str = "query") -> list[Site]:
         """Attention (units: heads) and MLP (units: channels) of every layer.
 
         gqa "query" removes equally many query heads per key/value head, "group" whole key/value groups.
         """
-        return [make(i) for i in range(self.layer_count) for make in (self._attention_site(gqa), self._mlp_site)]
+        return [site for i in range(self.layer_count) for site in (self._attention_site(i, gqa), self._mlp_site(i))]
 
     def part_of(self, site: Site) -> str:
         return ATTENTION if site.kind == "heads" else MLP
 
-    def _attention_site(self, gqa: str):
-        shared, size = self.heads // self.kv_heads, self.head_dim
+    def _attention_site(self, layer: int, gqa: str) -> Site:
+        widths, size = self.widths[layer], self.head_dim
+        shared = widths.shared
         if shared == 1:
-            units, rows = Units(1, self.heads, size), {"q_proj": size, "k_proj": size, "v_proj": size}
+            units, rows = Units(1, widths.heads, size), {"q_proj": size, "k_proj": size, "v_proj": size}
         elif gqa == "query":
-            units, rows = Units(self.kv_heads, shared, size), {"q_proj": size}
+            units, rows = Units(widths.kv_heads, shared, size), {"q_proj": size}
         else:
-            units = Units(1, self.kv_heads, shared * size)
+            units = Units(1, widths.kv_heads, shared * size)
             rows = {"q_proj": shared * size, "k_proj": size, "v_proj": size}
-        return lambda layer: self._site(layer, ATTENTION, "heads", rows, "o_proj", units)
+        return self._site(layer, "heads", rows, "o_proj", units)
 
     def _mlp_site(self, layer: int) -> Site:
         rows = {"gate_proj": 1, "up_proj": 1}
-        return self._site(layer, MLP, "channels", rows, "down_proj", Units(1, self.mlp_width, 1))
+        return self._site(layer, "channels", rows, "down_proj", Units(1, self.widths[layer].channels, 1))
 
-    def _site(self, layer: int, part: str, kind: str, rows: dict[str, int], consumer: str, units: Units) -> Site:
-        prefix = f"model.layers.{layer}.{part}."
-        producers = tuple(Producer(prefix + name, count) for name, count in rows.items())
-        return Site(prefix + consumer, kind, layer, producers, prefix + consumer, units)
+    def _site(self, layer: int, kind: str, rows: dict[str, int], consumer: str, units: Units) -> Site:
+        producers = tuple(Producer(self._module(layer, name), count) for name, count in rows.items())
+        consumer = self._module(layer, consumer)
+        return Site(consumer, kind, layer, producers, consumer, units)
 
-    def narrow(self, site: Site, reduction: Reduction, consumer_OK: Tensor) -> dict[str, Tensor]:
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{LAYERS}{layer}."
+
+    def _module(self, layer: int, name: str) -> str:
+        return f"{self.prefix(layer)}{LINEARS[name]}.{name}"
+
+    def narrow(
+        self, site: Site, reduction: Reduction, consumer_OK: Tensor, bias_O: Tensor | None = None
+    ) -> dict[str, Tensor]:
         tensors = {f"{site.consumer}.weight": consumer_OK}
+        if bias_O is not None:
+            tensors[f"{site.consumer}.bias"] = bias_O.to(consumer_OK.dtype)
         for producer in site.producers:
             for name in (f"{producer.name}.weight", f"{producer.name}.bias"):
                 if name in self.source:
                     tensors[name] = reduction.narrow_producer(self.source.get(name), producer.rows_per_unit)
         return tensors
 
-    def narrow_config(self, reductions: dict[str, Reduction], sites: list[Site]) -> NarrowConfig:
-        """As Decoder.narrow_config; widths must be the same in every layer."""
-        counts = {self._counts(layer, reductions, sites) for layer in range(self.layer_count)}
-        if len(counts) > 1:
-            raise GrailError("widths that differ between layers cannot be written as a uniform checkpoint")
-        heads, kv_heads, width = counts.pop()
-        config = {key: value for key, value in self.raw_config.items() if key != "auto_map"}
-        own = f"transformers {_class_of(self.raw_config)}"
-        if (heads, width) == (self.heads, self.mlp_width):
-            return NarrowConfig(config, own, None)
-        config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": width}
-        config["head_dim"] = self.head_dim
-        if self.config.model_type != "llama" or self.config.hidden_size % heads == 0:
-            return NarrowConfig(config, own, None)
-        carrier = self._carrier(config)
-        why = (
-            f"llama refuses {heads} heads in a hidden size of {self.config.hidden_size}; {carrier['model_type']} is "
-            f"the same computation. To keep llama, choose --attn-ratio so that the heads divide the hidden size"
-        )
-        return NarrowConfig(carrier, f"transformers {_class_of(carrier)}", why)
+    def linear_tensors(self, layer: int) -> dict[str, Tensor]:
+        """The stored weights and biases of a layer's linear layers, by full name."""
+        modules = (self._module(layer, name) for name in LINEARS)
+        names = (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
+        return {name: self.source.get(name) for name in names if name in self.source}
 
-    def _counts(self, layer: int, reductions: dict[str, Reduction], sites: list[Site]) -> tuple[int, int, int]:
-        heads, kv_heads, width = self.heads, self.kv_heads, self.mlp_width
-        for site in sites:
-            reduction = reductions.get(site.name)
-            if site.layer != layer or reduction is None:
-                continue
-            if site.kind == "channels":
-                width = reduction.kept_width
-            elif isinstance(reduction, Selection):
-                heads = reduction.kept_width // self.head_dim
-                if any(producer.name.endswith("k_proj") for producer in site.producers):
-                    kv_heads = len(reduction.kept)
-        return heads, kv_heads, width
+    def output_format(
+        self, sites: list[Site], kept: dict[str, int], *, bias: bool = False, asked: str = "auto"
+    ) -> OutputFormat:
+        return output_format(self, sites, kept, bias=bias, asked=asked)
 
-    def _carrier(self, config: dict) -> dict:
-        """The same network under a class that takes any head count: mistral, or seed_oss where there are biases."""
-        attention_bias, mlp_bias = self.config.attention_bias, self.config.mlp_bias
-        dropped = {"attention_bias", "mlp_bias", "pretraining_tp", "rope_scaling"}
-        known = self.config.to_dict()
-        config = {key: value for key, value in config.items() if key not in dropped}
-        # spelled out, since the carrier's defaults are others
-        config |= {key: known[key] for key in CARRIED if config.get(key) is None and key in known}
-        config["rope_parameters"] = known["rope_parameters"]
-        if not (attention_bias or mlp_bias):
-            return config | {
-                "model_type": "mistral",
-                "architectures": ["MistralForCausalLM"],
-                "sliding_window": None,
-            }
-        return config | {
-            "model_type": "seed_oss",
-            "architectures": ["SeedOssForCausalLM"],
-            "attention_bias": attention_bias,
-            "attention_out_bias": attention_bias,
-            "mlp_bias": mlp_bias,
-            "attention_dropout": self.config.attention_dropout,
-            "residual_dropout": 0.0,
-        }
+
+def _named_widths(raw: dict) -> LayerWidths:
+    """The widths that config.json names for all layers."""
+    named = [raw.get(key) for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")]
+    if not all(type(width) is int and width > 0 for width in named):
+        raise ValueError("it must name num_attention_heads, num_key_value_heads and intermediate_size")
+    return LayerWidths(*named)
+
+
+def _as_plain(raw: dict, base_type: str) -> dict:
+    """config.json without what the format `grail` adds."""
+    if not raw["model_type"].startswith(PREFIX):
+        return {key: value for key, value in raw.items() if key != "auto_map"}
+    plain = {key: value for key, value in raw.items() if key not in GRAIL_FIELDS}
+    return plain | {"model_type": base_type, "architectures": [CLASSES[base_type]]}
 
 
 def open_folder(
@@ -148,6 +159,7 @@ def open_folder(
     raw = read_json(folder / "config.json")
     if raw.get("quantization_config"):
         raise GrailError(f"{folder / 'config.json'}: the checkpoint is quantised; GRAIL needs its float weights")
+    register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -168,8 +180,3 @@ def open_folder(
 
 def _unusable(folder: Path, raw: dict, error: Exception) -> GrailError:
     return GrailError(f"{folder / 'config.json'} is not a usable {raw['model_type']} config: {error}")
-
-
-def _class_of(config: dict) -> str:
-    names = config.get("architectures") or ["AutoModelForCausalLM"]
-    return names[0]

@@ -23,8 +23,8 @@ class SiteView:
 
     weight_OH: the consumer's weight; producers: name -> [rows, D], a bias as one more column, filled for selectors that
     need "producers"; gradients_OH: for those that need "block_gradients", RMS over calibration windows of
-    ∂‖f(X)‖₂/∂weight for the block f; kept: units to keep in each group; affine: whether the repair fits a bias too, so
-    that the exact objective is the centred one.
+    ∂‖f(X)‖₂/∂weight for the block f; kept: units to keep in each group; windows: number of calibration windows;
+    affine: whether the repair fits a bias too, so that the exact objective is the centred one.
     """
 
     name: str
@@ -36,6 +36,7 @@ class SiteView:
     kept: int
     seed: int
     gradients_OH: Tensor | None = None
+    windows: int = 1
     affine: bool = False
 
     def generator(self) -> torch.Generator:
@@ -43,11 +44,21 @@ class SiteView:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.name}".encode()))
 
 
+@dataclass(frozen=True)
+class RegionalOptions:
+    """Regional optimisation after a block was compressed: passes over `windows` calibration windows."""
+
+    passes: int
+    windows: int
+    learning_rate: float
+
+
 class Selector:
     """One method. Subclasses set the class variables and `select`; their options are dataclass fields.
 
     `needs` may hold "diag", "moments", "gram" (see statistics), "producers" and "block_gradients"; `allocation` is the
-    method's own rule of how much goes where, unless --allocation names another.
+    method's own rule of how much goes where, unless --allocation names another; `bias` whether the method fits a bias
+    unless --no-bias is given.
     """
 
     name: ClassVar[str]
@@ -55,6 +66,7 @@ class Selector:
     source: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     allocation: ClassVar[str] = "uniform"
+    bias: ClassVar[bool] = False
 
     @classmethod
     def from_options(cls, options: dict[str, str]) -> Selector:
@@ -91,6 +103,26 @@ class Selector:
     def needs_of(self, kind: str) -> frozenset[str]:
         """What is needed at sites of a kind, "heads" or "channels"."""
         return self.needs
+
+    def own_allocation(self) -> str:
+        """The allocation when none is asked for."""
+        return self.allocation
+
+    def folds(self, kind: str) -> bool:
+        """Whether sites of this kind are folded rather than selected from."""
+        return False
+
+    def updates_weights(self) -> bool:
+        """Whether the method's own weight update is kept where there is no compensation (see `own_ridge`)."""
+        return False
+
+    def fixed_heads(self) -> int | None:
+        """How many heads of the whole network go, where the method fixes that."""
+        return None
+
+    def regional_options(self) -> RegionalOptions | None:
+        """How each compressed block is trained towards the dense one; None: not at all."""
+        return None
 
     def select(self, site: SiteView) -> Reduction:
         """The site's reduction, keeping `site.kept` units in each group."""

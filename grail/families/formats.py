@@ -1,0 +1,194 @@
+"""The formats a compressed model is written in: uniform, grail and padded (DESIGN section 7).
+
+uniform: one width for all layers, in the source's own class or a carrier of the same computation. grail: widths (and
+consumer biases) by layer, `per_layer_config` in config.json and a class file in the folder. padded: the original
+widths with zeros where something was removed, for runtimes that know nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from .. import modeling_grail
+from ..errors import GrailError
+from ..modeling_grail import BASES, PREFIX
+from ..reduction import Reduction
+from .base import OutputFormat, Site
+from .layout import LINEARS, LayerWidths, move_tensors, reduction_moves, widening_moves
+from .plain import biased, plain_config, width_fields
+
+if TYPE_CHECKING:
+    from .llama import LlamaFamily
+
+AUTO, UNIFORM, GRAIL, PADDED = "auto", "uniform", "grail", "padded"
+FORMATS = (AUTO, UNIFORM, GRAIL, PADDED)
+CLASS_FILE = "modeling_grail.py"
+Biases = frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFormat(OutputFormat):
+    """A format of this family. widths and biases: of each layer, as written; sites: those that reductions name."""
+
+    widths: tuple[LayerWidths, ...]
+    biases: tuple[Biases, ...]
+    model: LlamaFamily = field(repr=False)
+    sites: tuple[Site, ...] = field(default=(), repr=False)
+
+    @property
+    def loads(self) -> str:
+        return "grail" if self.name == GRAIL else "plain"
+
+    @property
+    def original_widths(self) -> dict[str, int]:
+        return width_fields(self.model.original)
+
+    @property
+    def tensor_parallel(self) -> int:
+        """The greatest common divisor of every layer's query heads, key/value heads and MLP width."""
+        return math.gcd(*(width for w in self.widths for width in (w.heads, w.kv_heads, w.channels)))
+
+    def layer_tensors(
+        self, layer: int, changed: dict[str, Tensor], reductions: dict[str, Reduction]
+    ) -> dict[str, Tensor]:
+        tensors = dict(changed)
+        if self.name == PADDED:
+            for site in self.sites:
+                if site.layer == layer and site.name in reductions:
+                    tensors = move_tensors(tensors, reduction_moves(site, reductions[site.name]), widen=True)
+            if self.model.widths[layer] != self.widths[layer]:  # the source is in the format grail itself
+                tensors = self.widened(layer, self.model.linear_tensors(layer) | tensors, self.model.widths[layer])
+        return self.with_biases(layer, tensors)
+
+    def widened(self, layer: int, tensors: dict[str, Tensor], widths: LayerWidths) -> dict[str, Tensor]:
+        """A layer's linear layers, which have these widths, with zeros up to the widths that are written."""
+        model = self.model
+        moves = widening_moves(model.prefix(layer), model.head_dim, widths, self.widths[layer])
+        return move_tensors(tensors, moves, widen=True)
+
+    def with_biases(self, layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, and zeros for each bias that the class asks for and nobody has."""
+        source, found = self.model.source, dict(tensors)
+        for name in sorted(self.biases[layer]):
+            module = f"{self.model.prefix(layer)}{LINEARS[name]}.{name}"
+            if f"{module}.bias" in tensors or f"{module}.bias" in source:
+                continue
+            weight = tensors.get(f"{module}.weight")
+            like = source.info(f"{module}.weight") if weight is None else weight
+            found[f"{module}.bias"] = torch.zeros(like.shape[0], dtype=like.dtype)
+        return found
+
+
+def output_format(
+    model: LlamaFamily, sites: list[Site], kept: dict[str, int], *, bias: bool, asked: str
+) -> LayerFormat:
+    """The format for keeping kept[site.name] units per group at each site; bias: the consumers of the sites from
+    which something is removed get one. Raises GrailError, saying what to choose, where the format asked for cannot be.
+    """
+    widths, biases = list(model.widths), list(model.biases)
+    for site in sites:
+        count = kept[site.name]
+        if count == site.units.per_group:
+            continue
+        widths[site.layer] = _kept_widths(widths[site.layer], site, count, model.head_dim)
+        if bias:
+            biases[site.layer] |= {site.consumer.rpartition(".")[2]}
+    return choose(model, widths, biases, asked, tuple(sites))
+
+
+def choose(
+    model: LlamaFamily, widths: list[LayerWidths], biases: list[Biases], asked: str, sites: tuple[Site, ...] = ()
+) -> LayerFormat:
+    """The format for layers of these widths and biases; see output_format."""
+    if asked not in FORMATS:
+        raise GrailError(f"--format {asked}: choose one of {', '.join(FORMATS)}")
+    needed = frozenset().union(*biases)
+    why = None
+    if asked == PADDED:
+        config, why = _plain(model, model.original, needed)
+        if config is None:
+            raise GrailError(f"--format padded: {why}; choose --format grail, or add --no-bias")
+        return _plain_format(PADDED, model, config, why, [model.original] * len(widths), sites)
+    if asked != GRAIL:
+        if len(set(widths)) == 1:
+            config, why = _plain(model, widths[0], needed)
+            if config is not None:
+                return _plain_format(UNIFORM, model, config, why, widths, sites)
+            fix = f"add --no-bias to keep {model.class_name}"
+        else:
+            why, fix = "the widths differ between layers", f"choose --allocation uniform to keep {model.class_name}"
+        if asked == UNIFORM:
+            raise GrailError(f"--format uniform: {why}; {fix}, or --format grail or padded")
+        why = f"{why}, which no class of transformers' own takes; {fix}"
+    return _grail_format(model, widths, biases, why or "--format grail was asked for", sites)
+
+
+def _kept_widths(widths: LayerWidths, site: Site, kept: int, head_dim: int) -> LayerWidths:
+    width = site.units.groups * kept * site.units.size
+    if site.kind == "channels":
+        return LayerWidths(widths.heads, widths.kv_heads, width)
+    whole = any(producer.name.endswith("k_proj") for producer in site.producers)
+    return LayerWidths(width // head_dim, kept * site.units.groups if whole else widths.kv_heads, widths.channels)
+
+
+def _plain(model: LlamaFamily, widths: LayerWidths, needed: Biases) -> tuple[dict | None, str | None]:
+    unchanged = {widths} == set(model.widths) and all(needed == biases for biases in model.biases)
+    if unchanged and not model.in_grail_format:
+        return model.plain_raw, None
+    return plain_config(model.base_type, model.config, model.plain_raw, model.head_dim, widths, needed)
+
+
+def _plain_format(
+    name: str, model: LlamaFamily, config: dict, why: str | None, widths: list[LayerWidths], sites: tuple[Site, ...]
+) -> LayerFormat:
+    class_name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    # what the class itself will ask for, which may be more than is needed
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    asked_for = biased(config["model_type"], AutoConfig.for_model(config["model_type"], **fields))
+    files = {} if config["model_type"] == model.plain_raw["model_type"] else model.tokenizer_files
+    return LayerFormat(
+        name, config, files, f"transformers {class_name}", why, tuple(widths), (asked_for,) * len(widths), model, sites
+    )
+
+
+def _grail_format(
+    model: LlamaFamily, widths: list[LayerWidths], biases: list[Biases], why: str, sites: tuple[Site, ...]
+) -> LayerFormat:
+    original, plainly = width_fields(model.original), biased(model.base_type, model.config)
+    by_layer = {}
+    for layer, (own, has) in enumerate(zip(widths, biases, strict=True)):
+        entry = {key: value for key, value in width_fields(own).items() if value != original[key]}
+        entry |= {f"{name}_bias": True for name in sorted(has - plainly)}
+        if entry:
+            by_layer[str(layer)] = entry
+    name = f"Grail{BASES[model.base_type]}"
+    module = CLASS_FILE.removesuffix(".py")
+    tokenizer = {} if model.in_grail_format else model.tokenizer_files
+    config = model.plain_raw | original | {"head_dim": model.head_dim}
+    config |= {
+        "model_type": PREFIX + model.base_type,
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{name}Config",
+            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
+        },
+        "per_layer_config": by_layer,
+    }
+    return LayerFormat(
+        GRAIL,
+        config,
+        {CLASS_FILE: Path(modeling_grail.__file__).read_text(encoding="utf-8")} | tokenizer,
+        f"transformers {name}ForCausalLM with trust_remote_code=True, or after `import grail`",
+        None if model.in_grail_format else why,
+        tuple(widths),
+        tuple(has | plainly for has in biases),
+        model,
+        sites,
+    )

@@ -1,0 +1,78 @@
+"""Statistics of pairs: what a compressed producer really emits, and what its consumer should make of it.
+
+Shapes: K kept width, O outputs of the consumer. z (K) is the compressed hidden vector, y (O) the target output,
+d = y − W_a z what the anchor W_a gets wrong. Accumulating the difference means that equal inputs give exactly zero
+(DESIGN section 1, general form).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grail_kernels import CrossAccumulator, GramAccumulator, PackedSymmetric
+
+
+class PairStatistics:
+    """Streaming A = Σ z zᵀ, C = Σ z dᵀ, Σ‖y‖² and Σ‖d‖²; with `affine` all of them about the means."""
+
+    def __init__(self, width: int, outputs: int, *, device=None, affine: bool = False):
+        self.affine = affine
+        self.count = 0
+        self._gram = GramAccumulator(width, device=device, centred=affine)
+        self._cross = CrossAccumulator(width, outputs, device=device)
+        self._origin: Tensor | None = None
+        self._difference = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self._target = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self._difference_energy = self._target_energy = 0.0
+
+    def update(self, z: Tensor, target: Tensor, difference: Tensor) -> None:
+        """Add rows: z [..., K], y [..., O] and d [..., O]."""
+        z_TK, y_TO, d_TO = (t.reshape(-1, t.shape[-1]).float() for t in (z, target, difference))
+        if not len(z_TK):
+            return
+        self.count += len(z_TK)
+        self._gram.update(z_TK)
+        if self.affine and self._origin is None:
+            self._origin = self._gram.mean.float()
+        self._cross.update(z_TK if self._origin is None else z_TK - self._origin, d_TO)
+        self._difference += d_TO.sum(0, dtype=torch.float64)
+        self._target += y_TO.sum(0, dtype=torch.float64)
+        self._difference_energy += d_TO.double().square().sum().item()
+        self._target_energy += y_TO.double().square().sum().item()
+
+    @property
+    def normal(self) -> PackedSymmetric:
+        """A, packed float32."""
+        return self._gram.packed
+
+    @property
+    def cross(self) -> Tensor:
+        """C [K, O]: float32, or float64 where it was moved to the means."""
+        if not self.affine or self._origin is None:
+            return self._cross.value
+        moved_K = self._gram.mean - self._origin.double()
+        return self._cross.value.double() - torch.outer(moved_K, self._difference)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of z, float64 [K]."""
+        return self._gram.mean
+
+    @property
+    def mean_difference(self) -> Tensor:
+        """Mean of d, float64 [O]."""
+        return self._difference / max(self.count, 1)
+
+    @property
+    def difference_energy(self) -> float:
+        """Σ‖d‖², about the mean with `affine`."""
+        return self._difference_energy - self._about_mean(self._difference)
+
+    @property
+    def target_energy(self) -> float:
+        """Σ‖y‖², about the mean with `affine`."""
+        return self._target_energy - self._about_mean(self._target)
+
+    def _about_mean(self, sum_O: Tensor) -> float:
+        return sum_O.square().sum().item() / max(self.count, 1) if self.affine else 0.0

@@ -1,0 +1,58 @@
+"""The widths of one run: which allocation, at what ratios and costs, before work and after the network was scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .allocation import GLOBAL, LOG, Shares, global_threshold, logarithmic, shares, uniform
+from .checkpoint.reader import SafetensorsFolder
+from .families.base import Site
+from .recipe import Recipe
+from .selectors import Selector
+
+
+@dataclass
+class WidthPlan:
+    """allocation: uniform, global or log; asked: the ratios; costs: parameters of one unit, by site name."""
+
+    sites: list[Site]
+    recipe: Recipe
+    allocation: str
+    asked: Shares
+    costs: dict[str, int]
+
+    @classmethod
+    def of(cls, sites: list[Site], recipe: Recipe, selector: Selector, source: SafetensorsFolder) -> WidthPlan:
+        """Raises GrailError when the method's fixed number of heads does not fit the ratio."""
+        costs = {site.name: _unit_cost(site, source) for site in sites}
+        asked = shares(sites, recipe, costs, selector.fixed_heads())
+        return cls(sites, recipe, recipe.allocation or selector.own_allocation(), asked, costs)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the widths follow from scores of the whole dense network: two passes."""
+        return self.allocation == GLOBAL
+
+    def before_work(self) -> dict[str, int]:
+        """Kept units by site; for a global allocation a stand-in that says which sites may change at all."""
+        if self.allocation == LOG:
+            return logarithmic(self.sites, self.recipe, self.asked)
+        kept = uniform(self.sites, self.recipe, self.asked)
+        if self.needs_scores:
+            for site in self.sites:
+                ratio = self.asked.by_kind[site.kind] if self.asked.overall is None else self.asked.overall
+                if ratio:
+                    kept[site.name] = max(min(kept[site.name], site.units.per_group - 1), 1)
+        return kept
+
+    def from_scores(self, scores: dict[str, Tensor]) -> dict[str, int]:
+        """Kept units by site under a global threshold."""
+        return global_threshold(self.sites, self.recipe, self.asked, scores, self.costs)
+
+
+def _unit_cost(site: Site, source: SafetensorsFolder) -> int:
+    """Parameters that one unit of a site carries: its producers' rows and its consumer's columns."""
+    rows = sum(p.rows_per_unit * source.info(f"{p.name}.weight").shape[1] for p in site.producers)
+    return rows + site.units.size * source.info(f"{site.consumer}.weight").shape[0]
