@@ -264,6 +264,7 @@ def methods_command(
         if name is not None:
             typer.echo(f"{'source':12} {entry['source']}")
             typer.echo(f"{'needs':12} {', '.join(entry['needs']) or 'no data'}")
+            typer.echo(f"{'allocation':12} {entry['allocation']}")
             for option, default in entry["options"].items():
                 typer.echo(f"{'--set':12} {option}={default}")
 

@@ -34,7 +34,7 @@ def block_gradients(
     divided by its size. Weights that do not reach the output get 0.
     """
     leaves = {name: parameters[name].detach().float().requires_grad_() for name in names}
-    used = {name: tensor.detach() for name, tensor in parameters.items()} | leaves
+    used = {name: tensor.detach().float() for name, tensor in parameters.items()} | leaves
     squares = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     count = 0
     for x_BLD in states:
@@ -52,6 +52,7 @@ def block_gradients(
 def optimise(
     forward: Forward,
     parameters: Parameters,
+    names: Sequence[str],
     fixed: dict[str, Tensor],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -61,23 +62,26 @@ def optimise(
 ) -> Trained:
     """Adam on the mean squared error of the block's output to the targets, one window a step.
 
-    parameters: all of the block's, all trained in float32; fixed: name -> bool mask
-    of entries that must stay as they are (removed channels). inputs and targets: windows [1, L, D].
+    parameters: all of the block's; names: those that are trained, in float32; fixed: name -> bool mask of entries that
+    must stay as they are (removed channels). inputs and targets: windows [1, L, D]. `parameters` of the result: the
+    trained ones.
     """
-    leaves = {name: tensor.detach().float().clone().requires_grad_() for name, tensor in parameters.items()}
+    used = {name: tensor.detach().float() for name, tensor in parameters.items()}
+    leaves = {name: used[name].clone().requires_grad_() for name in names}
     adam = torch.optim.Adam(leaves.values(), lr=learning_rate)
-    before = mean_error(forward, parameters, inputs, targets)
+    before = mean_error(forward, used, inputs, targets)
+    used |= leaves
     for _ in range(passes):
         for x_1LD, y_1LD in zip(inputs, targets, strict=True):
             adam.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                torch.nn.functional.mse_loss(forward(leaves, x_1LD), y_1LD).backward()
+                torch.nn.functional.mse_loss(forward(used, x_1LD), y_1LD.float()).backward()
             for name, mask in fixed.items():
                 if leaves[name].grad is not None:
                     leaves[name].grad.masked_fill_(mask, 0.0)
             adam.step()
     trained = {name: leaf.detach() for name, leaf in leaves.items()}
-    return Trained(trained, before, mean_error(forward, trained, inputs, targets))
+    return Trained(trained, before, mean_error(forward, used | trained, inputs, targets))
 
 
 @torch.no_grad()

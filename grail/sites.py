@@ -164,6 +164,11 @@ class LayerPass:
         with self.block.with_tensors(narrow):
             for i, (x_BLD, branches) in enumerate(zip(self.states, self.known, strict=True)):
                 z_BLK = self.block.hidden(part, x_BLD, branches)
+                if not torch.isfinite(z_BLK).all():
+                    raise GrailError(
+                        f"{site.name}: the folded channels carry NaN or infinite activations; check the checkpoint, or "
+                        f"use --dtype float32 where a narrower one overflows"
+                    )
                 if fit and i < self.counted:
                     target_BLO = hidden[i] @ dense_OH.mT
                     pairs.update(z_BLK, target_BLO, target_BLO - z_BLK @ anchor_OK.mT)

@@ -39,23 +39,24 @@ class LayerTraining:
         self.outcome: Training | None = None
 
     def train(self, results: list[SiteResult]) -> dict[str, Tensor]:
-        """All of the layer's tensors after training, by full name, narrow and rounded to what is written."""
-        run, block, source = self.run, self.run.block, self.run.job.model.source
-        start, fixed = self._compressed(results)
+        """The trained tensors by full name, narrow and rounded to what is written."""
+        run, job = self.run, self.run.job
+        changed = [result for result in results if result.reduction is not None]
+        start, fixed = self._compressed(changed)
+        names = self._trainable(start, changed)
         trained = optimise(
-            block.apply, start, fixed, self._inputs, self._targets,
+            run.block.apply, start, names, fixed, self._inputs, self._targets,
             passes=self.options.passes, learning_rate=self.options.learning_rate,
         )  # fmt: skip
-        full = {run.prefix + name: tensor for name, tensor in trained.parameters.items()}
-        stored = {name: source.info(name).dtype if name in source else next(iter(full.values())).dtype for name in full}
-        for result in results:
-            if result.bias is not None:
-                stored[f"{result.site.consumer}.bias"] = result.bias.dtype
-        full = {name: t.to(run.job.written_dtype(stored[name])) for name, t in full.items()}
-        self._wide = {name.removeprefix(run.prefix): t.to(run.job.model.dtype) for name, t in full.items()}
-        after = mean_error(block.apply, self._wide, self._inputs, self._targets)
+        full = {
+            run.prefix + name: tensor.to(job.written_dtype(start[name].dtype))
+            for name, tensor in trained.parameters.items()
+        }
+        self._wide = {name.removeprefix(run.prefix): t.to(job.model.dtype) for name, t in full.items()}
+        left = run.block.tensors() | self._wide
+        after = mean_error(run.block.apply, left, self._inputs, self._targets)
         self.outcome = Training(run.layer, trained.loss_before, after)
-        return self._narrowed(full, results)
+        return self._narrowed(full, changed)
 
     def outputs(self) -> list[Tensor]:
         """Each chunk's stream after the trained layer."""
@@ -65,30 +66,34 @@ class LayerTraining:
                 check_finite(self.run.states[i], self.run.layer)
         return self.run.states
 
-    def _compressed(self, results: list[SiteResult]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The layer's tensors with the new consumers spread out, and which of their entries must stay zero."""
-        run, fixed = self.run, {}
-        for result in results:
+    def _trainable(self, tensors: dict[str, Tensor], changed: list[SiteResult]) -> list[str]:
+        """Weights and biases of the linear layers in the branches that lost something; the others stay as they are."""
+        parts = tuple(f"{self.run.job.model.part_of(result.site)}." for result in changed)
+        return [n for n, t in tensors.items() if n.startswith(parts) and (t.dim() == 2 or n.endswith(".bias"))]
+
+    def _compressed(self, changed: list[SiteResult]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The layer's tensors as stored, with the new consumers spread out, and which of their entries stay zero."""
+        run, source, fixed = self.run, self.run.job.model.source, {}
+        for result in changed:
             if result.bias is not None:
                 run.block.add_bias(run.job.model.part_of(result.site))
-        tensors = run.block.tensors()
-        for result in results:
-            if result.reduction is None:
-                continue
+        tensors = {
+            name: source.get(run.prefix + name).to(tensor.device) if run.prefix + name in source else tensor
+            for name, tensor in run.block.tensors().items()
+        }
+        for result in changed:
             assert isinstance(result.reduction, Selection), "only selections are trained"
             weight, bias = (f"{result.site.consumer}.{leaf}".removeprefix(run.prefix) for leaf in ("weight", "bias"))
-            tensors[weight] = result.reduction.expand_consumer(result.weight).to(run.job.model.dtype)
+            tensors[weight] = result.reduction.expand_consumer(result.weight)
             fixed[weight] = torch.ones_like(tensors[weight], dtype=torch.bool)
             fixed[weight][:, result.reduction.channels] = False
             if result.bias is not None:
-                tensors[bias] = result.bias.to(run.job.model.dtype)
+                tensors[bias] = result.bias
         return tensors, fixed
 
-    def _narrowed(self, full: dict[str, Tensor], results: list[SiteResult]) -> dict[str, Tensor]:
+    def _narrowed(self, full: dict[str, Tensor], changed: list[SiteResult]) -> dict[str, Tensor]:
         tensors = dict(full)
-        for result in results:
-            if result.reduction is None:
-                continue
+        for result in changed:
             consumer = f"{result.site.consumer}.weight"
             tensors[consumer] = result.reduction.lift_consumer(full[consumer])
             for producer in result.site.producers:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .allocation import GLOBAL, LOG, Shares, global_threshold, logarithmic, shares, uniform
 from .checkpoint.reader import SafetensorsFolder
+from .errors import GrailError
 from .families.base import Site
 from .recipe import Recipe
 from .selectors import Selector
@@ -25,10 +26,16 @@ class WidthPlan:
 
     @classmethod
     def of(cls, sites: list[Site], recipe: Recipe, selector: Selector, source: SafetensorsFolder) -> WidthPlan:
-        """Raises GrailError when the method's fixed number of heads does not fit the ratio."""
+        """Raises GrailError for a global allocation of a method that folds, and when the method's fixed number of heads
+        does not fit the ratio."""
+        allocation = recipe.allocation or selector.own_allocation()
+        if allocation == GLOBAL and any(selector.folds(site.kind) for site in sites):
+            raise GrailError(
+                f"--allocation global: method {selector.name} folds and ranks nothing; use --allocation uniform or log"
+            )
         costs = {site.name: _unit_cost(site, source) for site in sites}
         asked = shares(sites, recipe, costs, selector.fixed_heads())
-        return cls(sites, recipe, recipe.allocation or selector.own_allocation(), asked, costs)
+        return cls(sites, recipe, allocation, asked, costs)
 
     @property
     def needs_scores(self) -> bool:

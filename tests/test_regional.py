@@ -49,18 +49,20 @@ def test_training_lowers_the_error_and_leaves_fixed_entries_alone():
     pruned["down"][:, 8:] = 0
     fixed = {"down": torch.zeros(6, 12, dtype=torch.bool)}
     fixed["down"][:, 8:] = True
-    trained = optimise(forward, pruned, fixed, windows, targets, passes=5, learning_rate=1e-2)
+    trained = optimise(forward, pruned, list(pruned), fixed, windows, targets, passes=5, learning_rate=1e-2)
     assert trained.loss_after < 0.9 * trained.loss_before
     assert trained.loss_after == mean_error(forward, trained.parameters, windows, targets)
     assert torch.equal(trained.parameters["down"][:, 8:], torch.zeros(6, 4))
     assert not torch.equal(trained.parameters["up"], tensors["up"])
+    only = optimise(forward, pruned, ["down"], fixed, windows, targets, passes=1, learning_rate=1e-2)
+    assert list(only.parameters) == ["down"] and only.loss_after < only.loss_before
 
 
 def test_training_matches_adam_written_out_in_float64():
     """12 channels, one window, three steps: Adam (Kingma and Ba, 2015) by hand."""
     tensors, states = block(3)
     x, target = states[0][:1], forward(block(4)[0], states[0][:1])
-    found = optimise(forward, tensors, {}, [x], [target], passes=3, learning_rate=1e-3).parameters
+    found = optimise(forward, tensors, list(tensors), {}, [x], [target], passes=3, learning_rate=1e-3).parameters
     wide = {name: t.double() for name, t in tensors.items()}
     first = {name: torch.zeros_like(t) for name, t in wide.items()}
     second = {name: torch.zeros_like(t) for name, t in wide.items()}

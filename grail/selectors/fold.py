@@ -6,6 +6,7 @@ Shapes: H width, D columns of all producers together, U distinct rows, K cluster
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,10 +100,12 @@ def _distinct(site: SiteView) -> tuple[np.ndarray, np.ndarray]:
 def _k_means(rows_UD: np.ndarray, weight_U: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Labels [U] of weighted k-means, from greedy k-means++ seeds; some of 0..count-1 may be missing."""
     from sklearn.cluster import KMeans  # takes a second to import, which only this method should pay
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics.pairwise import euclidean_distances
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1):
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer clusters than asked: `_split` makes up for it
         seeds_K = _seeds(euclidean_distances(rows_UD, squared=True), weight_U, count, seed)
         means = KMeans(count, init=rows_UD[seeds_K], n_init=1, max_iter=ITERATIONS)
         return means.fit(rows_UD, sample_weight=weight_U).labels_
