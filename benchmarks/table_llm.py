@@ -12,11 +12,14 @@ one evaluation of the written files on the held-out built-in text. Calibration: 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
 from pathlib import Path
 
+import grail
+import grail_kernels
 from grail import compress
 from grail.checkpoint.locate import SMOLLM2
 from grail.evaluate import evaluate
@@ -58,6 +61,7 @@ def measure(cell: dict, work: Path) -> dict:
         "reopened": report.reopened,
         "seconds": {name: round(seconds, 1) for name, seconds in report.phases.items()},
         "versions": versions(),
+        "code": code_hash(),
     }
 
 
@@ -74,7 +78,23 @@ def _errors(report: Report) -> dict:
 
 
 def stored() -> list[dict]:
-    return [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+    """The cells that are done; a line that was cut off by a kill is not one."""
+    found = []
+    for line in STORE.read_text().splitlines() if STORE.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def code_hash() -> str:
+    """Over the sources of grail and its kernels: cells made by different code can be told apart."""
+    digest = hashlib.sha256()
+    for package in (grail, grail_kernels):
+        for file in sorted(Path(package.__file__).parent.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def key_of(cell: dict) -> tuple:
@@ -83,8 +103,9 @@ def key_of(cell: dict) -> tuple:
 
 def append(row: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
+    whole = not STORE.exists() or STORE.read_bytes().endswith(b"\n")
     with open(STORE, "a") as handle:
-        handle.write(json.dumps(row) + "\n")
+        handle.write(("" if whole else "\n") + json.dumps(row) + "\n")
 
 
 def render(samples: int) -> str:
@@ -102,7 +123,9 @@ def render(samples: int) -> str:
         for label, bias in kinds:
             found = [rows.get((name, ratio, fit, bias, samples)) for ratio in ratios for fit in (False, True)]
             lines.append(f"| {name}{label} |" + "".join(f" {_cell(row)} |" for row in found))
-    return "\n".join([*lines, "", *_remarks(rows), ""])
+    codes = len({row.get("code") for row in rows.values()})
+    note = [f"The cells were made by {codes} states of the code (`code` in table_llm.jsonl)."] if codes > 1 else []
+    return "\n".join([*lines, "", *_remarks(rows), *note, ""])
 
 
 def _cell(row: dict | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .job import Job
 from .machine import gemm_rate
 from .selectors.base import BLOCK_GRADIENTS
+from .statistics import GRAM
 
 PROCESS_BYTES = 750 * 10**6
 """Resident memory of a process that has imported torch and transformers (measured, torch 2.15)."""
@@ -38,11 +39,13 @@ def estimate(job: Job, tokens: int, evaluation_tokens: int, pruned_too: bool, su
     itemsize = job.model.dtype.itemsize
     streams = 3 * config.hidden_size + max(widths)
     held = itemsize * streams * max(tokens, evaluation_tokens)
-    solve = 8 * max(widths) ** 2 * 2
+    # a selector that inverts the Gram matrix holds five float64 matrices of its size (selectors/elimination.py)
+    solve = 8 * max(widths) ** 2 * (5 if GRAM in job.selector.needs else 2)
     head = 4 * config.vocab_size * config.hidden_size
     memory = PROCESS_BYTES + held + layer * (itemsize + 4) + solve + head
+    gathers = job.recipe.compensate or GRAM in job.selector.needs
     forward = 2 * layer * job.model.layer_count
-    gram = sum(site.units.width**2 for site in job.sites if job.changes(site)) if job.recipe.compensate else 0
+    gram = sum(site.units.width**2 for site in job.sites if job.changes(site)) if gathers else 0
     evaluated = evaluation_tokens * evaluations * (forward + 2 * config.vocab_size * config.hidden_size)
     scored = forward * (1 + BACKWARD * (BLOCK_GRADIENTS in job.selector.needs))
     work = tokens * ((forward if surveyed else 0) + scored * (1 + pruned_too) + gram) + evaluated

@@ -33,6 +33,7 @@ class Report:
     parameters: tuple[int, int]
     bytes: tuple[int, int]
     widths: WidthPlan
+    affine: bool
     format: OutputFormat
     trained: list[Training] = field(default_factory=list)
     evaluation: dict | None = None
@@ -43,8 +44,10 @@ class Report:
 
     @property
     def sites(self) -> list[dict]:
-        """One entry per site, in execution order (CONTRACTS, grail.json)."""
-        return [_site_entry(result) for result in self.results]
+        """One entry per site, in execution order (CONTRACTS, grail.json); `trained`: the layer was trained afterwards,
+        so that the error is that of the weights it started from."""
+        trained = {training.layer for training in self.trained}
+        return [_site_entry(result, result.site.layer in trained) for result in self.results]
 
     @property
     def ratio(self) -> dict[str, dict[str, float]]:
@@ -84,6 +87,7 @@ class Report:
             "calibration": self.calibration,
             "sites": self.sites,
             "allocation": self.widths.allocation,
+            "bias": self.affine,
             "ratio": self.ratio,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.bytes[0], "after": self.bytes[1]},
@@ -120,7 +124,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _site_entry(result: SiteResult) -> dict:
+def _site_entry(result: SiteResult, trained: bool) -> dict:
     width = result.site.units.width
     entry = {"name": result.site.name, "before": width, "after": width}
     if result.reduction is not None:
@@ -132,4 +136,5 @@ def _site_entry(result: SiteResult) -> dict:
         "rcond": done.rcond if done and math.isfinite(done.rcond) else None,
         "error_before": done and done.error_before,
         "error_after": done and done.error_after,
+        "trained": trained and result.reduction is not None,
     }

@@ -75,6 +75,7 @@ def run(recipe: Recipe, progress: Progress) -> Report:
             results=streamed.results,
             trained=streamed.trained,
             widths=session.widths,
+            affine=job.affine,
             format=job.format,
             parameters=(session.parameters, out.total_parameters),
             bytes=(session.source_bytes, out.total_bytes),

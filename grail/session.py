@@ -37,6 +37,7 @@ from .widths import WidthPlan
 
 EVALUATED_BY_DEFAULT = 10**9
 PROBE_LENGTH = 64
+FAR_OFF = 0.05
 
 
 @dataclass
@@ -64,8 +65,10 @@ class Session:
         sites = self.model.sites(self.recipe.gqa)
         self.widths = WidthPlan.of(sites, self.recipe, selector, self.model.source)
         self.job = Job(self.model, sites, self.widths.before_work(), selector, self.recipe)
-        if not self.widths.needs_scores:
-            self._decide_format()
+        if selector.updates_weights() and self.recipe.compensate:
+            raise GrailError("--set obs=true writes the method's own weight update: add --no-compensate")
+        if not self.widths.needs_scores or self.recipe.format == "padded":
+            self._decide_format()  # with a global allocation only to see that the biases can be written
         elif self.recipe.format == "uniform":
             raise GrailError(
                 "--format uniform needs the same widths in every layer, which --allocation global does not give; "
@@ -86,9 +89,17 @@ class Session:
         job.format = self.model.output_format(job.sites, job.kept, bias=biased, asked=self.recipe.format)
 
     def settle_widths(self) -> None:
-        """For a global allocation: the first of two passes, then widths and format."""
-        if not self.widths.needs_scores:
-            return
+        """For a global allocation: the first of two passes, then widths and format. Warns where whole units or
+        multiples keep the result far from the ratio asked for."""
+        if self.widths.needs_scores:
+            self._survey()
+        asked, reached = self.widths.wanted(), self.widths.reached(self.job.kept)
+        if abs(asked - reached) > FAR_OFF:
+            self.progress.warn(
+                f"a share of {asked:.2f} of the sites' parameters was asked for, whole units make it {reached:.2f}"
+            )
+
+    def _survey(self) -> None:
         windows = self.windows and self.windows.ids
         with self.phase("survey"):
             scores = survey(self.job, windows, self.progress.layers("scoring the dense network"))
@@ -102,9 +113,10 @@ class Session:
             said.append("two passes over the model: one to score the dense network, one to compress it")
         differs = self.widths.needs_scores or (self.job.format and self.job.format.name == "grail")
         if differs and self.recipe.format != "padded":
+            plain = "--allocation uniform --no-bias" if self.job.affine else "--allocation uniform"
             said.append(
                 "the result needs the class file written beside it (trust_remote_code, or `import grail`); "
-                "--allocation uniform without --bias gives a plain checkpoint, --format padded one of the old widths"
+                f"{plain} gives a plain checkpoint, --format padded one of the old widths"
             )
         return said
 

@@ -134,13 +134,12 @@ class LayerPass:
         lam = job.selector.own_ridge(view)
         compensation, bias_O = None, None
         if recipe.compensate or lam is not None:
-            matrix = statistics.scatter if job.affine else statistics.gram
             options = {"name": site.name, "dtype": dtype}
             if not recipe.compensate:
                 options |= {"lam": lam}
             else:
                 options |= {"ridge": recipe.ridge, "form": recipe.ridge_form}
-            compensation = compensate(view.weight_OH, matrix, reduction, **options)
+            compensation = compensate(view.weight_OH, view.matrix, reduction, **options)
             weight_OK = compensation.weight
         else:
             weight_OK = reduction.lift_consumer(view.weight_OH).to(dtype)
@@ -159,8 +158,7 @@ class LayerPass:
         narrow = {self._local(name): t for name, t in job.narrow_producers(site, reduction).items()}
         fit = recipe.compensate or job.affine
         pairs = PairStatistics(reduction.kept_width, len(lifted_OK), device=job.model.device, affine=job.affine)
-        compute = job.model.dtype
-        dense_OH, anchor_OK = view.weight_OH.to(compute), lifted_OK.to(compute)
+        dense_OH, anchor_OK = view.weight_OH.float(), lifted_OK.float()
         with self.block.with_tensors(narrow):
             for i, (x_BLD, branches) in enumerate(zip(self.states, self.known, strict=True)):
                 z_BLK = self.block.hidden(part, x_BLD, branches)
@@ -170,8 +168,8 @@ class LayerPass:
                         f"use --dtype float32 where a narrower one overflows"
                     )
                 if fit and i < self.counted:
-                    target_BLO = hidden[i] @ dense_OH.mT
-                    pairs.update(z_BLK, target_BLO, target_BLO - z_BLK @ anchor_OK.mT)
+                    target_BLO = hidden[i].float() @ dense_OH.mT
+                    pairs.update(z_BLK, target_BLO, target_BLO - z_BLK.float() @ anchor_OK.mT)
                 hidden[i] = z_BLK
         if recipe.compensate:
             options = {"ridge": recipe.ridge, "form": recipe.ridge_form, "name": site.name, "dtype": dtype}

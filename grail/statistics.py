@@ -27,7 +27,6 @@ class SiteStatistics:
             raise ValueError(f"unknown statistics {sorted(needs - KNOWN)}")
         self.width, self.needs = width, needs
         self.count = 0
-        self._raw: PackedSymmetric | None = None
         centred = affine or MOMENTS in needs
         self._gram = GramAccumulator(width, device=device, centred=centred) if GRAM in needs else None
         self._mean = torch.zeros(width, dtype=torch.float64, device=device)
@@ -42,7 +41,6 @@ class SiteStatistics:
             return
         if self._gram is not None:
             self._gram.update(rows_TH)
-            self._raw = None
         elif self.needs:
             self._merge(rows_TH.double())
         self.count += len(rows_TH)
@@ -57,13 +55,9 @@ class SiteStatistics:
 
     @property
     def gram(self) -> PackedSymmetric:
-        """G = XᵀX, packed float32."""
+        """G = XᵀX, packed float32; where the matrix is kept about the mean a copy, made anew each time."""
         self._require_gram()
-        if not self._gram.centred:
-            return self._gram.packed
-        if self._raw is None:
-            self._raw = self._gram.raw_packed()
-        return self._raw
+        return self._gram.raw_packed()
 
     @property
     def scatter(self) -> PackedSymmetric:
@@ -85,7 +79,8 @@ class SiteStatistics:
     def mean_square(self) -> Tensor:
         """E[x²] per channel, float64 [H]."""
         if self._gram is not None:
-            return self.gram.diagonal().double() / max(self.count, 1)
+            squares_H = self._gram.diagonal().double() / max(self.count, 1)
+            return squares_H + self._gram.mean.square() if self._gram.centred else squares_H
         return self._moment(self._squares) / max(self.count, 1) + self._mean.square()
 
     def check_finite(self, name: str) -> None:

@@ -45,14 +45,27 @@ class WidthPlan:
     def before_work(self) -> dict[str, int]:
         """Kept units by site; for a global allocation a stand-in that says which sites may change at all."""
         if self.allocation == LOG:
-            return logarithmic(self.sites, self.recipe, self.asked)
-        kept = uniform(self.sites, self.recipe, self.asked)
+            return logarithmic(self.sites, self.recipe, self.asked, self.costs)
+        kept = uniform(self.sites, self.recipe, self.asked, self.costs)
         if self.needs_scores:
             for site in self.sites:
                 ratio = self.asked.by_kind[site.kind] if self.asked.overall is None else self.asked.overall
                 if ratio:
                     kept[site.name] = max(min(kept[site.name], site.units.per_group - 1), 1)
         return kept
+
+    def reached(self, kept: dict[str, int]) -> float:
+        """The share of the sites' parameters that goes."""
+        total = sum(s.units.count * self.costs[s.name] for s in self.sites)
+        left = sum(s.units.groups * kept[s.name] * self.costs[s.name] for s in self.sites)
+        return 1 - left / total
+
+    def wanted(self) -> float:
+        """The share of the sites' parameters that was asked for."""
+        total = sum(s.units.count * self.costs[s.name] for s in self.sites)
+        by_kind = self.asked.by_kind
+        gone = sum(s.units.count * self.costs[s.name] * by_kind[s.kind] for s in self.sites)
+        return gone / total if self.asked.overall is None else self.asked.overall
 
     def from_scores(self, scores: dict[str, Tensor]) -> dict[str, int]:
         """Kept units by site under a global threshold."""

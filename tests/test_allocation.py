@@ -29,7 +29,8 @@ def kept(site: Site, ratio: float, **options) -> int:
 
 
 def allocate_uniform(sites: list[Site], recipe: Recipe) -> dict[str, int]:
-    return uniform(sites, recipe, shares(sites, recipe, {s.name: 1 for s in sites}))
+    costs = {s.name: 1 for s in sites}
+    return uniform(sites, recipe, shares(sites, recipe, costs), costs)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +211,11 @@ def test_a_global_threshold_spends_the_parameter_budget_and_never_empties_a_site
     assert removed_share(sites, kept) == pytest.approx(min(ratio, removable), abs=largest / 2 + 1e-9)
 
 
+def log_of(sites, ratio, **options):
+    recipe = Recipe(model="m", ratio=ratio, **options)
+    return logarithmic(sites, recipe, shares(sites, recipe, costs_of(sites)), costs_of(sites))
+
+
 def test_a_global_threshold_takes_the_lowest_scores_first():
     sites = [s for s in network() if s.kind == "channels"]
     scores = {s.name: torch.full((40,), float(i)) for i, s in enumerate(sites)}
@@ -220,9 +226,8 @@ def test_a_global_threshold_takes_the_lowest_scores_first():
 def test_ratio_zero_removes_nothing_under_any_allocation():
     sites = network()
     whole = {s.name: s.units.per_group for s in sites}
-    recipe = Recipe(model="m", ratio=0)
     assert allocate_global(sites, 0) == whole
-    assert logarithmic(sites, recipe, shares(sites, recipe, costs_of(sites))) == whole
+    assert log_of(sites, 0) == whole
 
 
 def test_ratios_of_their_own_make_pools_of_their_own():
@@ -246,11 +251,42 @@ def test_a_fixed_number_of_heads_leaves_the_rest_of_the_budget_to_the_channels()
 @pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5])
 def test_the_log_ratio_rises_with_depth_and_keeps_its_mean(ratio):
     sites = network(layers=30, groups=3, per_group=3, width=1536)
-    recipe = Recipe(model="m", ratio=ratio)
-    kept = logarithmic(sites, recipe, shares(sites, recipe, costs_of(sites)))
+    kept = log_of(sites, ratio)
     widths = [kept[s.name] for s in sites if s.kind == "channels"]
     assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
     assert widths[0] == pytest.approx(1536 * (1 - ratio / 2), abs=1)
     assert 1 - sum(widths) / (30 * 1536) == pytest.approx(ratio, abs=1e-3)
     heads = [kept[s.name] for s in sites if s.kind == "heads"]
     assert 1 - sum(heads) / 90 == pytest.approx(ratio, abs=0.5 / 90 + 1e-9)
+
+
+@pytest.mark.parametrize(("layers", "ratio"), [(30, 0.9), (30, 0.95), (2, 0.7), (2, 0.95), (1, 0.5)])
+def test_the_log_ratio_empties_no_layer_and_reaches_a_high_ratio(layers, ratio):
+    sites = [s for s in network(layers=layers, width=1536) if s.kind == "channels"]
+    kept = log_of(sites, ratio)
+    widths = [kept[s.name] for s in sites]
+    assert 1 - sum(widths) / (layers * 1536) == pytest.approx(ratio, abs=1e-3)
+    assert min(widths) >= 1536 * (1 - ratio) / 2 - 1
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_heads_of_uniform_mm_are_what_really_goes_and_channels_make_up_the_rest(multiple):
+    sites = network(layers=30, groups=3, per_group=3, width=1536)
+    recipe = Recipe(model="m", ratio=0.3, round_to=multiple)
+    for heads in (10, 30, 60, 140):
+        kept = uniform(sites, recipe, shares(sites, recipe, costs_of(sites), remove_heads=heads), costs_of(sites))
+        assert removed_share(sites, kept) == pytest.approx(0.3, abs=0.01), heads
+
+
+def test_multiples_do_not_move_a_global_budget():
+    """Whole steps of the multiple are weighed, so that rounding does not add up over the sites."""
+    sites = network(layers=30, groups=1, per_group=9, width=1536)
+    kept = allocate_global(sites, 0.3, round_to=256)
+    assert all(kept[s.name] % 256 == 0 for s in sites if s.kind == "channels")
+    assert removed_share(sites, kept) == pytest.approx(0.3, abs=0.005)
+
+
+def test_fixed_heads_and_ratios_by_kind_exclude_each_other():
+    sites = network()
+    with pytest.raises(GrailError, match="--attn-ratio"):
+        shares(sites, Recipe(model="m", attn_ratio=0.6), costs_of(sites), remove_heads=2)

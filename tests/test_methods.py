@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import grail
+from grail.progress import Progress
 from grail.selectors import methods
 from tests.tiny import tiny_calibration, tiny_checkpoint
 
@@ -166,3 +167,37 @@ def test_the_obs_weights_are_the_anchored_solution_at_its_own_ridge(tmp_path, fo
     name = "model.layers.0.self_attn.o_proj.weight"
     torch.testing.assert_close(tensors_of(tmp_path / "a")[name], tensors_of(tmp_path / "d")[name])
     assert same.sites[0]["lambda"] == pytest.approx(lam, rel=1e-6)
+
+
+def test_what_cannot_be_written_is_refused_before_the_network_is_scored(tmp_path, folders, calibration, monkeypatch):
+    from grail import session
+
+    monkeypatch.setattr(session, "survey", lambda *_: pytest.fail("the survey ran"))
+    for network, options in (("qwen3", {"format": "padded"}), ("gqa", {"format": "uniform"})):
+        with pytest.raises(grail.GrailError, match="--format"):
+            compressed(folders(network), tmp_path / "out", calibration, method="flap", **options)
+
+
+def test_obs_weights_and_compensation_exclude_each_other(tmp_path, folders, calibration):
+    with pytest.raises(grail.GrailError, match="--no-compensate"):
+        compressed(folders("gqa"), tmp_path / "out", calibration, method="slimgpt", set={"obs": "true"})
+
+
+def test_a_ratio_that_whole_units_cannot_reach_is_said(tmp_path, calibration):
+    said = []
+
+    class Heard(Progress):
+        def warn(self, line):
+            said.append(line)
+
+    source = tiny_checkpoint(tmp_path / "one-head", num_attention_heads=1, num_key_value_heads=1, head_dim=48)
+    options = {"ratio": 0.6, "calibration": str(calibration), "progress": Heard()}
+    grail.compress(source, output=str(tmp_path / "out"), method="mag-sp", **options)
+    assert any("0.60 of the sites' parameters was asked for" in line for line in said)
+
+
+def test_the_resolved_bias_is_in_the_report(tmp_path, folders, calibration):
+    for method, bias in (("flap", True), ("mag-sp", False)):
+        report = compressed(folders("gqa"), tmp_path / method, calibration, method=method, allocation="uniform")
+        assert json.loads((tmp_path / method / "grail.json").read_text())["bias"] is bias
+        assert report.recipe.bias is None

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from grail_kernels import PackedSymmetric
+
 from ..errors import GrailError
 from ..reduction import Reduction, Selection, Units
 from ..statistics import SiteStatistics
@@ -38,6 +40,11 @@ class SiteView:
     gradients_OH: Tensor | None = None
     windows: int = 1
     affine: bool = False
+
+    @property
+    def matrix(self) -> PackedSymmetric:
+        """The Gram matrix that the repair is solved with: about the mean where a bias is fitted along."""
+        return self.statistics.scatter if self.affine else self.statistics.gram
 
     def generator(self) -> torch.Generator:
         """A random stream that depends on the seed and the site's name alone."""

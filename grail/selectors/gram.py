@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grail_kernels import PackedSymmetric
-
 from ..errors import GrailError
 from ..reduction import Selection
 from ..statistics import GRAM
@@ -65,13 +63,10 @@ class GramSelector(Selector):
         return standardised(self._backward(site).costs())
 
     def _backward(self, site: SiteView) -> Elimination:
-        inverse_HH = damped_inverse(self._matrix(site), self.damping, site.name)
+        inverse_HH = damped_inverse(site.matrix, self.damping, site.name)
         return Elimination(inverse_HH, site.weight_OH, site.units.size, site.name)
 
     def _forward(self, site: SiteView) -> Elimination:
-        residual_HH = damped_dense(self._matrix(site), self.damping, site.name)
+        residual_HH = damped_dense(site.matrix, self.damping, site.name)
         output_OH = site.weight_OH.to(residual_HH) @ residual_HH
         return Elimination(residual_HH, output_OH, site.units.size, site.name)
-
-    def _matrix(self, site: SiteView) -> PackedSymmetric:
-        return site.statistics.scatter if site.affine else site.statistics.gram

@@ -69,8 +69,8 @@ class SlimGPT(Selector):
     def own_ridge(self, site: SiteView) -> float | None:
         if not self.obs:
             return None
-        return self.damping * site.statistics.gram.diagonal().double().mean().item()
+        return self.damping * site.matrix.diagonal().double().mean().item()
 
     def _elimination(self, site: SiteView) -> Elimination:
-        inverse_HH = damped_inverse(site.statistics.gram, self.damping, site.name)
+        inverse_HH = damped_inverse(site.matrix, self.damping, site.name)
         return Elimination(inverse_HH, site.weight_OH, site.units.size, site.name)
