@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calibration.tokenizer import load_tokenizer
+from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint import reopen
 from .checkpoint.locate import locate
 from .checkpoint.reader import read_json
@@ -21,7 +21,8 @@ from .errors import GrailError
 from .evaluation.perplexity import logits
 from .families import open_family
 from .families.base import OutputFormat
-from .families.convertible import original_widths, useful_units, written_format
+from .families.convertible import described, original_widths, useful_units, written_format
+from .families.formats import PADDED
 from .families.llama import LlamaFamily
 from .machine import available_memory
 
@@ -35,6 +36,10 @@ def convert(path: str | Path, output: str | Path, *, to: str, overwrite: bool = 
     Returns what grail.json says of formats (format, loads_with, class_changed, tensor_parallel, original_widths), the
     output, its parameters and bytes, and the largest difference of logits over the largest logit. Raises GrailError
     where the network cannot be written in that format.
+
+    grail.json comes along with those fields, `parameters`, `bytes`, `sites[].after` and `ratio.*.reached` brought up to
+    date. They describe the layers as written, zeros that fill up `uniform` included; in `padded`, `after` and `reached`
+    count the units that do something, as they do after `grail compress --format padded`.
     """
     if to not in FORMATS:
         raise GrailError(f"--to {to}: choose one of {', '.join(FORMATS)}")
@@ -49,7 +54,9 @@ def convert(path: str | Path, output: str | Path, *, to: str, overwrite: bool = 
         raise GrailError(f"{folder} is in the format {to} already")
     model.original = original_widths(model, record, to)
     units = [useful_units(model, layer) for layer in range(model.layer_count)]
-    form = written_format(model, [u.widths for u in units], to)
+    useful = [u.widths for u in units]
+    form = written_format(model, useful, to)
+    record |= described(model, record, useful if to == PADDED else list(form.widths))
     with out:
         for layer, found in enumerate(units):
             tensors = form.widened(layer, found.take(model.linear_tensors(layer)), found.widths)
@@ -105,7 +112,7 @@ def _reopen(model: LlamaFamily, out: OutputFolder, form: OutputFormat) -> float:
     length = min(PROBE_LENGTH, model.config.max_position_embeddings)
     probe_1L = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     folder = model.source.path
-    tokens = load_tokenizer(folder)(reopen.SAMPLE).input_ids if any(folder.glob("tokenizer*")) else None
+    tokens = load_tokenizer(folder)(reopen.SAMPLE).input_ids if has_tokenizer(folder) else None
     needed = out.total_parameters * model.dtype.itemsize
     found = reopen.verify(
         out.partial,

@@ -50,6 +50,9 @@ def load(path: str | Path) -> torch.nn.Module:
     """Open an output of GRAIL as a module, in the dtype it is stored in, ready for inference."""
     from transformers import AutoModelForCausalLM
 
+    from .registration import register
+
+    register()
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 

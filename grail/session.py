@@ -18,7 +18,7 @@ import grail_kernels
 
 from .calibration import Windows, evaluation_windows, load_calibration
 from .calibration.text import default_length
-from .calibration.tokenizer import load_tokenizer
+from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint import reopen
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
@@ -134,7 +134,7 @@ class Session:
 
     @property
     def has_tokenizer(self) -> bool:
-        return any(self.located.folder.glob("tokenizer*"))
+        return has_tokenizer(self.located.folder)
 
     @cached_property
     def probe(self) -> torch.Tensor:

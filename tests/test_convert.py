@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import grail
 from grail.checkpoint import reopen
 from grail.convert import convert
 from grail.errors import GrailError
 from grail.evaluation.perplexity import logits
 from grail.families import open_family
 from tests.test_formats import IDS, assert_close, assert_generates, opened, plan, write
-from tests.tiny import tiny_checkpoint, tiny_tokenizer
+from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -150,8 +151,74 @@ def test_impossible_conversions_say_why(tmp_path):
         convert(source, tmp_path / "out", to="padded")
     convert(source, tmp_path / "out", to="padded", overwrite=True)
     other = written(tmp_path / "other", "grail", bias=True, model_type="qwen3")
-    with pytest.raises(GrailError, match="--format uniform: qwen3 has no bias in down_proj"):
+    with pytest.raises(GrailError, match=r"^--to uniform: qwen3 has no bias in down_proj; choose --to grail$"):
         convert(other, tmp_path / "no", to="uniform")
+
+
+COMPRESS_OPTIONS = ("--format", "--no-bias", "--attn-ratio", "--allocation", "--mlp-ratio")
+
+
+@pytest.mark.parametrize("to", ["uniform", "grail"])
+def test_messages_name_no_option_that_convert_lacks(tmp_path, to):
+    """From zeros in a plain folder to 5 heads, which llama refuses, or to the format that was asked for."""
+    source = tiny_checkpoint(tmp_path / "source", num_key_value_heads=6)
+    model = open_family(source)
+    tensors = {name: model.source.get(name) for name in model.source.names()}
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"][:, 40:] = 0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    changed = convert(source, tmp_path / "out", to=to)["class_changed"]
+    expected = {"uniform": "llama refuses 5 heads in a hidden size of 48", "grail": "--to grail was asked for"}
+    assert expected[to] in changed and not [option for option in COMPRESS_OPTIONS if option in changed]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 6}, {"gqa": "group"}], ids=["gqa", "mha", "groups"])
+def test_the_record_describes_what_was_written(tmp_path, options):
+    """Padded and back: as the run recorded it. Uniform: the widths of config.json, zeros that fill up included."""
+    options = dict(options)
+    gqa = options.pop("gqa", "query")
+    source = tiny_checkpoint(tmp_path / "source", **options)
+    calibration = tiny_calibration(tmp_path / "calibration.safetensors")
+    grail.compress(
+        source, output=tmp_path / "small", calibration=calibration, method="random", allocation="log", gqa=gqa,
+        ratio=0.5, format="grail",
+    )  # fmt: skip
+    convert(tmp_path / "small", tmp_path / "padded", to="padded")
+    convert(tmp_path / "padded", tmp_path / "back", to="grail")
+    convert(tmp_path / "small", tmp_path / "uniform", to="uniform")
+    small, padded, back, uniform = (
+        json.loads((tmp_path / name / "grail.json").read_text()) for name in ("small", "padded", "back", "uniform")
+    )
+    for record in (padded, back):
+        assert record["sites"] == small["sites"]
+        for kind, shares in small["ratio"].items():
+            assert record["ratio"][kind] == {"asked": shares["asked"], "reached": pytest.approx(shares["reached"])}
+    assert back["parameters"] == small["parameters"] and padded["parameters"]["after"] > small["parameters"]["after"]
+    config = json.loads((tmp_path / "uniform" / "config.json").read_text())
+    wide = {"o_proj": config["num_attention_heads"] * 8, "down_proj": config["intermediate_size"]}
+    assert [site["after"] for site in uniform["sites"]] == [wide["o_proj"], wide["down_proj"]] * 2
+    assert uniform["ratio"]["heads"]["reached"] == 1 - wide["o_proj"] / 48
+    assert uniform["ratio"]["channels"]["reached"] == 1 - wide["down_proj"] / 40
+    assert uniform["ratio"]["overall"]["reached"] < small["ratio"]["overall"]["reached"]
+    if gqa == "group" or options:  # all seven linear layers belong to the sites
+        left = linear_weights(tmp_path / "uniform") / linear_weights(source)
+        assert uniform["ratio"]["overall"]["reached"] == pytest.approx(1 - left)
+    assert uniform["sites"][0]["error_after"] == small["sites"][0]["error_after"]
+
+
+def linear_weights(folder) -> int:
+    source = open_family(folder).source
+    return sum(source.get(name).numel() for name in source.names() if "_proj" in name)
+
+
+@pytest.mark.parametrize("sites", [None, [{"name": "model.layers.7.mlp.down_proj", "before": 40}], ["x"]])
+def test_a_record_of_other_sites_says_nothing_of_them(tmp_path, sites):
+    source = written(tmp_path, "grail")
+    record = json.loads((source / "grail.json").read_text()) | {"sites": sites, "ratio": {"heads": {"reached": 0.5}}}
+    (source / "grail.json").write_text(json.dumps(record))
+    convert(source, tmp_path / "out", to="uniform")
+    record = json.loads((tmp_path / "out" / "grail.json").read_text())
+    assert record["sites"] is record["ratio"] is None
 
 
 def test_a_record_that_does_not_fit_is_refused(tmp_path):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grail import modeling_grail, registration
+from grail import modeling_grail
 from grail.checkpoint import reopen
 from grail.checkpoint.writer import OutputFolder, Piece
 from grail.errors import GrailError
@@ -291,8 +289,10 @@ def test_a_grail_folder_is_compressed_again(tmp_path):
     assert_close(results["grail"], masked_logits(tmp_path / "first", sites, reductions))
     config = json.loads((tmp_path / "padded" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["num_attention_heads"] == 6 and config["attention_bias"] is True
-    with pytest.raises(GrailError, match="--format uniform: the widths differ between layers; choose --allocation"):
-        again.output_format(sites, kept, asked="uniform")
+    with pytest.raises(
+        GrailError, match="--format uniform: the widths differ between layers; choose --format grail or"
+    ):
+        again.output_format(sites, kept, asked="uniform")  # no --allocation mends a source whose layers differ
 
 
 def test_eager_attention_and_save_pretrained(tmp_path):
@@ -362,9 +362,50 @@ def test_auto_takes_uniform_where_it_can(tmp_path):
     assert model.output_format(sites, kept).name == "uniform"
     sites, kept, _ = plan(model, differ=True)
     form = model.output_format(sites, kept)
-    assert form.name == "grail" and "choose --allocation uniform to keep LlamaForCausalLM" in form.class_changed
+    assert form.name == "grail" and "to keep LlamaForCausalLM, choose --allocation uniform" in form.class_changed
     with pytest.raises(GrailError, match="--format square: choose one of"):
         model.output_format(sites, kept, asked="square")
+
+
+@pytest.mark.parametrize("asked", ["uniform", "padded"])
+def test_no_bias_is_advised_only_where_it_helps(tmp_path, asked):
+    """Where the run itself adds the bias that the class cannot have; not where the source has it already."""
+    model = open_family(tiny_checkpoint(tmp_path / "source", "qwen3"))
+    sites, kept, _ = plan(model)
+    with pytest.raises(
+        GrailError, match=f"^--format {asked}: qwen3 has no bias in down_proj; add --no-bias, or choose"
+    ):
+        model.output_format(sites, kept, bias=True, asked=asked)
+    assert "add --no-bias" in model.output_format(sites, kept, bias=True).class_changed
+    write(model, tmp_path / "biased", "grail", bias=True)
+    again = open_family(tmp_path / "biased")
+    sites = again.sites()
+    kept = {site.name: max(site.units.per_group - 1, 1) for site in sites}
+    for bias in (False, True):
+        with pytest.raises(GrailError, match=r"qwen3 has no bias in down_proj; choose --format grail$"):
+            again.output_format(sites, kept, bias=bias, asked=asked)
+
+
+def test_a_format_is_refused_before_the_widths_are_known(tmp_path):
+    """Stand-in widths that say only which sites will change are enough to know that biases cannot be written."""
+    model = open_family(tiny_checkpoint(tmp_path / "source", "qwen3"))
+    sites = model.sites()
+    stand_ins = {site.name: site.units.per_group - 1 for site in sites}
+    with pytest.raises(GrailError, match="--format padded: qwen3 has no bias"):
+        model.output_format(sites, stand_ins, bias=True, asked="padded")
+    assert model.output_format(sites, stand_ins, bias=False, asked="padded").name == "padded"
+
+
+def test_how_to_keep_the_class(tmp_path):
+    mha = open_family(tiny_checkpoint(tmp_path / "mha", num_key_value_heads=6))
+    sites = mha.sites()
+    kept = {site.name: site.units.per_group - (site.kind == "heads") for site in sites}
+    changed = mha.output_format(sites, kept).class_changed
+    assert "llama refuses 5 heads in a hidden size of 48; mistral is the same" in changed
+    assert "to keep LlamaForCausalLM, choose an --attn-ratio" in changed
+    qwen = open_family(tiny_checkpoint(tmp_path / "qwen", "qwen2"))
+    sites, kept, _ = plan(qwen)
+    assert qwen.output_format(sites, kept, bias=True).class_changed.endswith("to keep Qwen2ForCausalLM, add --no-bias")
 
 
 def test_nothing_removed_leaves_the_config_alone(tmp_path):
@@ -374,47 +415,6 @@ def test_nothing_removed_leaves_the_config_alone(tmp_path):
     form = model.output_format(sites, {site.name: site.units.per_group for site in sites}, bias=True)
     assert form.config == json.loads((source / "config.json").read_text()) and form.class_changed is None
     assert form.layer_tensors(0, {}, {}) == {}
-
-
-REGISTERED = """
-import sys
-{first}
-{second}
-config = AutoConfig.for_model("grail_qwen2", hidden_size=8, vocab_size=8, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=2, intermediate_size=4, per_layer_config={{"1": {{"intermediate_size": 3}}}})
-print(AutoModelForCausalLM.from_config(config).model.layers[1].mlp.up_proj.out_features)
-"""
-
-
-def test_registration_does_not_import_transformers_and_waits_for_it():
-    """Also when the first import is of a configuration, which imports the Auto classes half-way through."""
-    first = (
-        "from grail import registration; registration.install(); registration.install(); "
-        "assert 'transformers' not in sys.modules"
-    )
-    code = REGISTERED.format(
-        first=first, second="from transformers import Qwen2Config, AutoConfig, AutoModelForCausalLM"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "3\n", done.stderr
-
-
-def test_registration_after_transformers(monkeypatch):
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
-    registration.install()
-    assert CONFIG_MAPPING["grail_llama"] is not modeling_grail.GrailLlamaConfig
-    assert type(AutoConfig.for_model("grail_llama")) is modeling_grail.GrailLlamaConfig
-    assert CONFIG_MAPPING["grail_llama"] is modeling_grail.GrailLlamaConfig
-
-
-def test_registering_twice_keeps_the_classes():
-    register()
-    first = type(AutoConfig.for_model("grail_llama"))
-    register()
-    assert type(AutoConfig.for_model("grail_llama")) is first is modeling_grail.GrailLlamaConfig
-    assert tuple(modeling_grail.BASES) == registration.MODEL_TYPES and modeling_grail.PREFIX == registration.PREFIX
 
 
 def test_a_query_head_count_that_does_not_divide_is_refused():

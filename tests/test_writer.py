@@ -278,10 +278,15 @@ def test_tokenizer_and_licence_are_carried_over_and_code_and_weights_are_not(tmp
     carried = [
         "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
         "merges.txt", "chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
+        "qwen.tiktoken",
     ]  # fmt: skip
-    left = ["pytorch_model.bin", "model.safetensors", "modeling_llama.py", "optimizer.pt", "config.json"]
-    for name in [*carried, *left, "additional_chat_templates/tools.jinja"]:
+    left = [
+        "pytorch_model.bin", "model.safetensors", "modeling_llama.py", "optimizer.pt", "config.json", "tokenizer.py",
+        "tokenizer_own.PY", "vocab.py", "vocab.pkl", "chat_template.py", "LICENSE.py", "NOTICE.so", "tokenizer",
+    ]  # fmt: skip
+    for name in [*carried, *left, "additional_chat_templates/tools.jinja", "additional_chat_templates/tools.py"]:
         (source / name).write_text(name)
+    (source / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     (tmp_path / "blob").write_text("linked")
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").symlink_to("../blob")
@@ -290,4 +295,5 @@ def test_tokenizer_and_licence_are_carried_over_and_code_and_weights_are_not(tmp
         path = out.finish()
     assert sorted(file.name for file in path.iterdir()) == sorted([*carried, "additional_chat_templates"])
     assert (path / "tokenizer.json").read_text() == "linked" and not (path / "tokenizer.json").is_symlink()
-    assert (path / "additional_chat_templates" / "tools.jinja").exists()
+    assert [file.name for file in (path / "additional_chat_templates").iterdir()] == ["tools.jinja"]
+    assert (path / "tokenizer_config.json").read_text() == '{"eos_token": "</s>"}'

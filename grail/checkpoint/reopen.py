@@ -2,7 +2,8 @@
 
 Run as a script by `verify` below. On a plain checkpoint the child never imports grail: what it proves is that
 transformers alone can load the folder. One in the format `grail` is opened twice: by its own class file, before grail
-is imported, and by the classes that `import grail` registers; both must agree to the last bit.
+is imported, and by the classes that `import grail` registers; both must agree to the last bit. Only the model is opened
+with trust_remote_code, and only after it is certain that the class file is GRAIL's: the rest came with the source.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 SAMPLE = "GRAIL repairs what pruning breaks: 1 + 1 = 2, naïve café, def f(x):\n\treturn x**2\n"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of logits over the largest logit; the child multiplies narrower matrices in another order."""
+CLASS_FILE = Path(__file__).resolve().parents[1] / "modeling_grail.py"
 
 
 def verify(
@@ -63,6 +65,7 @@ def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool, loads: 
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _check_code(folder, loads)
     probe = load_file(work / "probe.safetensors")
     by_file = {"trust_remote_code": loads == "grail"}
     with torch.device("meta"):
@@ -77,13 +80,13 @@ def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool, loads: 
         found = logits(open_family(folder, dtype=dtype), probe["ids"])
     else:
         found = _logits(folder, probe["ids"], dtype, **by_file)
-    equal = _tokens_equal(folder, expected["token_ids"], **by_file)
-    if loads == "grail" and not layerwise:
-        from grail.families import register
+    if loads == "grail":
+        from grail.registration import register
 
         register()
-        if not torch.equal(found, _logits(folder, probe["ids"], dtype)):
+        if not layerwise and not torch.equal(found, _logits(folder, probe["ids"], dtype)):
             raise RuntimeError("the class file and the registered class give different logits")
+    equal = _tokens_equal(folder, expected["token_ids"])
     difference = ((found - probe["logits"]).abs().max() / probe["logits"].abs().max().clamp_min(1e-30)).item()
     if not difference <= TOLERANCE[dtype_name]:
         raise RuntimeError(f"logits differ from the compressed model's by {difference:.2e} of the largest")
@@ -92,6 +95,27 @@ def check(folder: Path, work: Path, dtype_name: str, *, layerwise: bool, loads: 
         "token_ids_equal": equal,
         "how": "layer by layer" if layerwise else "at once",
     }
+
+
+def _check_code(folder: Path, loads: str) -> None:
+    """All code that the folder holds or names is GRAIL's class file, byte for byte, and only where it is needed."""
+    config, tokenizer = (
+        json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
+        for name in ("config.json", "tokenizer_config.json")
+    )
+    named = {"config.json": config.get("auto_map", {}), "tokenizer_config.json": tokenizer.get("auto_map", {})}
+    own = {}
+    if loads == "grail":
+        base = config["architectures"][0].removesuffix("ForCausalLM")
+        classes = {"AutoConfig": f"{base}Config", "AutoModelForCausalLM": f"{base}ForCausalLM"}
+        own = {kind: f"{CLASS_FILE.stem}.{name}" for kind, name in classes.items()}
+        if (folder / CLASS_FILE.name).read_bytes() != CLASS_FILE.read_bytes():
+            raise RuntimeError(f"the class file {CLASS_FILE.name} is not GRAIL's")
+    if named != {"config.json": own, "tokenizer_config.json": {}}:
+        raise RuntimeError(f"the folder names code that is not GRAIL's: {named}")
+    foreign = {str(file.relative_to(folder)) for file in folder.rglob("*.py")} - ({CLASS_FILE.name} if own else set())
+    if foreign:
+        raise RuntimeError(f"the folder holds code that is not GRAIL's: {sorted(foreign)[0]}")
 
 
 def _logits(folder: Path, ids, dtype, **options):
@@ -128,12 +152,12 @@ def _compare_tensors(folder: Path, skeleton, written: dict[str, list]) -> None:
             raise RuntimeError(f"{name} has shape {held[name][1]}, the class wants {list(tensor.shape)}")
 
 
-def _tokens_equal(folder: Path, expected: list[int] | None, **options) -> bool | None:
+def _tokens_equal(folder: Path, expected: list[int] | None) -> bool | None:
     if expected is None:
         return None
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(folder, **options)(SAMPLE).input_ids != expected:
+    if AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(SAMPLE).input_ids != expected:
         raise RuntimeError("the tokenizer gives other token ids than the source's")
     return True
 

@@ -17,13 +17,23 @@ import torch
 from torch import Tensor
 
 from ..errors import GrailError
-from .reader import DTYPES, INDEX
+from .reader import DTYPES, INDEX, read_json
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CARRIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json",
 )  # fmt: skip
+CARRIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
+LICENCES, LICENCE_SUFFIXES = ("LICENSE*", "NOTICE*"), {"", ".txt", ".md", ".rst", ".html", ".pdf"}
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CODE_FIELDS = ("auto_map", "custom_pipelines")
+"""Fields of config.json and tokenizer_config.json that name Python code to be run under trust_remote_code."""
+
+
+def without_code(config: dict) -> dict:
+    """A configuration without the fields that name code, of its own folder or of another repository."""
+    return {key: value for key, value in config.items() if key not in CODE_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -151,15 +161,18 @@ class OutputFolder:
     def carry_over(self, source: Path) -> None:
         """Copy tokenizer, chat template, generation config and licence files, following links.
 
-        A file that has been written already stays as it was written.
+        Data only: whoever compresses a folder, or trusts the class file that GRAIL puts beside a result, has not agreed
+        to run the source's code. A file that has been written already stays as it was written.
         """
-        for pattern in CARRIED:
-            for file in sorted(source.glob(pattern)):
-                if file.is_file() and not (self.partial / file.name).exists():
-                    shutil.copyfile(file, self.partial / file.name)
-        templates = source / "additional_chat_templates"
-        if templates.is_dir():
-            shutil.copytree(templates, self.partial / templates.name)
+        for file in data_files(source):
+            target = self.partial / file.relative_to(source)
+            if target.exists():
+                continue
+            target.parent.mkdir(exist_ok=True)
+            if file.name == TOKENIZER_CONFIG and (config := read_json(file)) != without_code(config):
+                self.write_json(file.name, without_code(config))
+            else:
+                shutil.copyfile(file, target)
 
     def write_index(self) -> None:
         """The shard index, written last of the weights."""
@@ -174,6 +187,18 @@ class OutputFolder:
             shutil.rmtree(self.path)
         os.replace(self.partial, self.path)
         return self.path
+
+
+def data_files(source: Path) -> Iterator[Path]:
+    """The files beside the weights that a result needs too."""
+    kinds = (
+        (CARRIED, CARRIED_SUFFIXES),
+        (LICENCES, LICENCE_SUFFIXES),
+        (("additional_chat_templates/*",), {".jinja"}),
+    )
+    for patterns, suffixes in kinds:
+        for pattern in patterns:
+            yield from (f for f in sorted(source.glob(pattern)) if f.is_file() and f.suffix.lower() in suffixes)
 
 
 def _serialise(pieces: list[Piece]) -> Iterator[bytes | memoryview]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..calibration.tokenizer import load_tokenizer
+
 PREFILL_SHAPE = (2, 256)
 DECODED = 32
 ROUNDS = 3
@@ -18,7 +20,8 @@ def load_plain(folders: dict[str, Path], dtype: torch.dtype) -> dict[str, Any]:
     """Whole transformers models, side by side in memory."""
     from transformers import AutoModelForCausalLM
 
-    return {label: AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval() for label, path in folders.items()}
+    options = {"dtype": dtype, "trust_remote_code": False}
+    return {label: AutoModelForCausalLM.from_pretrained(path, **options).eval() for label, path in folders.items()}
 
 
 def speed(models: dict[str, Any]) -> dict[str, dict]:
@@ -63,9 +66,7 @@ def _decode(model) -> float:
 
 def sample(model, folder: Path, prompt: str) -> str:
     """A short greedy continuation of the prompt."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     encoded = tokenizer(prompt, return_tensors="pt")
     out = model.generate(
         encoded.input_ids,

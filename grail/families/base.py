@@ -38,7 +38,7 @@ class OutputFormat(ABC):
     """What will be written: config.json, other files by name, and the tensors that are no plain copies.
 
     name: uniform, grail or padded. loads_with names what opens the result; class_changed says why it is not the
-    source's class and how to keep that one (None: it is).
+    source's class and, where the command can, how to keep that one (None: it is).
     """
 
     name: str

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import GrailError
-from .formats import PADDED, UNIFORM, LayerFormat, choose
+from .formats import PADDED, UNIFORM, Advice, LayerFormat, choose
 from .layout import ATTENTION, MLP, LayerWidths, Move, move_tensors, unit_moves
 from .plain import width_fields
 
 if TYPE_CHECKING:
     from .llama import LlamaFamily
+
+SITE_KINDS = {"o_proj": "heads", "down_proj": "channels"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,45 @@ def written_format(model: LlamaFamily, widths: list[LayerWidths], to: str) -> La
     """The format for layers of these useful widths; `uniform` pads every layer to the largest."""
     if to == UNIFORM:
         widths = [LayerWidths.largest(widths)] * len(widths)
-    return choose(model, widths, list(model.biases), to)
+    return choose(model, widths, list(model.biases), to, Advice("--to"))
+
+
+def described(model: LlamaFamily, record: dict, widths: list[LayerWidths]) -> dict:
+    """grail.json's `sites` and `ratio`, their `after` and `reached` brought up to date for layers of these widths.
+
+    Everything else stays as the run recorded it. "overall" is weighted by the parameters of a unit, as in the run: its
+    rows of the producers and columns of the consumer. Entries that are not this model's become None.
+    """
+    entries, ratio = record.get("sites"), record.get("ratio")
+    if not _names_sites_of(model, entries):
+        return dict.fromkeys(record.keys() & {"sites", "ratio"})
+    whole = model.original.shared == 1 or (record.get("recipe") or {}).get("gqa") == "group"
+    matrices = {"heads": 2 + (2 / model.original.shared if whole else 0), "channels": 3}
+    sites, sums = [], {}
+    for entry in entries:
+        own, kind = widths[model.layer_of(entry["name"])], SITE_KINDS[entry["name"].rpartition(".")[2]]
+        after = own.channels if kind == "channels" else own.heads * model.head_dim
+        sites.append(entry | {"after": after})
+        for name, weight in ((kind, 1), ("overall", matrices[kind])):
+            before_sum, after_sum = sums.get(name, (0, 0))
+            sums[name] = before_sum + weight * entry["before"], after_sum + weight * after
+    reached = {name: 1 - after_sum / before_sum for name, (before_sum, after_sum) in sums.items()}
+    if not isinstance(ratio, dict) or not all(name in reached and isinstance(ratio[name], dict) for name in ratio):
+        return {"sites": sites} | dict.fromkeys(record.keys() & {"ratio"})
+    return {"sites": sites, "ratio": {name: entry | {"reached": reached[name]} for name, entry in ratio.items()}}
+
+
+def _names_sites_of(model: LlamaFamily, entries: object) -> bool:
+    """Whether grail.json's `sites` are entries for the layers of this model."""
+
+    def known(entry: object) -> bool:
+        name, before = (entry.get("name"), entry.get("before")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or type(before) is not int or before < 1:
+            return False
+        layer = model.layer_of(name)
+        return name.rpartition(".")[2] in SITE_KINDS and layer is not None and layer < model.layer_count
+
+    return isinstance(entries, list) and all(map(known, entries))
 
 
 def original_widths(model: LlamaFamily, record: dict, to: str) -> LayerWidths:

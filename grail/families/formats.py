@@ -8,6 +8,7 @@ widths with zeros where something was removed, for runtimes that know nothing el
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from ..modeling_grail import BASES, PREFIX
 from ..reduction import Reduction
 from .base import OutputFormat, Site
 from .layout import LINEARS, LayerWidths, move_tensors, reduction_moves, widening_moves
-from .plain import biased, plain_config, width_fields
+from .plain import ASKED, BIAS, HEADS, WIDTHS, Reason, biased, never_biased, plain_config, width_fields
 
 if TYPE_CHECKING:
     from .llama import LlamaFamily
@@ -86,6 +87,25 @@ class LayerFormat(OutputFormat):
         return found
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What the user of a command can do: its option that names a format, and its remedies by what a reason is about."""
+
+    option: str
+    remedies: Mapping[str, str] = field(default_factory=dict)
+
+    def changed(self, model: LlamaFamily, why: Reason) -> str:
+        """Why the class is not the source's, and how to keep that one if the command can."""
+        remedy = self.remedies.get(why.about)
+        return f"{why.text}; to keep {model.class_name}, {remedy}" if remedy else why.text
+
+    def refused(self, asked: str, why: Reason, others: str) -> GrailError:
+        """The format asked for cannot be; `others` can."""
+        remedy = self.remedies.get(why.about)
+        choices = ([remedy] if remedy else []) + [f"choose {self.option} {others}"]
+        return GrailError(f"{self.option} {asked}: {why.text}; {', or '.join(choices)}")
+
+
 def output_format(
     model: LlamaFamily, sites: list[Site], kept: dict[str, int], *, bias: bool, asked: str
 ) -> LayerFormat:
@@ -100,34 +120,47 @@ def output_format(
         widths[site.layer] = _kept_widths(widths[site.layer], site, count, model.head_dim)
         if bias:
             biases[site.layer] |= {site.consumer.rpartition(".")[2]}
-    return choose(model, widths, biases, asked, tuple(sites))
+    return choose(model, widths, biases, asked, _compress_advice(model, bias), tuple(sites))
+
+
+def _compress_advice(model: LlamaFamily, bias: bool) -> Advice:
+    """What `grail compress` can do about a reason: only what helps with this source."""
+    remedies = {HEADS: "choose an --attn-ratio whose heads divide the hidden size"}
+    if len(set(model.widths)) == 1:
+        remedies[WIDTHS] = "choose --allocation uniform"
+    if bias and not never_biased(model.base_type) & frozenset().union(*model.biases):
+        remedies[BIAS] = "add --no-bias"
+    return Advice("--format", remedies)
 
 
 def choose(
-    model: LlamaFamily, widths: list[LayerWidths], biases: list[Biases], asked: str, sites: tuple[Site, ...] = ()
+    model: LlamaFamily,
+    widths: list[LayerWidths],
+    biases: list[Biases],
+    asked: str,
+    advice: Advice,
+    sites: tuple[Site, ...] = (),
 ) -> LayerFormat:
-    """The format for layers of these widths and biases; see output_format."""
+    """The format for layers of these widths and biases; see output_format. advice: the command's own, for messages."""
     if asked not in FORMATS:
-        raise GrailError(f"--format {asked}: choose one of {', '.join(FORMATS)}")
+        raise GrailError(f"{advice.option} {asked}: choose one of {', '.join(FORMATS)}")
     needed = frozenset().union(*biases)
-    why = None
-    if asked == PADDED:
-        config, why = _plain(model, model.original, needed)
-        if config is None:
-            raise GrailError(f"--format padded: {why}; choose --format grail, or add --no-bias")
-        return _plain_format(PADDED, model, config, why, [model.original] * len(widths), sites)
-    if asked != GRAIL:
-        if len(set(widths)) == 1:
-            config, why = _plain(model, widths[0], needed)
-            if config is not None:
-                return _plain_format(UNIFORM, model, config, why, widths, sites)
-            fix = f"add --no-bias to keep {model.class_name}"
-        else:
-            why, fix = "the widths differ between layers", f"choose --allocation uniform to keep {model.class_name}"
-        if asked == UNIFORM:
-            raise GrailError(f"--format uniform: {why}; {fix}, or --format grail or padded")
-        why = f"{why}, which no class of transformers' own takes; {fix}"
-    return _grail_format(model, widths, biases, why or "--format grail was asked for", sites)
+    if asked == GRAIL:
+        why = Reason(ASKED, f"{advice.option} grail was asked for")
+        return _grail_format(model, widths, biases, advice.changed(model, why), sites)
+    if asked != PADDED and len(set(widths)) > 1:
+        config, why, others = None, Reason(WIDTHS, "the widths differ between layers"), "grail or padded"
+    else:
+        written = [model.original] * len(widths) if asked == PADDED else widths
+        config, why = _plain(model, written[0], needed)
+        others = GRAIL
+    if config is not None:
+        name = PADDED if asked == PADDED else UNIFORM
+        return _plain_format(name, model, config, why and advice.changed(model, why), written, sites)
+    if asked != AUTO:
+        raise advice.refused(asked, why, others)
+    why = Reason(why.about, f"{why.text}, which no class of transformers' own takes")
+    return _grail_format(model, widths, biases, advice.changed(model, why), sites)
 
 
 def _kept_widths(widths: LayerWidths, site: Site, kept: int, head_dim: int) -> LayerWidths:
@@ -138,7 +171,7 @@ def _kept_widths(widths: LayerWidths, site: Site, kept: int, head_dim: int) -> L
     return LayerWidths(width // head_dim, kept * site.units.groups if whole else widths.kv_heads, widths.channels)
 
 
-def _plain(model: LlamaFamily, widths: LayerWidths, needed: Biases) -> tuple[dict | None, str | None]:
+def _plain(model: LlamaFamily, widths: LayerWidths, needed: Biases) -> tuple[dict | None, Reason | None]:
     unchanged = {widths} == set(model.widths) and all(needed == biases for biases in model.biases)
     if unchanged and not model.in_grail_format:
         return model.plain_raw, None
@@ -146,20 +179,19 @@ def _plain(model: LlamaFamily, widths: LayerWidths, needed: Biases) -> tuple[dic
 
 
 def _plain_format(
-    name: str, model: LlamaFamily, config: dict, why: str | None, widths: list[LayerWidths], sites: tuple[Site, ...]
+    name: str, model: LlamaFamily, config: dict, changed: str | None, widths: list[LayerWidths], sites: tuple[Site, ...]
 ) -> LayerFormat:
     class_name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     # what the class itself will ask for, which may be more than is needed
     fields = {key: value for key, value in config.items() if key != "model_type"}
     asked_for = biased(config["model_type"], AutoConfig.for_model(config["model_type"], **fields))
     files = {} if config["model_type"] == model.plain_raw["model_type"] else model.tokenizer_files
-    return LayerFormat(
-        name, config, files, f"transformers {class_name}", why, tuple(widths), (asked_for,) * len(widths), model, sites
-    )
+    loads_with, biases = f"transformers {class_name}", (asked_for,) * len(widths)
+    return LayerFormat(name, config, files, loads_with, changed, tuple(widths), biases, model, sites)
 
 
 def _grail_format(
-    model: LlamaFamily, widths: list[LayerWidths], biases: list[Biases], why: str, sites: tuple[Site, ...]
+    model: LlamaFamily, widths: list[LayerWidths], biases: list[Biases], changed: str, sites: tuple[Site, ...]
 ) -> LayerFormat:
     original, plainly = width_fields(model.original), biased(model.base_type, model.config)
     by_layer = {}
@@ -186,7 +218,7 @@ def _grail_format(
         config,
         {CLASS_FILE: Path(modeling_grail.__file__).read_text(encoding="utf-8")} | tokenizer,
         f"transformers {name}ForCausalLM with trust_remote_code=True, or after `import grail`",
-        None if model.in_grail_format else why,
+        None if model.in_grail_format else changed,
         tuple(widths),
         tuple(has | plainly for has in biases),
         model,

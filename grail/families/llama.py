@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..calibration.tokenizer import load_tokenizer
+from ..calibration.tokenizer import has_tokenizer, load_tokenizer
 from ..checkpoint.reader import SafetensorsFolder, read_json
+from ..checkpoint.writer import TOKENIZER_CONFIG, without_code
 from ..errors import GrailError
 from ..modeling_grail import BASES, PREFIX
 from ..reduction import Reduction, Units
@@ -24,7 +25,7 @@ from .layout import ATTENTION, LINEARS, MLP, LayerWidths
 from .plain import CLASSES
 
 MODEL_TYPES = tuple(BASES)
-GRAIL_FIELDS = ("per_layer_config", "auto_map", "o_proj_bias", "down_proj_bias")
+GRAIL_FIELDS = ("per_layer_config", "o_proj_bias", "down_proj_bias")
 PARTS = {
     ATTENTION: Part(ATTENTION, "input_layernorm", "o_proj", lambda value: (value, None)),
     MLP: Part(MLP, "post_attention_layernorm", "down_proj", lambda value: value),
@@ -63,12 +64,13 @@ class LlamaFamily(Decoder):
 
         AutoTokenizer goes by the model type first: qwen2 takes Qwen2Tokenizer whatever tokenizer_config.json says.
         """
-        folder, file = self.source.path, "tokenizer_config.json"
-        if not any(folder.glob("tokenizer*")):
+        folder = self.source.path
+        file = folder / TOKENIZER_CONFIG
+        if not has_tokenizer(folder):
             return {}
-        named = read_json(folder / file) if (folder / file).exists() else {}
+        named = without_code(read_json(file)) if file.exists() else {}
         pinned = named | {"tokenizer_class": type(load_tokenizer(folder)).__name__}
-        return {} if pinned == named else {file: json.dumps(pinned, indent=2, ensure_ascii=False) + "\n"}
+        return {} if pinned == named else {file.name: json.dumps(pinned, indent=2, ensure_ascii=False) + "\n"}
 
     def sites(self, gqa: str = "query") -> list[Site]:
         """Attention (units: heads) and MLP (units: channels) of every layer.
@@ -141,9 +143,10 @@ def _named_widths(raw: dict) -> LayerWidths:
 
 
 def _as_plain(raw: dict, base_type: str) -> dict:
-    """config.json without what the format `grail` adds."""
+    """config.json without what the format `grail` adds, and without what names code in the folder."""
+    raw = without_code(raw)
     if not raw["model_type"].startswith(PREFIX):
-        return {key: value for key, value in raw.items() if key != "auto_map"}
+        return raw
     plain = {key: value for key, value in raw.items() if key not in GRAIL_FIELDS}
     return plain | {"model_type": base_type, "architectures": [CLASSES[base_type]]}
 

@@ -6,6 +6,7 @@ where a bias may be. Where the source's own class does not do, a carrier may: an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -47,6 +48,17 @@ NOT_CARRIED = {
 }  # fmt: skip
 
 
+BIAS, HEADS, WIDTHS, ASKED = "bias", "heads", "widths", "asked"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a network is not written in a class: a sentence, and what it is about, for those who know a remedy."""
+
+    about: str
+    text: str
+
+
 def biased(model_type: str, config: PreTrainedConfig) -> frozenset[str]:
     """The linear layers that the plain class gives a bias under this configuration."""
     fields = BIASES[model_type].items()
@@ -63,13 +75,18 @@ def width_fields(widths: LayerWidths) -> dict[str, int]:
     }
 
 
-def refusal(model_type: str, hidden_size: int, widths: LayerWidths, needed: frozenset[str]) -> str | None:
+def never_biased(model_type: str) -> frozenset[str]:
+    """The linear layers that the class of that type cannot give a bias."""
+    return BIASES[model_type].get(NEVER, frozenset())
+
+
+def refusal(model_type: str, hidden_size: int, widths: LayerWidths, needed: frozenset[str]) -> Reason | None:
     """Why the class of that type does not take the widths and the biases that are `needed`; None where it does."""
-    without = BIASES[model_type].get(NEVER, frozenset()) & needed
+    without = never_biased(model_type) & needed
     if without:
-        return f"{model_type} has no bias in {' and '.join(sorted(without))}"
+        return Reason(BIAS, f"{model_type} has no bias in {' and '.join(sorted(without))}")
     if model_type == "llama" and hidden_size % widths.heads:
-        return f"llama refuses {widths.heads} heads in a hidden size of {hidden_size}"
+        return Reason(HEADS, f"llama refuses {widths.heads} heads in a hidden size of {hidden_size}")
     return None
 
 
@@ -87,7 +104,7 @@ def computes_like_llama(model_type: str, config: PreTrainedConfig) -> bool:
 
 def plain_config(
     model_type: str, config: PreTrainedConfig, raw: dict, head_dim: int, widths: LayerWidths, needed: frozenset[str]
-) -> tuple[dict | None, str | None]:
+) -> tuple[dict | None, Reason | None]:
     """(config.json, why the class is another one or None); (None, why no class takes it) where none does.
 
     raw: the source's config.json as a plain one of `model_type`; needed: linear layers with a bias in any layer.
@@ -99,9 +116,7 @@ def plain_config(
     if computes_like_llama(model_type, config):
         for carrier in CARRIERS:
             if refusal(carrier, config.hidden_size, widths, needed) is None:
-                fitting = "choose --attn-ratio so that the heads divide the hidden size"
-                keep = "add --no-bias" if "bias" in why else fitting
-                changed = f"{why}; {carrier} is the same computation. To keep {model_type}, {keep}"
+                changed = Reason(why.about, f"{why.text}; {carrier} is the same computation")
                 return _carried(carrier, config, sized) | _bias_fields(carrier, needed), changed
     return None, why
 
