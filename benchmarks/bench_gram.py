@@ -2,11 +2,11 @@
 
     pytest benchmarks/bench_gram.py --benchmark-only --benchmark-json=gram.json
 
-The same file runs on a CPU (float32, small) and on a GPU (bf16, full size). In extra_info: seconds as p20, p50, p80 for
-each way, `ratio` the full product's median over ours (2 is the limit: half the multiplications), useful GFLOP/s of
-ours, and on a GPU `roofline` the fraction of half the measured full-product rate. Ways: `full` (BLAS or cuBLAS GEMM),
-`blocked` (a GEMM per block row of a dense matrix), `ssyrk` (scipy, CPU only, without accumulation; its BLAS is
-OpenBLAS, torch's is not).
+The same file runs on a CPU (float32, small) and on a GPU (bf16, full size). In extra_info: for each way the seconds as
+p20, p50, p80 and the bytes needed meanwhile, `ratio` the full product's median over ours (2 is the limit: half the
+multiplications), useful GFLOP/s of ours, and on a GPU `roofline` the fraction of half the measured full-product rate.
+Ways: `full` (BLAS or cuBLAS GEMM), `blocked` (a GEMM per block row of a dense matrix), `packed` (ours), `centred` (ours
+about the mean), `ssyrk` (scipy, CPU only, without accumulation; its BLAS is OpenBLAS, torch's is not).
 """
 
 import pytest
@@ -28,7 +28,7 @@ def bench_gram_update(benchmark, shape):
     rows, width = (FULL if cuda else SMALL)[shape]
     x_TH = torch.randn(rows, width, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     full_HH = torch.zeros(width, width, device=device)
-    accumulator = GramAccumulator(width, device=device)
+    accumulator, centred = (GramAccumulator(width, device=device, centred=about_mean) for about_mean in (False, True))
 
     def blocked():
         for start in range(0, width, BLOCK):
@@ -39,6 +39,7 @@ def bench_gram_update(benchmark, shape):
         "full": lambda: full_HH.add_(x_TH.T @ x_TH),
         "blocked": blocked,
         "packed": lambda: accumulator.update(x_TH),
+        "centred": lambda: centred.update(x_TH),
     }
     times = side_by_side(calls)
     if not cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import statistics
 import time
@@ -13,18 +14,33 @@ from grail.machine import peak_memory, reset_peak_memory
 
 
 def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Seconds as p20, p50, p80 for each callable; one warm-up, then interleaved rounds, so that drift hits all."""
-    reset_peak_memory()
+    """Seconds as p20, p50, p80 for each callable; one warm-up, then interleaved rounds, so that drift hits all.
+    `peak_bytes`: what its warm-up needed beyond what was held before (allocated on a GPU, resident on a CPU)."""
+    peaks = {name: _peak(call) for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(rounds + 1):
+    for _ in range(rounds):
         for name, call in calls.items():
             synchronise()
             start = time.perf_counter()
             call()
             synchronise()
-            if round_number:
-                taken[name].append(time.perf_counter() - start)
-    return {name: _percentiles(seconds) for name, seconds in taken.items()}
+            taken[name].append(time.perf_counter() - start)
+    return {name: _percentiles(seconds) | {"peak_bytes": peaks[name]} for name, seconds in taken.items()}
+
+
+def _peak(call: Callable[[], object]) -> int:
+    """Bytes that a call needs beyond what is held when it starts."""
+    synchronise()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        reset_peak_memory()
+        before = peak_memory()
+    call()
+    synchronise()
+    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+    return after - before
 
 
 def synchronise() -> None:
@@ -33,15 +49,22 @@ def synchronise() -> None:
 
 
 def environment() -> dict:
-    """Versions, device, threads and the peak memory since `side_by_side` began (all its callables together)."""
+    """Versions, device and threads."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": peak_memory(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def record(benchmark, times: dict[str, dict[str, float]], **extra: object) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grail_kernels import GramAccumulator, backend, ridge_solve
+from grail_kernels.inputs import device_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "GRAIL_KERNELS_BACKEND"
@@ -84,6 +85,38 @@ def test_accumulator_obeys_argument_and_environment(monkeypatch):
     monkeypatch.setenv(VARIABLE, "reference")
     assert GramAccumulator(4).backend.name == "reference"
     assert GramAccumulator(4, backend="torch").backend.name == "torch"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_gpu_that_no_configuration_was_checked_for_runs_torch(operation, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    chosen = backend(operation, "cuda")
+    assert chosen.name == "torch"
+    assert "7.5" in chosen.reason
+    with pytest.raises(ValueError, match=r"7\.5"):
+        backend(operation, "cuda", "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backend(operation, "cuda").name == "triton"
+
+
+def test_index_zero_is_a_gpu_and_not_the_default():
+    assert device_of(None).type == "cpu"
+    try:
+        assert device_of(0).type != "cpu"
+    except RuntimeError as error:  # torch itself, on a machine without one
+        assert "accelerator" in str(error) or "cuda" in str(error).lower()
+
+
+def test_what_reads_a_padded_state_is_what_was_asked_for(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    state = GramAccumulator(40).update(x).state_dict()
+    assert state["padded"]
+    loaded = GramAccumulator(40, backend="torch")
+    loaded.load_state_dict(state)
+    assert (loaded.packed.padded, loaded.packed.backend.name) == (True, "torch")
+    assert torch.allclose(loaded.to_dense(), x.T @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_public_operations_refuse_an_unknown_backend(monkeypatch):

@@ -230,28 +230,6 @@ def test_state_of_another_width_is_refused():
         GramAccumulator(10).load_state_dict(GramAccumulator(9).state_dict())
 
 
-@pytest.mark.parametrize(
-    ("shape", "mask_shape"),
-    [
-        pytest.param((5, 8), None, id="narrow"),
-        pytest.param((5, 18), None, id="multiple-of-the-width"),
-        pytest.param((9, 5), None, id="transposed"),
-        pytest.param((), None, id="scalar"),
-        pytest.param((5, 9), (4,), id="mask-short"),
-        pytest.param((2, 5, 9), (5,), id="mask-broadcast"),
-        pytest.param((2, 5, 9), (10,), id="mask-flat"),
-        pytest.param((2, 5, 9), (2, 5, 9), id="mask-per-channel"),
-    ],
-)
-def test_wrong_shapes_raise_and_leave_the_state(shape, mask_shape):
-    accumulator = GramAccumulator(9)
-    mask = None if mask_shape is None else torch.ones(mask_shape, dtype=torch.bool)
-    with pytest.raises(ValueError):
-        accumulator.update(torch.ones(shape), mask)
-    assert accumulator.count == 0
-    assert not accumulator.to_dense().any()
-
-
 def test_gather_is_a_block_of_the_dense_matrix():
     accumulator = accumulate(activations(200, 130), tile=48)
     rows, cols = torch.tensor([129, 0, 0, 64]), torch.tensor([50, 128, 3])

@@ -9,11 +9,14 @@ from grail_kernels import RidgeError, ridge_reference, ridge_solve
 
 pytest.importorskip("triton")
 
+from grail_kernels.small import solve_small
+
 
 def problems(count, size, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 2 * size + 3, size, generator=generator)
-    return x.mT @ x, torch.randn(count, size, columns, generator=generator)
+    a = x.mT @ x
+    return (a + a.mT) / 2, torch.randn(count, size, columns, generator=generator)
 
 
 def error(found, expected):
@@ -73,14 +76,122 @@ def test_a_nan_names_its_problem(backend):
 
 
 def test_the_kernel_reports_the_first_pivot_that_failed():
-    from grail_kernels.launch_packed import small_ridge
-
     a, rhs = problems(3, 10, 2)
     a[1] = torch.eye(10)
     a[1, 6, 6] = -1.0
-    _, info, pivot = small_ridge(a, rhs, None, torch.zeros(3, dtype=torch.float64))
-    assert info == [0, 7, 0]
-    assert pivot[1] == 0.0 and pivot[0] > 0
+    found = solve_small(a, rhs, None, torch.zeros(3, dtype=torch.float64))
+    assert found.info == [0, 7, 0]
+    assert found.accepted == [True, False, True]
+    assert found.rcond[1] == 0.0
+
+
+def kahan(size, theta=1.0):
+    """RᵀR of Kahan's matrix: every pivot of its Cholesky factor is harmless, its condition is not."""
+    sine, cosine = torch.tensor(theta, dtype=torch.float64).sin(), torch.tensor(theta, dtype=torch.float64).cos()
+    upper = torch.eye(size, dtype=torch.float64) - cosine * torch.ones(size, size, dtype=torch.float64).triu(1)
+    upper = sine ** torch.arange(size, dtype=torch.float64)[:, None] * upper
+    scale = upper.norm(dim=0)
+    return (upper / scale).mT @ (upper / scale)
+
+
+def low_rank(size=128, rank=40):
+    """Float32 rounding decides the pivots after the first `rank`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * size, rank, generator=generator) @ torch.randn(rank, size, generator=generator)
+    x += 1e-3 * torch.randn(4 * size, size, generator=generator)
+    return (x.double().mT @ x.double()).float()
+
+
+HARD = {"low rank and noise": low_rank(), "kahan": kahan(40), "kahan float32": kahan(24, 1.2).float()}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_an_answer_that_float32_cannot_carry_is_not_the_kernels(name):
+    """The kernel's result is that of the float64 path: λ, raises, condition and all."""
+    a = HARD[name][None]
+    rhs = torch.randn(1, a.shape[1], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = ridge_solve(a, rhs, 0.0, backend="triton")
+    trusted = ridge_solve(a, rhs, 0.0, backend="torch")
+    assert (found.lam, found.info, found.retries) == (trusted.lam, trusted.info, trusted.retries)
+    assert error(found.solution, trusted.solution) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_condition_beyond_the_precision_of_a_is_singular(backend, dtype):
+    """rcond 2e-3: data in float32, noise in bf16 (eps 8e-3)."""
+    a = torch.eye(6, dtype=torch.float64)
+    a[0, 1] = a[1, 0] = 1 - 2**-8
+    found = ridge_solve(a[None].to(dtype), torch.ones(1, 6, 1), 0.0, backend=backend)
+    assert (found.retries[0] > 0) == (dtype == torch.bfloat16)
+
+
+def test_the_kernels_condition_is_the_true_one():
+    a, rhs = problems(3, 20, 2)
+    scale = a.diagonal(dim1=1, dim2=2).double().rsqrt()
+    true = torch.stack([1 / torch.linalg.cond(s[:, None] * m.double() * s, 1) for m, s in zip(a, scale, strict=True)])
+    found = solve_small(a, rhs, None, torch.zeros(3, dtype=torch.float64))
+    assert torch.allclose(torch.tensor(found.rcond, dtype=torch.float64), true, rtol=1e-3)
+
+
+def test_badly_scaled_problems_stay_in_the_kernel():
+    a, rhs = problems(2, 10, 2)
+    scale = torch.logspace(-12, 12, 10, dtype=torch.float64)
+    hard = scale[:, None] * a.double() * scale
+    found = solve_small(hard, scale[:, None] * rhs.double(), None, torch.zeros(2, dtype=torch.float64))
+    assert found.accepted == [True, True]
+    expected = torch.linalg.solve(a.double(), rhs.double())
+    assert error(scale[:, None] * found.solution, expected) < 1e-6
+
+
+def test_a_stack_is_factored_once_whatever_follows(monkeypatch):
+    from grail_kernels import launch_packed
+
+    factored = []
+    real = launch_packed.factor_stack
+    monkeypatch.setattr(launch_packed, "factor_stack", lambda a: factored.append(len(a)) or real(a))
+    a, rhs = problems(2, 9, 70)
+    ridge_solve(a, rhs, 0.1, backend="triton")
+    assert factored == [2]
+
+
+def test_a_given_solve_dtype_is_not_ignored(monkeypatch):
+    from grail_kernels import small
+
+    monkeypatch.setattr(small, "solve_small", lambda *_: pytest.fail("the float32 kernel ran"))
+    a, rhs = problems(2, 9, 3)
+    found = ridge_solve(a, rhs, 0.1, backend="triton", solve_dtype=torch.float64)
+    assert error(found.solution[0], ridge_reference(a[0], rhs[0], 0.1)) < 1e-12
+
+
+FAILING = {
+    "nan": (lambda a, rhs: a[1, 0, 0].fill_(float("nan")), -2),
+    "infinite right-hand side": (lambda a, rhs: rhs[1, 2, 0].fill_(float("inf")), -2),
+    "indefinite": (lambda a, rhs: a[1].copy_(torch.eye(6) + 9 * (1 - torch.eye(6))), 2),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("failing", FAILING)
+def test_a_bad_problem_leaves_the_others_their_answers(backend, failing):
+    a, rhs = problems(4, 6, 2)
+    alone = ridge_solve(a[[0, 2, 3]], rhs[[0, 2, 3]], 0.1, backend=backend)
+    spoil, info = FAILING[failing]
+    spoil(a, rhs)
+    found = ridge_solve(a, rhs, 0.1, backend=backend, on_error="report")
+    assert torch.equal(found.solution[[0, 2, 3]], alone.solution)
+    assert found.info == [0, info, 0, 0]
+    assert torch.isnan(found.solution[1]).all() and torch.isnan(torch.tensor([found.lam[1], found.rcond[1]])).all()
+    with pytest.raises(RidgeError, match="problem 1 of 4") as caught:
+        ridge_solve(a, rhs, 0.1, backend=backend)
+    assert (caught.value.problem, caught.value.info) == (1, info)
+
+
+def test_a_report_of_one_problem():
+    found = ridge_solve(torch.full((2, 2), float("nan")), torch.ones(2, 1), 0.1, on_error="report")
+    assert found.info == -2 and torch.isnan(found.solution).all()
+    with pytest.raises(ValueError, match="ignore"):
+        ridge_solve(torch.eye(2), torch.ones(2, 1), 0.1, on_error="ignore")
 
 
 @pytest.mark.parametrize("anchored", [False, True], ids=["plain", "anchored"])

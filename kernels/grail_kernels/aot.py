@@ -1,17 +1,18 @@
 """Compile every shipped configuration without a GPU and look at the machine code.
 
-    python -m grail_kernels.aot            # a table; exit code 1 if anything is wrong
+    python -m grail_kernels.aot            # a table of what CI compiles; exit code 1 if anything is wrong
+    python -m grail_kernels.aot --all      # every variant, and the devices that share another one's configurations
     python -m grail_kernels.aot --json
 
 Wrong is: a spilled register, more shared or tensor memory than the target has, no matrix instruction of the kind the
-target should use (a kernel that does not fit can "compile" into a trap), or a copy to shared memory narrower than 16
-bytes. The triton wheel ships ptxas, cuobjdump and nvdisasm. Not to be run with TRITON_INTERPRET=1.
+target should use (a kernel that does not fit can "compile" into a trap), an operand of a Gram kernel that does not
+come in 16-byte copies: fewer of those than its bytes need, a narrower copy to shared memory, or a narrower plain load.
+The triton wheel ships ptxas, cuobjdump and nvdisasm. Not to be run with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -21,119 +22,10 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .configs import (
-    GRAM,
-    GRAM_THREE_DOTS,
-    GRAM_TMA,
-    INTERPRETER,
-    MATMUL_PRECISION,
-    MATMUL_ROWS,
-    PACKED_BLOCK,
-    SCATTER_BLOCK,
-    SMALL_COLUMNS,
-    SMALL_ROWS,
-    GramConfig,
-)  # fmt: skip
+from .configs import GRAM_TMA, GramConfig
+from .variants import MORE_TARGETS, TARGETS, VARIANTS, Target, Variant, kernel_of, specialise
 
-INPUT_POINTERS = {"x_ptr", "low_ptr", "x_low_ptr", "y_ptr", "y_low_ptr"}
-POINTERS = {
-    "mask_ptr": "u8", "info_ptr": "i32", "rows_ptr": "i64", "cols_ptr": "i64", "index_ptr": "i64",
-    "high_part_ptr": "bf16", "low_part_ptr": "bf16",
-}  # fmt: skip
-DESCRIPTORS = {"rows_desc": "block_m", "cols_desc": "tile"}
-UNIT_STRIDES = {"stride_h", "stride_xh", "stride_yh"}
-LONG = {"stride_s", "out_size"}
-RIDGE = "ridge_triton.ridge_kernel"
-UNALIGNED = {"rows", "R", "C", "N", "size"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU: how to compile for it, the bytes of shared memory one block may have, its matrix instruction."""
-
-    backend: str
-    arch: int | str
-    warp: int
-    shared_limit: int
-    matrix: str
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 166912, r"\bHMMA"),
-    "sm_89": Target("cuda", 89, 32, 101376, r"\bHMMA"),
-    "sm_90": Target("cuda", 90, 32, 232448, r"\bHGMMA"),
-    "sm_100": Target("cuda", 100, 32, 232448, r"\bUTC\w*MMA"),
-    "gfx942": Target("hip", "gfx942", 64, 65536, r"\bv_mfma_"),
-}
 TENSOR_MEMORY_COLUMNS = 512
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way a kernel is specialised at launch. `constants` None: those of the Gram configuration; `pipelined`: its
-    operands must come in 16-byte copies, or through the copy engine; `descriptors`: only for targets that have one;
-    `matrix`: it must use the matrix units."""
-
-    name: str
-    kernel: str = "gram_kernel"
-    dtype: str = "bf16"
-    mask: bool = False
-    three_dots: bool = False
-    add: bool = True
-    module: str = "gram_triton"
-    constants: tuple[tuple[str, int], ...] | None = None
-    warps: int = 4
-    stages: int = 2
-    matrix: bool = True
-    pipelined: bool = True
-    descriptors: bool = False
-
-    def config(self, target: str) -> GramConfig:
-        """The shipped configuration of a variant that has one."""
-        table = GRAM_TMA if self.descriptors else GRAM_THREE_DOTS if self.three_dots else GRAM
-        return table[target]
-
-
-def _plain(name: str, kernel: str, warps: int = 4, matrix: bool = False, stages: int = 2, **constants: int) -> Variant:
-    """A float32 kernel without a configuration of its own."""
-    module, function = kernel.split(".")
-    return Variant(
-        name,
-        kernel=function,
-        dtype="fp32",
-        module=module,
-        constants=tuple(constants.items()),
-        warps=warps,
-        stages=stages,
-        matrix=matrix,
-        pipelined=False,
-    )
-
-
-VARIANTS = (
-    Variant("gram bf16"),
-    Variant("gram fp16", dtype="fp16"),
-    Variant("gram bf16 masked", mask=True),
-    Variant("gram bf16 split", add=False),
-    Variant("gram fp32", three_dots=True),
-    Variant("gram fp32 masked", mask=True, three_dots=True),
-    Variant("gram bf16 TMA", kernel="gram_tma_kernel", module="gram_tma", descriptors=True),
-    Variant("gram bf16 TMA split", kernel="gram_tma_kernel", module="gram_tma", descriptors=True, add=False),
-    Variant("cross bf16", kernel="cross_kernel"),
-    Variant("cross fp32 masked", kernel="cross_kernel", mask=True, three_dots=True),
-    _plain(
-        "packed matmul", "packed_triton.matmul_kernel", 8, True, TILE=128, BLOCK_N=PACKED_BLOCK, BLOCK_K=MATMUL_ROWS
-    ),
-    _plain("packed gather", "packed_triton.gather_kernel", TILE=128, BLOCK=PACKED_BLOCK),
-    _plain("packed scatter", "packed_triton.scatter_kernel", TILE=128, BLOCK=SCATTER_BLOCK),
-    _plain("split reduction", "gram_triton.reduce_kernel", BLOCK=1024),
-    _plain("float32 parts", "gram_triton.split_kernel", HAS_SHIFT=0, BLOCK=1024),
-    _plain("shifted parts", "gram_triton.split_kernel", HAS_SHIFT=1, BLOCK=1024),
-    *(
-        _plain(f"small ridge {k}", RIDGE, stages=1, BLOCK_K=k, BLOCK_M=SMALL_COLUMNS, BLOCK_P=SMALL_ROWS)
-        for k in (16, 32, 64, 128)
-    ),
-)
 
 
 @dataclass
@@ -154,7 +46,7 @@ class Compiled:
 
 def check(target_name: str, variant: Variant, config: GramConfig | None = None) -> Compiled:
     """Compile one variant for one target (with its shipped configuration, or another one) and judge it."""
-    target = TARGETS[target_name]
+    target = (TARGETS | MORE_TARGETS)[target_name]
     config = config or variant.config(target_name)
     kernel = _compile(target, variant, config)
     found = _inspect_hip(kernel) if target.backend == "hip" else _inspect_cuda(kernel)
@@ -177,20 +69,35 @@ def check(target_name: str, variant: Variant, config: GramConfig | None = None) 
         result.problems.append(f"{result.tensor_columns} columns of tensor memory, limit {TENSOR_MEMORY_COLUMNS}")
     if variant.matrix and not result.matrix:
         result.problems.append("no matrix instruction (a trap, or plain arithmetic)")
-    if variant.pipelined and (result.narrow_copies or not result.wide_copies):
-        result.problems.append(f"{result.narrow_copies} copies narrower than 16 bytes, {result.wide_copies} wide")
+    if variant.pipelined:
+        needed = 1 if variant.descriptors else _copies_per_step(target, variant, config)
+        if result.narrow_copies or result.wide_copies < needed:
+            found = f"{result.narrow_copies} copies or loads narrower than 16 bytes, {result.wide_copies} wide"
+            result.problems.append(f"{found}; one step over the rows needs {needed} wide ones")
     return result
 
 
-def check_all(targets: list[str] | None = None) -> list[Compiled]:
-    """Every variant on every target that has a shipped configuration."""
-    names = [name for name in GRAM if name != INTERPRETER]
+def check_all(targets: list[str] | None = None, *, everything: bool = False) -> list[Compiled]:
+    """The essential variants on each target that CI checks, or every variant on every target."""
+    names = targets or [*TARGETS, *(MORE_TARGETS if everything else ())]
     return [
         check(name, variant)
-        for name in targets or names
+        for name in names
         for variant in VARIANTS
-        if name in GRAM_TMA or not variant.descriptors
+        if (everything or variant.essential) and compiles(name, variant)
     ]
+
+
+def compiles(target_name: str, variant: Variant) -> bool:
+    """False for a tensor-descriptor variant on a target without a copy engine."""
+    return not variant.descriptors or (TARGETS | MORE_TARGETS)[target_name].configuration in GRAM_TMA
+
+
+def _copies_per_step(target: Target, variant: Variant, config: GramConfig) -> int:
+    """16-byte copies that one thread makes to fetch block_k rows of both operands (twice two in three dots)."""
+    parts = 2 if variant.three_dots else 1
+    operand_bytes = (config.block_m + config.tile) * config.block_k * 2 * parts
+    return operand_bytes // (16 * config.warps * target.warp)
 
 
 def _compile(target: Target, variant: Variant, config: GramConfig):
@@ -198,45 +105,17 @@ def _compile(target: Target, variant: Variant, config: GramConfig):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f".{variant.module}", __package__), variant.kernel)
-    if variant.constants is None:
-        constants, options = _gram_constants(kernel, variant, config), (config.warps, config.stages)
-    else:
-        constants, options = dict(variant.constants), (variant.warps, variant.stages)
-    if "PRECISION" in kernel.arg_names:
-        constants["PRECISION"] = MATMUL_PRECISION[target.backend]
-    signature, aligned = {}, []
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in DESCRIPTORS:
-            signature[name] = f"tensordesc<{variant.dtype}[{config.block_k}, {getattr(config, DESCRIPTORS[name])}]>"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + (variant.dtype if name in INPUT_POINTERS else POINTERS.get(name, "fp32"))
-        else:
-            signature[name] = "i64" if name in LONG else "i32"
-        unaligned = name in UNALIGNED or (name == "columns" and variant.constants is not None)
-        if name not in constants and name not in DESCRIPTORS and not unaligned:
-            aligned.append(name)
+    kernel, asked = kernel_of(variant), specialise(variant, target.backend, config)
+    warps, stages = (config.warps, config.stages) if variant.pipelined else (variant.warps, variant.stages)
     index = kernel.arg_names.index
     source = ASTSource(
         kernel,
-        signature,
-        constexprs={(index(name),): value for name, value in constants.items()},
-        attrs={(index(name),): [["tt.divisibility", 16]] for name in aligned},
+        asked.signature,
+        constexprs={(index(name),): value for name, value in asked.constants.items()},
+        attrs={(index(name),): [["tt.divisibility", 16]] for name in asked.aligned},
     )
     gpu = GPUTarget(target.backend, target.arch, target.warp)
-    return triton.compile(source, target=gpu, options={"num_warps": options[0], "num_stages": options[1]})
-
-
-def _gram_constants(kernel, variant: Variant, config: GramConfig) -> dict[str, int]:
-    constants = {
-        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "SPAN": config.span, "HAS_MASK": variant.mask,
-        "THREE_DOTS": variant.three_dots, "ADD": variant.add, "EPILOGUE": config.epilogue, "UPCAST": False,
-        "TILE": config.tile, "BLOCK_N": config.tile, "STEP": config.step,
-    }  # fmt: skip
-    constants |= dict.fromkeys(UNIT_STRIDES, 1)
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": stages})
 
 
 def _inspect_cuda(kernel) -> dict:
@@ -256,8 +135,14 @@ def _inspect_cuda(kernel) -> dict:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "wide_copies": sum(w == 16 for w in widths) + len(re.findall(r"\bUTMALDG", code)),
-        "narrow_copies": sum(w != 16 for w in widths),
+        "narrow_copies": sum(w != 16 for w in widths) + _narrow_loads(kernel.asm["ptx"]),
     }
+
+
+def _narrow_loads(ptx: str) -> int:
+    """Plain loads from global memory of less than 16 bytes; bytes alone are the row mask's."""
+    loads = re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return sum(int(bits) > 8 and int(count or 1) * int(bits) < 128 for count, bits in loads)
 
 
 def _inspect_hip(kernel) -> dict:
@@ -268,7 +153,9 @@ def _inspect_hip(kernel) -> dict:
         "registers": number("vgpr_count"),
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
         "wide_copies": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", code)),
-        "narrow_copies": len(re.findall(r"\b(?:global|buffer)_load_(?:ushort|short_d16\w*|dwordx2)\b", code)),
+        "narrow_copies": len(
+            re.findall(r"\b(?:global|buffer)_load_(?:ushort|short_d16\w*|dword|dwordx2|dwordx3)\b", code)
+        ),
     }
 
 
@@ -279,11 +166,12 @@ def _output(*command: object) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, help="only these")
+    parser.add_argument("--all", action="store_true", help="also what CI leaves out")
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, *MORE_TARGETS], help="only these")
     asked = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
-    results = check_all(asked.targets)
+    results = check_all(asked.targets, everything=asked.all)
     if asked.json:
         sys.stdout.write(json.dumps([asdict(result) for result in results]) + "\n")
     else:

@@ -38,10 +38,10 @@ GRAM = {
     INTERPRETER: GramConfig(tile=32, block_m=64, block_k=64, span=4, warps=1, stages=1, epilogue=2),
 }
 GRAM_THREE_DOTS = {
-    "sm_80": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=3, epilogue=2),
+    "sm_80": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=3, epilogue=1),
     "sm_89": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=2, epilogue=2),
     "sm_90": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=2),
-    "sm_100": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=2),
+    "sm_100": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=3, epilogue=4),
     "gfx942": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=2, epilogue=1),
     INTERPRETER: GRAM[INTERPRETER],
 }
@@ -54,10 +54,16 @@ GRAM_TMA = {
 }
 """For the tensor-descriptor kernel (gram_tma.py)."""
 
-PACKED_BLOCK, SCATTER_BLOCK, MATMUL_ROWS = 64, 32, 32
-SMALL_COLUMNS, SMALL_ROWS = 32, 16
+PACKED_BLOCK, SCATTER_BLOCK = 64, 32
+MATMUL_BLOCK, MATMUL_COLUMNS, MATMUL_ROWS = 64, 32, 32
+SMALL_COLUMNS, SMALL_ROWS = 8, 16
 MATMUL_PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 """How float32 is multiplied on the matrix units; three passes of tf32 are good to 1e-6."""
+
+
+def gram_config(target: str, *, three_dots: bool) -> GramConfig:
+    """The configuration that a launch of the pointer kernels runs with on a target."""
+    return (GRAM_THREE_DOTS if three_dots else GRAM)[target]
 
 
 def target_of(capability: tuple[int, int] | None, hip_arch: str | None = None) -> str:
@@ -68,7 +74,7 @@ def target_of(capability: tuple[int, int] | None, hip_arch: str | None = None) -
     if hip_arch is not None:
         name = hip_arch.split(":")[0]
         if name not in GRAM:
-            raise RuntimeError(f"no checked configuration for {name}; use backend='torch'")
+            raise RuntimeError(f"no checked configuration for {name}")
         return name
     major, minor = capability
     if major == 10:
@@ -79,4 +85,4 @@ def target_of(capability: tuple[int, int] | None, hip_arch: str | None = None) -
         return "sm_80"
     if major in (8, 12):
         return "sm_89"
-    raise RuntimeError(f"no checked configuration for compute capability {major}.{minor}; use backend='torch'")
+    raise RuntimeError(f"no checked configuration for compute capability {major}.{minor}")

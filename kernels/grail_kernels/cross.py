@@ -1,6 +1,6 @@
 """Streaming cross moment C = XᵀY, with the numerics of gram.py.
 
-Shapes: S sites (always 1 here), T rows of one update, H width of x, O columns of y.
+Shapes: S sites, T rows of one update, H width of x, O columns of y.
 """
 
 from __future__ import annotations
@@ -9,67 +9,119 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend as choose_backend
-from .gram import CHAIN_ROWS, CHAIN_ROWS_PRECISE, as_rows, device_dtype, to_device
+from .gram import CHAIN_ROWS, CHAIN_ROWS_PRECISE
 from .gram_torch import add_product, cross_reference
+from .inputs import as_rows, device_dtype, device_of, isolated, positive, to_device
+
+COLUMN_MULTIPLE = 16
+"""The kernel's output has this many columns or a multiple: every row of it is then aligned."""
 
 
 class CrossAccumulator:
     """Accumulates C = Σ xᵀy of rows x [..., width] and y [..., columns], float32 [width, columns], with the chain
-    bound, mask and split of GramAccumulator."""
+    bound, mask and split of GramAccumulator. With `sites=S` S of them at once, from x [S, ..., width] and
+    y [S, ..., columns]; `value` is then [S, width, columns]."""
 
-    def __init__(self, width: int, columns: int, *, device=None, precise: bool = False, backend: str | None = None):
-        self.width, self.columns, self.precise = width, columns, precise
-        self.device = torch.device(device or "cpu")
+    @isolated
+    def __init__(
+        self,
+        width: int,
+        columns: int,
+        *,
+        device=None,
+        precise: bool = False,
+        sites: int | None = None,
+        backend: str | None = None,
+    ):
+        positive(width=width, columns=columns, sites=sites)
+        self.width, self.columns, self.precise, self.sites = width, columns, precise, sites
+        self.device = device_of(device)
         self.backend = choose_backend("gram", self.device, backend)
-        self.value = torch.zeros(width, columns, dtype=torch.float32, device=self.device)
-        self.count = 0
+        stored = -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE if self.backend.name == "triton" else columns
+        self._data = torch.zeros(sites or 1, width, stored, dtype=torch.float32, device=self.device)
+        self.device = self._data.device
+        self._count = torch.zeros(sites or 1, dtype=torch.int64)
 
+    @property
+    def value(self) -> Tensor:
+        """C [H, O] ([S, H, O] with sites), float32; the live storage, valid until the next update."""
+        value = self._data[..., : self.columns]
+        return value[0] if self.sites is None else value
+
+    @property
+    def count(self) -> int | list[int]:
+        """Rows counted (one number per site with sites)."""
+        return int(self._count[0]) if self.sites is None else self._count.tolist()
+
+    @isolated
     def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> CrossAccumulator:
-        """Add rows; mask True = the row counts. Raises ValueError for shapes that do not fit."""
-        if x.shape[:-1] != y.shape[:-1] or (x.shape[-1], y.shape[-1]) != (self.width, self.columns):
-            raise ValueError(f"rows {list(x.shape)} and {list(y.shape)} do not fit {self.width} x {self.columns}")
-        (x_STH, mask_ST), (y_STO, _) = as_rows(x.detach(), mask, 1), as_rows(y.detach(), None, 1)
-        x_TH, y_TO, mask_T = x_STH[0], y_STO[0], None if mask_ST is None else mask_ST[0]
+        """Add rows; mask bool or integer, True = the row counts. Raises ValueError for shapes that do not fit,
+        TypeError for dtypes."""
+        leading = () if self.sites is None else (self.sites,)
+        fits = x.dim() >= 1 + len(leading) and x.shape[: len(leading)] == leading and x.shape[:-1] == y.shape[:-1]
+        if not fits or (x.shape[-1], y.shape[-1]) != (self.width, self.columns):
+            raise ValueError(
+                f"rows {list(x.shape)} and {list(y.shape)} do not fit {[*leading, '...', self.width]} and "
+                f"{[*leading, '...', self.columns]}"
+            )
+        (x_STH, mask_ST), (y_STO, _) = as_rows(x, mask, self.sites or 1), as_rows(y, None, self.sites or 1)
         chain_rows = CHAIN_ROWS_PRECISE if self.precise else CHAIN_ROWS
-        for start in range(0, len(x_TH), chain_rows):
+        for start in range(0, x_STH.shape[1], chain_rows):
             rows = slice(start, start + chain_rows)
-            self._add(x_TH[rows], y_TO[rows], None if mask_T is None else mask_T[rows])
-        self.count += len(x_TH) if mask_T is None else int(mask_T.sum())
+            for site in range(len(x_STH)):
+                mask_T = None if mask_ST is None else mask_ST[site, rows]
+                self._add(self._data[site], x_STH[site, rows], y_STO[site, rows], mask_T)
+        self._count += x_STH.shape[1] if mask_ST is None else mask_ST.sum(1).cpu()
         return self
 
-    def _add(self, x_TH: Tensor, y_TO: Tensor, mask_T: Tensor | None) -> None:
+    def _add(self, out_HO: Tensor, x_TH: Tensor, y_TO: Tensor, mask_T: Tensor | None) -> None:
         if self.backend.name == "triton":
             from .launch import cross_add
 
             dtype = x_TH.dtype if x_TH.dtype == y_TO.dtype else torch.float32
             x_TH, y_TO = (device_dtype(v.to(dtype), self.device) for v in (x_TH, y_TO))
-            cross_add(self.value, x_TH, y_TO, to_device(mask_T, self.device))
+            cross_add(out_HO, x_TH, y_TO, to_device(mask_T, self.device))
             return
         if mask_T is not None:
             x_TH, y_TO = x_TH[mask_T], y_TO[mask_T]
         if self.backend.name == "reference":
-            self.value += cross_reference(x_TH.to(self.device), y_TO.to(self.device)).float()
+            out_HO += cross_reference(x_TH.to(self.device), y_TO.to(self.device)).float()
             return
         x_TH, y_TO = x_TH.to(self.device, torch.float32), y_TO.to(self.device, torch.float32)
-        add_product(self.value, x_TH, y_TO)
+        add_product(out_HO, x_TH, y_TO)
 
+    @isolated
     def all_reduce(self, group=None) -> CrossAccumulator:
         """Sum over the processes of a torch.distributed group."""
         import torch.distributed as dist
 
-        count = torch.tensor(self.count, device=self.device)
-        dist.all_reduce(self.value, group=group)
+        count = self._count.to(self.device)
+        dist.all_reduce(self._data, group=group)
         dist.all_reduce(count, group=group)
-        self.count = int(count)
+        self._count = count.cpu()
         return self
 
+    @isolated
     def state_dict(self) -> dict:
         """Copies, from which `load_state_dict` continues with the same bits."""
-        return {"value": self.value.clone(), "count": self.count, "precise": self.precise}
+        return {"value": self.value.clone(), "count": self._count.clone(), "precise": self.precise, "sites": self.sites}
 
+    @isolated
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict`; raises ValueError when the shape differs."""
+        """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs."""
         if state["value"].shape != self.value.shape:
             raise ValueError(f"state is {list(state['value'].shape)}, this {list(self.value.shape)}")
         self.value.copy_(state["value"])
-        self.count, self.precise = int(state["count"]), bool(state["precise"])
+        self._count = torch.as_tensor(state["count"], dtype=torch.int64).reshape(-1).cpu().clone()
+        self.precise = bool(state["precise"])
+
+    def __getstate__(self) -> dict:
+        return {
+            "width": self.width, "columns": self.columns, "device": str(self.device), "backend": self.backend.name,
+            **self.state_dict(),
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict) -> None:
+        names = ("width", "columns", "device", "sites", "backend")
+        CrossAccumulator.__init__(self, *(state[n] for n in names[:2]), **{n: state[n] for n in names[2:]})
+        self.load_state_dict(state)

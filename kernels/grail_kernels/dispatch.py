@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from .configs import target_of
+from .inputs import device_of
+
 ENVIRONMENT = "GRAIL_KERNELS_BACKEND"
 IMPLEMENTATIONS = {
     "gram": ("reference", "torch", "triton"),
@@ -31,13 +34,14 @@ def backend(operation: str = "gram", device=None, override: str | None = None) -
     """Choose the implementation of `operation` ("gram", "packed" or "ridge") for a device.
 
     "reference" is the plain formula in float64; "torch" is blocked torch, on CPU and CUDA; "triton" are our kernels,
-    the default on a GPU (for "ridge": stacks of K <= 128, the rest goes through torch.linalg). The environment names
+    the default on a GPU whose configurations were checked (for "ridge": stacks of K <= 128, the rest goes through
+    torch.linalg). The environment names
     one implementation for all operations; an operation that has none of that name keeps its default.
     Raises ValueError for an operation or an implementation that does not exist, and for one that cannot run here.
     """
     if operation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown operation {operation!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    device = torch.device(device or "cpu")
+    device = device_of(device)
     asked, reason = override, "argument backend="
     environment = os.environ.get(ENVIRONMENT)
     if asked is None and environment:
@@ -67,6 +71,19 @@ def _triton_obstacle(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
         return f"no kernels for {device.type} (TRITON_INTERPRET=1 interprets them)"
+    try:
+        device_target(device)
+    except RuntimeError as error:
+        return str(error)
     return None
+
+
+def device_target(device: torch.device) -> str:
+    """The name of a GPU's configurations; raises RuntimeError for one that none was checked for."""
+    if torch.version.hip:
+        return target_of(None, torch.cuda.get_device_properties(device).gcnArchName)
+    return target_of(torch.cuda.get_device_capability(device))

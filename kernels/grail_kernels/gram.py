@@ -2,9 +2,10 @@
 
 Shapes: S sites, T rows (tokens) of one update, H width.
 
-Numerics: products and sums in float32 whatever the input dtype (float32 inputs on a GPU: three bf16 dots). One
-accumulation chain is at most 8,192 rows (2,048 when precise); chains are summed into G, so the error does not grow with
-the length of a chain (DESIGN section 5). Rows that the mask leaves out are never multiplied: 0 * NaN cannot leak.
+Numerics: products and sums in float32 whatever the input dtype and the caller's autocast (float32 inputs on a GPU:
+three bf16 dots). One accumulation chain is at most 8,192 rows (2,048 when precise); chains are summed into G, so the
+error does not grow with the length of a chain (DESIGN section 5). Rows that the mask leaves out are never multiplied:
+0 * NaN cannot leak. The torch path on CUDA obeys torch.backends.cuda.matmul.allow_tf32, which is off by default.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend as choose_backend
-from .gram_torch import add_gram, add_reference
+from .gram_torch import add_gram, add_reference, column_sums
+from .inputs import as_rows, device_dtype, device_of, isolated, mean_rows, positive, to_device
 from .packed import PackedSymmetric, default_tile, packed_size
 
 CHAIN_ROWS = 8192
@@ -27,14 +29,16 @@ class GramAccumulator:
 
     With `sites=S` S independent matrices at once, from x [S, ..., width] (heads, experts, or layers stacked): every
     result then has a leading S axis. State is float32 in packed lower tiles: about 2·width² bytes per site. `precise`
-    bounds the accumulation chain at 2,048 rows. `backend` overrides the dispatch ("reference", "torch", "triton").
+    bounds the accumulation chain at 2,048 rows. `backend` overrides the dispatch ("reference", "torch", "triton");
+    `tile` the edge of the stored tiles, which the kernels fix themselves. Pickles and deep copies keep the bits.
 
     `centred`: the matrix is the scatter about the mean, Σ (x − μ)(x − μ)ᵀ, for channels whose mean is large against
-    their deviation. Rows are shifted by the mean of the first update before they are multiplied, so nothing cancels
-    (DESIGN section 1, affine form); reading the matrix moves that origin to the mean of all rows so far. `raw_packed`
-    gives Σ x xᵀ.
+    their deviation. Rows are shifted by the mean of the first rows that count before they are multiplied, so nothing
+    cancels (DESIGN section 1, affine form); reading the matrix moves that origin to the mean of all rows so far.
+    `raw_packed` gives Σ x xᵀ.
     """
 
+    @isolated
     def __init__(
         self,
         width: int,
@@ -46,37 +50,45 @@ class GramAccumulator:
         tile: int | None = None,
         backend: str | None = None,
     ):
+        positive(width=width, sites=sites, tile=tile)
         self.width, self.sites, self.precise, self.centred = width, sites, precise, centred
-        self.device = torch.device(device or "cpu")
+        self.device = device_of(device)
         self.backend = choose_backend("gram", self.device, backend)
-        if self.backend.name == "triton":
+        kernels = self.backend.name == "triton"
+        if kernels:
             from .launch import config_for
 
-            tile = config_for(self.device, torch.bfloat16).tile
-        self._allocate(tile or default_tile(width, self.device), padded=self.backend.name == "triton")
+            fixed = config_for(self.device, torch.bfloat16).tile
+            if tile not in (None, fixed):
+                raise ValueError(f"the Triton kernels store tiles of {fixed}, not {tile}; leave tile out")
+            tile = fixed
+        self._allocate(tile or default_tile(width, self.device), padded=kernels)
 
     def _allocate(self, tile: int, *, padded: bool) -> None:
         count = self.sites or 1
         size = packed_size(self.width, tile, padded=padded)
         self._data = torch.zeros(count, size, dtype=torch.float32, device=self.device)
-        layout = {"tile": tile, "padded": padded, "backend": "triton" if self.backend.name == "triton" else None}
+        self.device = self._data.device  # "cuda" has become "cuda:0"
+        layout = {"tile": tile, "padded": padded, "backend": "triton" if self.backend.name == "triton" else "torch"}
         self._packed = [PackedSymmetric(self.width, data=row, **layout) for row in self._data]
         self._sum = torch.zeros(count, self.width, dtype=torch.float64, device=self.device)
         self._count = torch.zeros(count, dtype=torch.int64)
         self._shift: Tensor | None = None
         self._symmetric = True
 
+    @isolated
     def update(self, x: Tensor, mask: Tensor | None = None) -> GramAccumulator:
         """Add the rows of x [..., width] (floating point, any strides), or [S, ..., width] with sites. mask: the shape
-        of x without its last axis, True = the row counts. Raises ValueError for shapes that do not fit."""
+        of x without its last axis, bool or integer, True = the row counts. Raises ValueError for shapes that do not
+        fit, TypeError for dtypes."""
         leading = () if self.sites is None else (self.sites,)
         if x.dim() < 1 + len(leading) or x.shape[-1] != self.width or x.shape[: len(leading)] != leading:
             raise ValueError(f"expected {[*leading, '...', self.width]}, got {list(x.shape)}")
-        x_STH, mask_ST = as_rows(x.detach(), mask, self.sites or 1)
-        if self.centred and self._shift is None:
-            self._shift = _mean_rows(x_STH, mask_ST).to(self.device)
-        self._symmetric = False
+        x_STH, mask_ST = as_rows(x, mask, self.sites or 1)
         chain_rows = CHAIN_ROWS_PRECISE if self.precise else CHAIN_ROWS
+        if self.centred and not self._count.all():
+            self._choose_origin(mean_rows(x_STH, mask_ST, chain_rows))
+        self._symmetric = False
         for start in range(0, x_STH.shape[1], chain_rows):
             part = x_STH[:, start : start + chain_rows]
             part_mask = None if mask_ST is None else mask_ST[:, start : start + chain_rows]
@@ -99,11 +111,19 @@ class GramAccumulator:
             if self._shift is not None:
                 x_TH = x_TH - self._shift[site]
             accumulate(packed, x_TH)
-            self._sum[site] += x_TH.sum(0)
+            self._sum[site] += column_sums(x_TH)
+
+    def _choose_origin(self, mean_SH: Tensor) -> None:
+        """Sites without a row so far take the mean of their first ones: their matrices are zero about any origin."""
+        mean_SH = mean_SH.to(self.device)
+        fresh_S = (self._count == 0).to(self.device)
+        self._shift = mean_SH if self._shift is None else torch.where(fresh_S[:, None], mean_SH, self._shift)
 
     @property
+    @isolated
     def packed(self) -> PackedSymmetric | list[PackedSymmetric]:
-        """The matrix (one per site with sites), exactly symmetric; the live storage, not a copy."""
+        """The matrix (one per site with sites), exactly symmetric. It is the live storage, not a copy: valid until the
+        next update, `clone()` what has to last."""
         if not self._symmetric:
             if self.centred:
                 self._move_origin(self.mean.view(-1, self.width))
@@ -114,10 +134,10 @@ class GramAccumulator:
 
     @property
     def sum(self) -> Tensor:
-        """Column sums of x, float64 [H] ([S, H] with sites)."""
-        total = self._sum
+        """Column sums of x, float64 [H] ([S, H] with sites); a copy."""
+        total = self._sum.clone()
         if self._shift is not None:
-            total = total + self._shift.double() * self._count.to(self.device)[:, None]
+            total += self._shift.double() * self._count.to(self.device)[:, None]
         return total[0] if self.sites is None else total
 
     @property
@@ -126,27 +146,30 @@ class GramAccumulator:
         count = self._count.clamp_min(1).to(self.device)
         return self.sum / (count[0] if self.sites is None else count[:, None])
 
+    @isolated
     def raw_packed(self) -> PackedSymmetric | list[PackedSymmetric]:
         """Σ x xᵀ, whether centred or not: a copy when centred, else the live storage."""
         if not self.centred:
             return self.packed
         _ = self.packed
         moved = [
-            packed.clone().shifted_(self._sum[i], int(self._count[i]), self._shift[i] if self._shift is not None else 0)
+            packed.clone().shifted_(self._sum[i], int(self._count[i]), self._origin[i])
             for i, packed in enumerate(self._packed)
         ]
         return moved[0] if self.sites is None else moved
 
+    @property
+    def _origin(self) -> Tensor:
+        return torch.zeros_like(self._sum).float() if self._shift is None else self._shift
+
     def _move_origin(self, origin_SH: Tensor) -> None:
         """Let the matrices and sums be those of x − origin, rounded to float32."""
-        if self._shift is None:
-            self._shift = torch.zeros(len(self._data), self.width, device=self.device)
-        origin_SH = origin_SH.to(self._shift)
-        delta_SH = self._shift.double() - origin_SH.double()
+        old_SH, new_SH = self._origin, origin_SH.float()
+        delta_SH = old_SH.double() - new_SH.double()
         for i, packed in enumerate(self._packed):
             packed.shifted_(self._sum[i], int(self._count[i]), delta_SH[i])
         self._sum += self._count.to(self.device)[:, None] * delta_SH
-        self._shift = origin_SH
+        self._shift = new_SH
 
     @property
     def count(self) -> int | list[int]:
@@ -169,6 +192,7 @@ class GramAccumulator:
         held = self.packed
         return get(held) if self.sites is None else torch.stack([get(packed) for packed in held])
 
+    @isolated
     def all_reduce(self, group=None) -> GramAccumulator:
         """Sum over the processes of a torch.distributed group; float32 matrices, float64 sums. Centred: about the
         mean of all processes' rows; a process may have none."""
@@ -180,16 +204,19 @@ class GramAccumulator:
         for tensor in (self._data, self._sum, count):
             dist.all_reduce(tensor, group=group)
         self._count = count.cpu()
+        # another process may have added rows without mirroring its tiles, whatever this one has done
+        self._symmetric = False
         return self
 
     def _agree_on_origin(self, group) -> None:
         import torch.distributed as dist
 
-        total_SH, count_S = self.sum.view(-1, self.width).clone(), self._count.to(self.device)
+        total_SH, count_S = self.sum.view(-1, self.width), self._count.to(self.device, copy=True)
         for tensor in (total_SH, count_S):
             dist.all_reduce(tensor, group=group)
         self._move_origin(total_SH / count_S.clamp_min(1)[:, None])
 
+    @isolated
     def state_dict(self) -> dict:
         """Copies of the tensors and numbers from which `load_state_dict` continues with the same bits."""
         return {
@@ -205,6 +232,7 @@ class GramAccumulator:
             "precise": self.precise,
         }
 
+    @isolated
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs."""
         if (state["width"], state["sites"]) != (self.width, self.sites):
@@ -212,7 +240,7 @@ class GramAccumulator:
         layout = {"tile": state["tile"], "padded": state["padded"]}
         if self.backend.name == "triton" or layout == {"tile": self._packed[0].tile, "padded": self._packed[0].padded}:
             for packed, data in zip(self._packed, state["data"].to(self.device), strict=True):
-                packed.copy_(PackedSymmetric(self.width, data=data, **layout))
+                packed.copy_(PackedSymmetric(self.width, data=data, backend=packed.backend.name, **layout))
         else:
             self._allocate(state["tile"], padded=state["padded"])
             self._data.copy_(state["data"])
@@ -223,30 +251,11 @@ class GramAccumulator:
         self._shift = None if shift is None else shift.to(self.device, torch.float32, copy=True)
         self._symmetric = False
 
+    def __getstate__(self) -> dict:
+        return {"device": str(self.device), "backend": self.backend.name, **self.state_dict()}
 
-def as_rows(x: Tensor, mask: Tensor | None, sites: int) -> tuple[Tensor, Tensor | None]:
-    """x as [S, T, H], without a copy where its strides allow, and the mask as bool [S, T]."""
-    if not x.is_floating_point():
-        raise TypeError(f"expected floating-point activations, got {x.dtype}")
-    if mask is not None and mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask {list(mask.shape)} does not match rows {list(x.shape[:-1])}")
-    x_STH = x.reshape(sites, -1, x.shape[-1]) if x.numel() else x.new_empty(sites, 0, x.shape[-1])
-    return x_STH, None if mask is None else mask.bool().reshape(sites, -1)
-
-
-def _mean_rows(x_STH: Tensor, mask_ST: Tensor | None) -> Tensor:
-    """Mean of the counted rows, float32 [S, H]; 0 without any."""
-    if mask_ST is None:
-        return x_STH.mean(1, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0).float()
-    means = [x_TH[mask_T].mean(0, dtype=torch.float64) for x_TH, mask_T in zip(x_STH, mask_ST, strict=True)]
-    return torch.stack(means).nan_to_num(0.0, 0.0, 0.0).float()
-
-
-def device_dtype(x: Tensor, device: torch.device) -> Tensor:
-    """On the device, in a dtype that the kernels read: bf16 and fp16 as they are, all else float32."""
-    kept = x.dtype in (torch.bfloat16, torch.float16)
-    return x.to(device, x.dtype if kept else torch.float32)
-
-
-def to_device(mask: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if mask is None else mask.to(device)
+    def __setstate__(self, state: dict) -> None:
+        GramAccumulator.__init__(
+            self, state["width"], device=state["device"], sites=state["sites"], backend=state["backend"]
+        )
+        self.load_state_dict(state)

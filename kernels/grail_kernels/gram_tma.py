@@ -13,9 +13,9 @@ import triton.language as tl
 from .gram_triton import add_tile, decode_program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sum_ptr", "rows", "width"])
 def gram_tma_kernel(
-    rows_desc, cols_desc, out_ptr, sum_ptr, rows, width, split_rows, out_size,
+    rows_desc, cols_desc, out_ptr, sum_ptr, rows, width, split_rows, out_size: tl.int64,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
     ADD: tl.constexpr, EPILOGUE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -46,4 +46,4 @@ def gram_tma_kernel(
     if on_diagonal:
         tl.store(sum_ptr + lane * width + n, total, mask=n < width)
     panel_ptr = out_ptr + lane * out_size + (panel.to(tl.int64) * (panel + 1) // 2) * TILE * TILE
-    add_tile(acc, panel_ptr + m.to(tl.int64) * TILE, m < end, 0, width - start, BLOCK_M, TILE, ADD, EPILOGUE)
+    add_tile(acc, panel_ptr + m.to(tl.int64) * TILE, m < end, 0, TILE, BLOCK_M, TILE, ADD, EPILOGUE)

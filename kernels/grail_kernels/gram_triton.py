@@ -4,6 +4,9 @@ Shapes: S sites, T rows, H width, b the tile edge (columns of a panel), P splits
 
 One program makes one BLOCK_M x b piece of a panel (see packed.py): out += X[:, rows].T @ X[:, panel]. What runs inside:
 row mask, ragged edges, dtype conversion, three-dot bf16 arithmetic for float32, column sums, accumulation in place.
+A kernel sees aligned operands only (inputs.aligned, split_kernel): rows of unit column stride, every stride and the
+number of readable columns a multiple of 16. So each (dtype, mask, split) is one specialisation, the one that aot.py
+compiles, and every copy is 16 bytes wide.
 
 * Programs are numbered in bands of panels, so that programs running together share columns of X in L2; the number is
   decoded in closed form (triangular root, corrected by one in either direction for the float32 square root).
@@ -96,17 +99,17 @@ def add_tile(
         add_tile(right, row_ptr, row_inside, n0 + half, columns, BLOCK_M, half, ADD, EPILOGUE // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_ptr", "sum_ptr", "rows", "width"])
 def gram_kernel(
     x_ptr, low_ptr, mask_ptr, out_ptr, sum_ptr,
-    rows, width, stride_s, stride_t, stride_h, split_rows, out_size,
+    rows, width, readable, stride_s: tl.int64, stride_t: tl.int64, split_rows, out_size: tl.int64,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
     HAS_MASK: tl.constexpr, THREE_DOTS: tl.constexpr, ADD: tl.constexpr, EPILOGUE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x [S, T, H] (strides in elements), low [S, T, H] the low bf16 parts when THREE_DOTS, mask [S, T] bytes, out
-    [S, P, out_size] float32 panels, sum [S, P, H] float32. Grid: (programs, P, S). UPCAST: the interpreter cannot
-    multiply bf16."""
+    """x [S, T, readable] (strides in elements; columns from H on are zero), low likewise the low bf16 parts when
+    THREE_DOTS, mask [S, T] bytes, out [S, P, out_size] float32 panels, sum [S, P, H] float32. Grid: (programs, P, S).
+    UPCAST: the interpreter cannot multiply bf16."""
     panel, block = decode_program(tl.program_id(0), SPAN, STEP)
     split, site = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = panel * TILE
@@ -115,13 +118,12 @@ def gram_kernel(
         return
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = start + tl.arange(0, TILE)
-    m_where = site * stride_s + m.to(tl.int64) * stride_h
-    n_where = site * stride_s + n.to(tl.int64) * stride_h
+    here = site * stride_s
     first = split * split_rows
     on_diagonal = block == start // BLOCK_M
     acc, total = chain(
-        x_ptr + m_where, low_ptr + m_where, m < width, stride_t,
-        x_ptr + n_where, low_ptr + n_where, n < width, stride_t,
+        x_ptr + here + m, low_ptr + here + m, m < readable, stride_t,
+        x_ptr + here + n, low_ptr + here + n, n < readable, stride_t,
         mask_ptr + site * rows, first, tl.minimum(first + split_rows, rows), on_diagonal,
         BLOCK_M, TILE, BLOCK_K, HAS_MASK, THREE_DOTS, UPCAST,
     )  # fmt: skip
@@ -129,21 +131,19 @@ def gram_kernel(
     if on_diagonal:
         tl.store(sum_ptr + lane * width + n, total, mask=n < width)
     panel_ptr = out_ptr + lane * out_size + (panel.to(tl.int64) * (panel + 1) // 2) * TILE * TILE
-    add_tile(
-        acc, panel_ptr + m.to(tl.int64) * TILE, m < end, 0, width - start, BLOCK_M, TILE, ADD, EPILOGUE
-    )  # fmt: skip
+    add_tile(acc, panel_ptr + m.to(tl.int64) * TILE, m < end, 0, TILE, BLOCK_M, TILE, ADD, EPILOGUE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_ptr", "rows", "width"])
 def cross_kernel(
     x_ptr, x_low_ptr, y_ptr, y_low_ptr, mask_ptr, out_ptr,
-    rows, width, columns, stride_xt, stride_xh, stride_yt, stride_yh, split_rows,
+    rows, width, readable, columns, stride_xt: tl.int64, stride_yt: tl.int64, split_rows,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr,
     HAS_MASK: tl.constexpr, THREE_DOTS: tl.constexpr, ADD: tl.constexpr, EPILOGUE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out [P, H, O] float32 += x [T, H]ᵀ y [T, O], by the same chain. Grid: (row blocks * column blocks, P); SPAN row
-    blocks run side by side."""
+    """out [P, H, O] float32 += x [T, readable]ᵀ y [T, O], by the same chain; O is a multiple of 16, x is zero from
+    column H on. Grid: (row blocks * column blocks, P); SPAN row blocks run side by side."""
     pid, split = tl.program_id(0), tl.program_id(1)
     row_blocks, column_blocks = tl.cdiv(width, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     band = pid // (SPAN * column_blocks)
@@ -152,12 +152,10 @@ def cross_kernel(
     m = (band * SPAN + within % in_band) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = (within // in_band) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    m_where = m.to(tl.int64) * stride_xh
-    n_where = n.to(tl.int64) * stride_yh
     first = split * split_rows
     acc, _ = chain(
-        x_ptr + m_where, x_low_ptr + m_where, m < width, stride_xt,
-        y_ptr + n_where, y_low_ptr + n_where, n < columns, stride_yt,
+        x_ptr + m, x_low_ptr + m, m < readable, stride_xt,
+        y_ptr + n, y_low_ptr + n, n < columns, stride_yt,
         mask_ptr, first, tl.minimum(first + split_rows, rows), False,
         BLOCK_M, BLOCK_N, BLOCK_K, HAS_MASK, THREE_DOTS, UPCAST,
     )  # fmt: skip
@@ -165,8 +163,8 @@ def cross_kernel(
     add_tile(acc, row_ptr, m < width, n0, columns, BLOCK_M, BLOCK_N, ADD, EPILOGUE)
 
 
-@triton.jit
-def reduce_kernel(work_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def reduce_kernel(work_ptr, out_ptr, size: tl.int64, splits, BLOCK: tl.constexpr):
     """out [S, size] += Σ over splits of work [S, P, size], always in the same order."""
     site = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -180,24 +178,28 @@ def reduce_kernel(work_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nearest_bf16(x):
-    """The float32 value of x rounded to bf16, to nearest even."""
+    """The float32 value of x rounded to bf16, to nearest even. A NaN is set apart: adding to its bits would carry the
+    payloads 0x7fff8000 and above over into zero."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True)
+    return tl.where(x != x, float("nan"), bits.to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_ptr", "shift_ptr", "width", "readable", "stride_t", "stride_h"])
 def split_kernel(
-    x_ptr, shift_ptr, high_part_ptr, low_part_ptr, width, count, stride_t, stride_h,
+    x_ptr, shift_ptr, high_part_ptr, low_part_ptr, width, readable, stride_t: tl.int64, stride_h: tl.int64,
     HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [T, H] of any strides, less shift [H] float32 -> two bf16 parts [T, H], x = high + low to 16 bits. Rounds to
-    nearest even by hand, since the interpreter truncates; what is not finite stays so in the low part."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    x = tl.load(x_ptr + (i // width) * stride_t + (i % width) * stride_h, mask=inside, other=0.0).to(tl.float32)
+    """x [T, H] of any strides, less shift [H] float32 -> two bf16 parts [T, readable], x = high + low to 16 bits, zero
+    from column H on. Grid: (T, column blocks). Rounds to nearest even by hand, since the interpreter truncates; what is
+    not finite stays so in the low part."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < width
+    x = tl.load(x_ptr + row * stride_t + i * stride_h, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
-        x -= tl.load(shift_ptr + i % width, mask=inside, other=0.0)
+        x -= tl.load(shift_ptr + i, mask=inside, other=0.0)
     high = _nearest_bf16(x)
-    tl.store(high_part_ptr + i, high.to(tl.bfloat16), mask=inside)
-    tl.store(low_part_ptr + i, _nearest_bf16(x - high).to(tl.bfloat16), mask=inside)
+    where = row * readable + i
+    tl.store(high_part_ptr + where, high.to(tl.bfloat16), mask=i < readable)
+    tl.store(low_part_ptr + where, _nearest_bf16(x - high).to(tl.bfloat16), mask=i < readable)

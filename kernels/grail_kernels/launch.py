@@ -15,20 +15,15 @@ import triton
 from torch import Tensor
 
 from . import gram_triton
-from .configs import (
-    GRAM,
-    GRAM_THREE_DOTS,
-    GRAM_TMA,
-    INTERPRETER,
-    GramConfig,
-    target_of,
-)  # fmt: skip
+from .configs import GRAM, GRAM_TMA, INTERPRETER, GramConfig, gram_config
+from .dispatch import device_target
 from .packed import packed_size
 
 VARIANT_ENVIRONMENT = "GRAIL_KERNELS_GRAM"
 VARIANTS = ("pointer", "tma", "auto")
 TUNE_ROWS = 4096
 ELEMENTWISE_BLOCK = 1024
+ALIGNMENT = 16
 LEAST_SPLIT_ROWS = 512
 
 
@@ -54,15 +49,12 @@ def on_its_device(launch: Callable) -> Callable:
 def _target(device: torch.device) -> str:
     if interpreted():
         return INTERPRETER
-    if torch.version.hip:
-        return target_of(None, torch.cuda.get_device_properties(device).gcnArchName)
-    return target_of(torch.cuda.get_device_capability(device))
+    return device_target(device)
 
 
 def config_for(device: torch.device, dtype: torch.dtype) -> GramConfig:
     """The configuration that an input of `dtype` runs with; float32 takes three bf16 dots."""
-    table = GRAM_THREE_DOTS if dtype == torch.float32 else GRAM
-    return table[_target(device)]
+    return gram_config(_target(device), three_dots=dtype == torch.float32)
 
 
 def uses_tma(x_STH: Tensor, mask_ST: Tensor | None) -> bool:
@@ -113,8 +105,8 @@ def gram_add(
 ) -> Tensor:
     """data [S, size] float32 panels (padded layout) += Xᵀ X of each site; returns the column sums [S, H], float32.
 
-    x may have any strides. mask [S, T] bool, True = the row counts. shift: X is x - shift, formed in float32 and
-    multiplied as three bf16 products whatever x's dtype. `splits` overrides how often the rows are split.
+    x may have any strides (see `_operands`). mask [S, T] bool, True = the row counts. shift: X is x - shift, formed in
+    float32 and multiplied as three bf16 products whatever x's dtype. `splits` overrides how often the rows are split.
     """
     sites, rows, width = x_STH.shape
     if not rows:
@@ -125,9 +117,7 @@ def gram_add(
     config = GRAM_TMA[_target(x_STH.device)] if tma else config_for(x_STH.device, dtype)
     splits = splits or _splits(_tile_count(width, config) * sites, rows, x_STH.device)
     split_rows = _round_up(-(-rows // splits), config.block_k)
-    padding = width % config.tile  # the padded columns of a workspace are added too, though nobody reads them
-    make = data.new_zeros if padding else data.new_empty
-    out = data if splits == 1 else make(sites, splits, data.shape[1])
+    out = data if splits == 1 else data.new_empty(sites, splits, data.shape[1])
     sums_SPH = torch.empty(sites, splits, width, dtype=torch.float32, device=x_STH.device)
     if tma:
         _launch_tma(config, x_STH, mask_ST, out, sums_SPH, split_rows)
@@ -144,11 +134,12 @@ def _launch_pointer(
 ) -> None:  # fmt: skip
     sites, rows, width = x_STH.shape
     high, low = _operands(x_STH, shift_SH)
+    stride_s = high.stride(0) if sites > 1 else 0
     mask = torch.empty(0, dtype=torch.uint8, device=x_STH.device) if mask_ST is None else _bytes(mask_ST)
     splits = sums_SPH.shape[1]
     gram_triton.gram_kernel[(_program_count(width, config), splits, sites)](
         high, low, mask, out, sums_SPH,
-        rows, width, high.stride(0), high.stride(1), high.stride(2), split_rows, out.shape[-1],
+        rows, width, high.shape[2], stride_s, high.stride(1), split_rows, out.shape[-1],
         TILE=config.tile, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SPAN=config.span, STEP=config.step,
         HAS_MASK=mask_ST is not None, THREE_DOTS=high is not low, ADD=splits == 1,
         EPILOGUE=config.epilogue, UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
@@ -182,8 +173,11 @@ def cross_add(
     out_HO: Tensor, x_TH: Tensor, y_TO: Tensor, mask_T: Tensor | None, *, splits: int | None = None,
     config: GramConfig | None = None,
 ) -> None:  # fmt: skip
-    """out [H, O] float32 += Xᵀ Y; x and y of one dtype, any strides; mask [T] bool."""
-    (rows, width), columns = x_TH.shape, y_TO.shape[1]
+    """out [H, R] float32 += Xᵀ Y, where R is the columns of y rounded up to 16; x and y of one dtype, any strides;
+    mask [T] bool."""
+    (rows, width), columns = x_TH.shape, out_HO.shape[1]
+    if not rows:
+        return
     config = config or config_for(x_TH.device, x_TH.dtype)
     (x_high, x_low), (y_high, y_low) = _operands(x_TH[None]), _operands(y_TO[None])
     programs = -(-width // config.block_m) * -(-columns // config.tile)
@@ -193,7 +187,7 @@ def cross_add(
     mask = torch.empty(0, dtype=torch.uint8, device=x_TH.device) if mask_T is None else _bytes(mask_T)
     gram_triton.cross_kernel[(programs, splits)](
         x_high, x_low, y_high, y_low, mask, out,
-        rows, width, columns, x_high.stride(1), x_high.stride(2), y_high.stride(1), y_high.stride(2), split_rows,
+        rows, width, x_high.shape[2], columns, x_high.stride(1), y_high.stride(1), split_rows,
         BLOCK_M=config.block_m, BLOCK_N=config.tile, BLOCK_K=config.block_k, SPAN=config.span,
         HAS_MASK=mask_T is not None, THREE_DOTS=x_TH.dtype == torch.float32, ADD=splits == 1,
         EPILOGUE=config.epilogue, UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
@@ -210,20 +204,35 @@ def _reduce(work: Tensor, out_SN: Tensor, splits: int) -> None:
 
 
 def _operands(x_STH: Tensor, shift_SH: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(high, low): float32, or x - shift, as two bf16 arrays; other dtypes as they are, twice the same."""
-    if x_STH.dtype != torch.float32 and shift_SH is None:
-        return x_STH, x_STH
+    """(high, low) [S, T, R], R the width rounded up to 16, all strides multiples of 16: float32, or x - shift, as two
+    bf16 arrays; other dtypes twice the same, x itself where it is aligned, else an aligned copy. The copy costs one
+    pass over x; kernels for narrow loads would be slower, and one more set of code to check."""
     sites, rows, width = x_STH.shape
-    parts = torch.empty(2, sites, rows, width, dtype=torch.bfloat16, device=x_STH.device)
-    grid = (-(-rows * width // ELEMENTWISE_BLOCK),)
+    readable = _round_up(width, ALIGNMENT)
+    if x_STH.dtype != torch.float32 and shift_SH is None:
+        if not _is_aligned(x_STH):
+            copy = torch.empty(sites, rows, readable, dtype=x_STH.dtype, device=x_STH.device)
+            copy[..., :width] = x_STH
+            copy[..., width:] = 0
+            x_STH = copy
+        return x_STH, x_STH
+    parts = torch.empty(2, sites, rows, readable, dtype=torch.bfloat16, device=x_STH.device)
+    grid = (rows, -(-readable // ELEMENTWISE_BLOCK))
     for site in range(sites):
         x_TH = x_STH[site]
         shift_H = x_TH if shift_SH is None else shift_SH[site]
         gram_triton.split_kernel[grid](
-            x_TH, shift_H, parts[0, site], parts[1, site], width, rows * width, x_TH.stride(0), x_TH.stride(1),
+            x_TH, shift_H, parts[0, site], parts[1, site], width, readable, x_TH.stride(0), x_TH.stride(1),
             HAS_SHIFT=shift_SH is not None, BLOCK=ELEMENTWISE_BLOCK,
         )  # fmt: skip
     return parts[0], parts[1]
+
+
+def _is_aligned(x_STH: Tensor) -> bool:
+    """Rows of unit stride that 16-byte copies can fetch whole."""
+    sites, _, width = x_STH.shape
+    steps = [width, x_STH.stride(1), *([x_STH.stride(0)] if sites > 1 else [])]
+    return x_STH.stride(2) == 1 and x_STH.data_ptr() % 16 == 0 and all(step % ALIGNMENT == 0 for step in steps)
 
 
 def _program_count(width: int, config: GramConfig) -> int:

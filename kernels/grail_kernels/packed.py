@@ -16,16 +16,18 @@ from torch import Tensor
 
 from .dispatch import Backend
 from .dispatch import backend as choose_backend
+from .inputs import device_of, isolated, positive
 
 LAYOUT = Backend("torch", "the layout is not padded")
 
 
 def default_tile(width: int, device: torch.device) -> int:
-    """Tile edge for a width. CPU: the fastest of 64..1024 on two AVX-512 cores (benchmarks/bench_gram.py); for large
-    widths the fastest that keeps the packed matrix below 0.52 of the full one."""
+    """Tile edge for a width. CPU: the fastest of 64..1024 on two AVX-512 cores (benchmarks/bench_gram.py); from a width
+    of 9,600 on the fastest that keeps the packed matrix below 0.52 of the full one, whose share it is
+    0.5 + tile / (2 * width) of."""
     if device.type != "cpu":
         return 128
-    if width < 3072:
+    if width < 6144:
         return 768
     return 512 if width < 8192 else 384
 
@@ -40,9 +42,11 @@ class PackedSymmetric:
     """Symmetric [H, H] matrix, float32 by default, stored as about H(H + b)/2 numbers.
 
     Every method works on the packed form; only `to_dense` unpacks the whole. `backend` overrides the dispatch ("torch",
-    "triton"; the kernels need the padded layout).
+    "triton"; the kernels need the padded layout and float32). Autocast and gradients of the caller do not apply. Raises
+    ValueError for shapes that do not fit, TypeError and IndexError for indices.
     """
 
+    @isolated
     def __init__(
         self,
         width: int,
@@ -54,10 +58,9 @@ class PackedSymmetric:
         data: Tensor | None = None,
         backend: str | None = None,
     ):
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        positive(width=width, tile=tile)
         self.width = width
-        self.device = torch.device(device or "cpu") if data is None else data.device
+        self.device = device_of(device) if data is None else data.device
         self.tile = tile or default_tile(width, self.device)
         self.padded = padded
         self.backend = choose_backend("packed", self.device, backend) if padded else LAYOUT
@@ -66,7 +69,7 @@ class PackedSymmetric:
         sizes = [end * stride for (_, end), stride in zip(self.bounds, strides, strict=True)]
         if data is None:
             data = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
-        self.data = data
+        self.data, self.device = data, data.device
         self.panels = [
             chunk.view(end, stride)[:, : end - start]
             for chunk, (start, end), stride in zip(self.data.split(sizes), self.bounds, strides, strict=True)
@@ -76,16 +79,29 @@ class PackedSymmetric:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
+    @property
+    def _uses_kernels(self) -> bool:
+        return self.backend.name == "triton" and self.dtype == torch.float32
+
     @classmethod
-    def from_dense(cls, dense_HH: Tensor, *, tile: int | None = None) -> PackedSymmetric:
+    @isolated
+    def from_dense(
+        cls, dense_HH: Tensor, *, tile: int | None = None, padded: bool = False, backend: str | None = None
+    ) -> PackedSymmetric:
         """Pack a symmetric matrix; only its upper triangle of tiles is read."""
-        packed = cls(dense_HH.shape[0], tile=tile, device=dense_HH.device, dtype=dense_HH.dtype)
+        if dense_HH.dim() != 2 or dense_HH.shape[0] != dense_HH.shape[1]:
+            raise ValueError(f"expected a square matrix, got {list(dense_HH.shape)}")
+        layout = {"tile": tile, "padded": padded, "backend": backend}
+        packed = cls(dense_HH.shape[0], device=dense_HH.device, dtype=dense_HH.dtype, **layout)
         for panel, (start, end) in zip(packed.panels, packed.bounds, strict=True):
             panel.copy_(dense_HH[:end, start:end])
         return packed
 
+    @isolated
     def copy_(self, other: PackedSymmetric) -> PackedSymmetric:
         """Take the values of another packing of the same width."""
+        if other.width != self.width:
+            raise ValueError(f"a matrix of width {other.width} does not fit one of {self.width}")
         if (self.tile, self.padded) == (other.tile, other.padded):
             self.data.copy_(other.data)
             return self
@@ -114,12 +130,17 @@ class PackedSymmetric:
             dense[start:end, :start] = panel[:start].mT
         return dense
 
+    @isolated
     def gather(self, rows: Tensor, cols: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """G[rows][:, cols] as [R, C]; rows and cols are int64 index vectors in any order."""
+        """G[rows][:, cols] as [R, C]; rows and cols are integer index vectors in any order. `out` [R, C], of any
+        floating dtype and strides, is written whole."""
         rows, cols = self._index(rows), self._index(cols)
         if out is None:
             out = self.data.new_empty(len(rows), len(cols))
-        if self.backend.name == "triton" and out.stride(1) == 1:
+        if out.shape != (len(rows), len(cols)) or out.device != self.device or not out.is_floating_point():
+            wanted = f"{[len(rows), len(cols)]} on {self.device}"
+            raise ValueError(f"out {list(out.shape)} of {out.dtype} on {out.device} does not fit {wanted}")
+        if self._uses_kernels and out.stride(1) == 1 and out.dtype == torch.float32:
             if out.numel():
                 from .launch_packed import packed_gather
 
@@ -138,13 +159,14 @@ class PackedSymmetric:
                 out[in_rows[:, None], left] = block.mT.to(out.dtype)
         return out
 
+    @isolated
     def scatter_(self, index: Tensor, values: Tensor) -> PackedSymmetric:
         """G[index][:, index] = values [N, N], symmetric, of which the lower triangle is read; distinct indices."""
         index = self._index(index)
         if values.shape != (len(index), len(index)) or len(index.unique()) != len(index):
             raise ValueError(f"values {tuple(values.shape)} do not fit {len(index)} distinct indices")
         values = values.to(self.data).contiguous()
-        if self.backend.name == "triton" and len(index):
+        if self._uses_kernels and len(index):
             from .launch_packed import packed_scatter
 
             packed_scatter(self.data, self.tile, index, values)
@@ -156,8 +178,11 @@ class PackedSymmetric:
             panel[index[above][:, None], index[columns] - start] = values[above][:, columns]
         return self
 
+    @isolated
     def add_outer_(self, u_H: Tensor, v_H: Tensor) -> PackedSymmetric:
         """G += u vᵀ + v uᵀ, the products in float64: moves a Gram matrix to another origin (see `shifted_`)."""
+        if u_H.shape != (self.width,) or v_H.shape != (self.width,):
+            raise ValueError(f"vectors {list(u_H.shape)} and {list(v_H.shape)} do not fit a width of {self.width}")
         u_H, v_H = (t.to(self.device, torch.float64) for t in (u_H, v_H))
         for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
             outer = torch.outer(u_H[:end], v_H[start:end]).addr_(v_H[:end], u_H[start:end])
@@ -169,14 +194,19 @@ class PackedSymmetric:
         delta_H = delta_H.to(self.device, torch.float64)
         return self.add_outer_(sum_H.to(self.device, torch.float64) + 0.5 * count * delta_H, delta_H)
 
+    @isolated
     def clone(self) -> PackedSymmetric:
         """An independent copy in the same layout."""
-        backend = self.backend.name if self.padded else None
-        return PackedSymmetric(self.width, tile=self.tile, padded=self.padded, data=self.data.clone(), backend=backend)
+        layout = {"tile": self.tile, "padded": self.padded, "backend": self.backend.name}
+        return PackedSymmetric(self.width, data=self.data.clone(), **layout)
 
+    @isolated
     def matmul(self, dense_HM: Tensor) -> Tensor:
-        """G @ dense, [H, M], in the dtype of the dense operand (by the kernel: float32, in three passes of tf32)."""
-        if self.backend.name == "triton" and dense_HM.dtype == torch.float32 and dense_HM.numel():
+        """G @ dense, [H, M], multiplied in the dense operand's dtype, at least float32 (by the kernel: float32, in
+        three passes of tf32), which is that of the result."""
+        self._check(dense_HM, 0)
+        dense_HM = dense_HM.to(torch.promote_types(dense_HM.dtype, torch.float32))
+        if self._uses_kernels and dense_HM.dtype == torch.float32 and dense_HM.numel():
             from .launch_packed import packed_matmul
 
             return packed_matmul(self.data, self.tile, dense_HM)
@@ -187,9 +217,12 @@ class PackedSymmetric:
             out[start:end] += panel[:start].mT @ dense_HM[:start]
         return out
 
+    @isolated
     def quadratic_trace(self, dense_OH: Tensor) -> float:
-        """tr(E G Eᵀ) for E [O, H]: the energy of E's output on the data of G. Products in E's dtype, sums in
-        float64; half the multiplications of E @ G."""
+        """tr(E G Eᵀ) for E [O, H]: the energy of E's output on the data of G. Products in E's dtype, at least float32,
+        sums in float64; half the multiplications of E @ G."""
+        self._check(dense_OH, 1)
+        dense_OH = dense_OH.to(torch.promote_types(dense_OH.dtype, torch.float32))
         total = 0.0
         for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
             panel = panel.to(dense_OH.dtype)
@@ -200,10 +233,21 @@ class PackedSymmetric:
             total += torch.sum((right @ panel[start:end]) * right, dtype=torch.float64).item()
         return total
 
+    def _check(self, dense: Tensor, axis: int) -> None:
+        """A dense operand is a floating-point matrix with `width` along `axis`, on this device."""
+        if dense.dim() != 2 or dense.shape[axis] != self.width:
+            raise ValueError(f"operand {list(dense.shape)} does not fit a width of {self.width} (axis {axis})")
+        if not dense.is_floating_point():
+            raise TypeError(f"expected a floating-point operand, got {dense.dtype}")
+        if dense.device != self.device:
+            raise ValueError(f"the operand is on {dense.device}, the matrix on {self.device}")
+
     def _index(self, index: Tensor) -> Tensor:
         index = torch.as_tensor(index, device=self.device)
         if index.dtype == torch.bool:
             raise TypeError("gather takes integer indices, not a mask")
+        if index.dim() != 1 or (len(index) and (index.is_floating_point() or index.is_complex())):
+            raise TypeError(f"expected a vector of integer indices, got {list(index.shape)} of {index.dtype}")
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.width):
             raise IndexError(f"index out of range for width {self.width}")
-        return index.long()
+        return index.long().contiguous()

@@ -18,8 +18,10 @@ def _where(i, j, TILE: tl.constexpr):
     return (panel * (panel + 1) // 2) * TILE * TILE + low * TILE + (high - panel * TILE)
 
 
-@triton.jit
-def gather_kernel(packed_ptr, rows_ptr, cols_ptr, out_ptr, R, C, stride_r, TILE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows_ptr", "cols_ptr", "out_ptr", "R", "C", "stride_r"])
+def gather_kernel(
+    packed_ptr, rows_ptr, cols_ptr, out_ptr, R, C, stride_r: tl.int64, TILE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """out [R, C] = G[rows][:, cols]. Grid: (row blocks, column blocks)."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -30,8 +32,10 @@ def gather_kernel(packed_ptr, rows_ptr, cols_ptr, out_ptr, R, C, stride_r, TILE:
     tl.store(out_ptr + r.to(tl.int64)[:, None] * stride_r + c[None, :], value, mask=inside)
 
 
-@triton.jit
-def scatter_kernel(packed_ptr, index_ptr, value_ptr, N, stride_n, TILE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["index_ptr", "value_ptr", "N", "stride_n"])
+def scatter_kernel(
+    packed_ptr, index_ptr, value_ptr, N, stride_n: tl.int64, TILE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """G[index][:, index] = value [N, N], of which only the lower triangle is read."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -48,21 +52,24 @@ def scatter_kernel(packed_ptr, index_ptr, value_ptr, N, stride_n, TILE: tl.const
     tl.store(packed_ptr + mirror, value, mask=mirrored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dense_ptr", "width", "columns"])
 def matmul_kernel(
-    packed_ptr, dense_ptr, out_ptr, width, columns, stride_dh, stride_dm,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    packed_ptr, dense_ptr, out_ptr, width, columns,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [H, M] = G dense [H, M], float32 (PRECISION: tf32 in three passes, or ieee where there is none).
 
-    Grid: (panels, blocks of M). BLOCK_K divides TILE. What lies left of the diagonal is read transposed from the row
-    block's own panel, the rest from the panels of its columns.
+    Grid: (row blocks, blocks of M). BLOCK_M and BLOCK_K divide TILE. What lies left of the diagonal is read transposed
+    from the row block's own panel, the rest from the panels of its columns. Element by element (4-byte copies): a
+    matrix read once does not pay for two layouts.
     """
-    block = tl.program_id(0)
-    m = block * TILE + tl.arange(0, TILE)
+    m0 = tl.program_id(0) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    own = packed_ptr + (block.to(tl.int64) * (block + 1) // 2) * TILE * TILE
-    acc = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
+    block = (m0 // TILE).to(tl.int64)
+    own = packed_ptr + (block * (block + 1) // 2) * TILE * TILE
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, width, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         panel = tl.full((), 0, tl.int64) + k0 // TILE
@@ -72,7 +79,7 @@ def matmul_kernel(
             theirs = packed_ptr + (panel * (panel + 1) // 2) * TILE * TILE
             where = theirs + m.to(tl.int64)[:, None] * TILE + (k - panel * TILE)[None, :]
         g = tl.load(where, mask=(m < width)[:, None] & (k < width)[None, :], other=0.0)
-        d_where = dense_ptr + k.to(tl.int64)[:, None] * stride_dh + n[None, :] * stride_dm
+        d_where = dense_ptr + k.to(tl.int64)[:, None] * columns + n[None, :]
         d = tl.load(d_where, mask=(k < width)[:, None] & (n < columns)[None, :], other=0.0)
         acc = tl.dot(g, d, acc, input_precision=PRECISION)
     out = out_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]

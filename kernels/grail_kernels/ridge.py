@@ -1,17 +1,12 @@
-"""Ridge solves: (A + λI) x = rhs for a symmetric positive semidefinite A, by Cholesky.
+"""Ridge solves: (A + λI) x = rhs for a symmetric positive semidefinite A, alone or many at once.
 
 Shapes: K unknowns, M right-hand sides, S problems.
 
-Like LAPACK's xPOSVX: the matrix is equilibrated to a unit diagonal, factored once, and its condition number is
-estimated from the factor (Hager 1984, Higham 1988; xLACON). Rounding in a Gram matrix is relative to
-sqrt(A_ii A_jj), so the *equilibrated* condition is the one that says whether the smallest pivots are data or noise.
 A factorisation that breaks down, or whose condition exceeds what A's own dtype can carry, is repeated with a tenfold
-λ, from max(λ, 1e-8 mean(diag A)) up to mean(diag A) (up to 1 where that mean is not positive); every raise is counted
-in the result.
-
-Precision: float64 on CPU. On a GPU float64 while three float64 matrices of size K fit into half of the free memory,
-else a float32 factor with two steps of refinement against residuals in float64. Many problems of K <= 128 on a GPU run
-in one Triton kernel, in float32 with one step of refinement; those that fail there are solved one by one as above.
+λ (cholesky.py); every raise is counted in the result. Precision: float64 on CPU. On a GPU float64 while three float64
+matrices of size K fit into half of the free memory, else a float32 factor with two steps of refinement against
+residuals in float64. Many problems of K <= 128 on a GPU run in Triton kernels (small.py), in float32 with the same
+refinement; those whose answer cannot be trusted there are solved one by one as above.
 """
 
 from __future__ import annotations
@@ -22,27 +17,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cholesky import NOT_FINITE, SINGULAR, RidgeError, solve_one
 from .dispatch import backend as choose_backend
+from .inputs import isolated
 
-FIRST_RAISE = 1e-8
-NORM_ROWS = 1024
-REFINEMENTS = 2
-SMALL = 128
-SMALL_PIVOT = 1e-6
-"""The kernel's float32 answer is taken where no scaled pivot is smaller; below, rounding decides the pivot."""
-
-
-class RidgeError(ArithmeticError):
-    """A + λI could not be factored for any λ up to mean(diag A), or holds a NaN or infinity."""
+__all__ = ["RidgeError", "RidgeSolution", "ridge_reference", "ridge_solve"]
+ON_ERROR = ("raise", "report")
 
 
 @dataclass
 class RidgeSolution:
     """`solution` [K, M] float64; `lam` the λ used; `info` the LAPACK info of the *first* attempt (0: fine,
-    i > 0: pivot i was not positive, -1: factored, but singular to the precision of A); `retries` how often λ was
-    raised; `rcond` reciprocal 1-norm condition of the equilibrated matrix that was solved (from the kernel for small
-    problems: its smallest pivot, an upper bound of 1/‖(DAD)⁻¹‖). For S problems `solution` is [S, K, M] and each other
-    field a list of length S."""
+    i > 0: pivot i was not positive, -1: factored, but singular to the precision of A, -2: A, the right-hand side or the
+    anchor holds a NaN or infinity); `retries` how often λ was raised; `rcond` reciprocal 1-norm condition of the
+    equilibrated matrix that was solved. For S problems `solution` is [S, K, M] and each other field a list of length S.
+    With on_error="report" a problem without an answer has a NaN solution, info other than 0, and NaN λ and rcond."""
 
     solution: Tensor
     lam: float | list[float]
@@ -60,6 +49,7 @@ def ridge_reference(a_KK: Tensor, rhs_KM: Tensor, lam: float, anchor_KM: Tensor 
     return torch.linalg.solve(a_KK + lam * eye, rhs_KM)
 
 
+@isolated
 def ridge_solve(
     a: Tensor,
     rhs: Tensor,
@@ -68,178 +58,103 @@ def ridge_solve(
     anchor: Tensor | None = None,
     backend: str | None = None,
     solve_dtype: torch.dtype | None = None,
+    on_error: str = "raise",
 ) -> RidgeSolution:
     """Solve (A + λI) x = rhs, or with an anchor minimise the same problem plus λ‖x − anchor‖².
 
-    a [K, K] or [S, K, K], symmetric, only read; rhs and anchor [K, M] or [S, K, M]; `lam` absolute, one number or S of
-    them. Several λ with one a and rhs make a sweep: S solutions. With an anchor the answer is
-    anchor + (A + λI)⁻¹(rhs − A anchor): for λ → ∞ the anchor itself. `solve_dtype` overrides the rule above.
-    Raises RidgeError (naming the problem of a stack) when no λ up to mean(diag A) works, ValueError on shapes that do
-    not fit.
+    a [K, K] or [S, K, K], symmetric, floating point, only read; rhs and anchor [K, M] or [S, K, M]; `lam` absolute, one
+    number or S of them. Several λ with one a and rhs make a sweep: S solutions. With an anchor the answer is
+    anchor + (A + λI)⁻¹(rhs − A anchor): for λ → ∞ the anchor itself. `solve_dtype` (float32 or float64) overrides the
+    rule above, also for small problems.
+    Every problem of a stack is solved, whatever becomes of its neighbours. Then, where no λ up to mean(diag A) worked
+    for some: `on_error="raise"` raises RidgeError naming the first of them, "report" marks them (see RidgeSolution).
+    Raises ValueError on shapes that do not fit.
     """
     if a.dim() not in (2, 3) or a.shape[-1] != a.shape[-2] or a.shape[:-1] != rhs.shape[:-1] or rhs.dim() != a.dim():
         raise ValueError(f"A {tuple(a.shape)} and right-hand side {tuple(rhs.shape)} do not fit")
     if anchor is not None and anchor.shape != rhs.shape:
         raise ValueError(f"anchor {tuple(anchor.shape)} and right-hand side {tuple(rhs.shape)} do not fit")
-    lams = torch.as_tensor(lam, dtype=torch.float64).cpu()
+    if not (a.is_floating_point() and rhs.is_floating_point()):
+        raise TypeError(f"expected floating-point matrices, got {a.dtype} and {rhs.dtype}")
+    lams = torch.as_tensor(lam, dtype=torch.float64).detach().cpu()
     if lams.dim() > 1 or (a.dim() == 3 and lams.dim() == 1 and len(lams) != len(a)):
         raise ValueError(f"λ {tuple(lams.shape)} does not fit A {tuple(a.shape)}")
-    if not bool((lams >= 0).all()):
-        raise ValueError(f"λ must be a number >= 0, got {lam}")
+    if not bool(((lams >= 0) & (lams < float("inf"))).all()):
+        raise ValueError(f"λ must be a finite number >= 0, got {lam}")
+    if on_error not in ON_ERROR or solve_dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"on_error {on_error!r} (of {ON_ERROR}) or solve_dtype {solve_dtype} is not known")
     name = choose_backend("ridge", a.device, backend).name
     if a.dim() == 2 and lams.dim() == 0:
-        return _solve(name, a, rhs, anchor, float(lams), solve_dtype)
+        solved, error = _attempt(name, a, rhs, anchor, float(lams), solve_dtype)
+        if error is not None and on_error == "raise":
+            raise error
+        return solved
     count = len(a) if a.dim() == 3 else len(lams)
     stack = [None if t is None else t.expand(count, *t.shape[-2:]) for t in (a, rhs, anchor)]
-    return _solve_stack(name, *stack, lams.expand(count), solve_dtype)
+    return _solve_stack(name, *stack, lams.expand(count), solve_dtype, on_error)
 
 
 def _solve_stack(
-    name: str, a_SKK: Tensor, rhs_SKM: Tensor, anchor_SKM: Tensor | None, lam_S: Tensor, solve_dtype: torch.dtype | None
-) -> RidgeSolution:
+    name: str, a_SKK: Tensor, rhs_SKM: Tensor, anchor_SKM: Tensor | None, lam_S: Tensor,
+    solve_dtype: torch.dtype | None, on_error: str,
+) -> RidgeSolution:  # fmt: skip
     """Each problem on its own; on a GPU the small ones first all at once."""
-    count, size, _ = a_SKK.shape
-    done: dict[int, RidgeSolution] = {}
-    if name == "triton" and size <= SMALL:
-        from .launch_packed import small_ridge
-
-        solution, info, pivot = small_ridge(a_SKK, rhs_SKM, anchor_SKM, lam_S)
-        for i in range(count):
-            if not info[i] and pivot[i] >= SMALL_PIVOT and bool(torch.isfinite(solution[i]).all()):
-                done[i] = RidgeSolution(solution[i], float(lam_S[i]), 0, 0, pivot[i])
+    count = len(a_SKK)
+    done, errors = _by_kernel(name, a_SKK, rhs_SKM, anchor_SKM, lam_S, solve_dtype), {}
     for i in range(count):
         if i not in done:
             anchor = None if anchor_SKM is None else anchor_SKM[i]
-            try:
-                done[i] = _solve(name, a_SKK[i], rhs_SKM[i], anchor, float(lam_S[i]), solve_dtype)
-            except RidgeError as error:
-                raise RidgeError(f"problem {i} of {count}: {error}") from error
+            done[i], error = _attempt(name, a_SKK[i], rhs_SKM[i], anchor, float(lam_S[i]), solve_dtype)
+            if error is not None:
+                errors[i] = error
+    if errors and on_error == "raise":
+        i, error = next(iter(errors.items()))
+        more = f" ({len(errors)} problems failed)" if len(errors) > 1 else ""
+        raise RidgeError(f"problem {i} of {count}: {error}{more}", error.info, i) from error
     each = [done[i] for i in range(count)]
-    solutions = [r.solution for r in each]
     return RidgeSolution(
-        torch.stack(solutions) if each else rhs_SKM.double(),
+        torch.stack([r.solution for r in each]) if each else rhs_SKM.double(),
         *([getattr(r, field) for r in each] for field in ("lam", "info", "retries", "rcond")),
     )
 
 
-def _solve(
-    name: str,
-    a_KK: Tensor,
-    rhs_KM: Tensor,
-    anchor_KM: Tensor | None,
-    lam: float,
-    solve_dtype: torch.dtype | None = None,
-) -> RidgeSolution:
-    if name == "reference":
-        return RidgeSolution(ridge_reference(a_KK, rhs_KM, lam, anchor_KM), lam, 0, 0, float("nan"))
-    factor = _factor(a_KK, lam, solve_dtype or _solve_dtype(a_KK))
-    rhs_KM = rhs_KM.double()
-    if anchor_KM is not None:
-        anchor_KM = anchor_KM.double()
-        rhs_KM = rhs_KM - _product(a_KK, anchor_KM)
-    x_KM = factor.solve(rhs_KM)
-    if factor.lower_KK.dtype != torch.float64:
-        for _ in range(REFINEMENTS):
-            x_KM += factor.solve(rhs_KM - _product(a_KK, x_KM) - factor.lam * x_KM)
-    if not torch.isfinite(x_KM).all():
-        raise RidgeError("the solution is not finite: the right-hand side holds a NaN or infinity")
-    if anchor_KM is not None:
-        x_KM += anchor_KM
-    return RidgeSolution(x_KM, factor.lam, factor.info, factor.retries, factor.rcond)
+def _by_kernel(
+    name: str, a_SKK: Tensor, rhs_SKM: Tensor, anchor_SKM: Tensor | None, lam_S: Tensor,
+    solve_dtype: torch.dtype | None,
+) -> dict[int, RidgeSolution]:  # fmt: skip
+    """Those answers of the small-problem kernels that can be trusted."""
+    from .small import LARGEST, solve_small
+
+    if name != "triton" or solve_dtype is not None or a_SKK.shape[1] > LARGEST or not rhs_SKM.numel():
+        return {}
+    small = solve_small(a_SKK, rhs_SKM, anchor_SKM, lam_S)
+    return {
+        i: RidgeSolution(small.solution[i], float(lam_S[i]), 0, 0, small.rcond[i])
+        for i, accepted in enumerate(small.accepted)
+        if accepted
+    }
 
 
-def _solve_dtype(a_KK: Tensor) -> torch.dtype:
-    """The rule of the module's docstring."""
-    if a_KK.device.type != "cuda":
-        return torch.float64
-    free, _ = torch.cuda.mem_get_info(a_KK.device)
-    return torch.float64 if 3 * 8 * a_KK.shape[0] ** 2 <= free / 2 else torch.float32
+def _attempt(
+    name: str, a_KK: Tensor, rhs_KM: Tensor, anchor_KM: Tensor | None, lam: float, dtype: torch.dtype | None
+) -> tuple[RidgeSolution, RidgeError | None]:
+    """One problem: its answer, or a NaN one and the error."""
+    try:
+        if not a_KK.numel():
+            return RidgeSolution(rhs_KM.double().clone(), lam, 0, 0, 1.0), None
+        if name == "reference":
+            return RidgeSolution(_checked_reference(a_KK, rhs_KM, lam, anchor_KM), lam, 0, 0, float("nan")), None
+        x_KM, factor = solve_one(a_KK, rhs_KM, anchor_KM, lam, dtype)
+        return RidgeSolution(x_KM, factor.lam, factor.info, factor.retries, factor.rcond), None
+    except RidgeError as error:
+        nothing = torch.full(rhs_KM.shape, float("nan"), dtype=torch.float64, device=rhs_KM.device)
+        return RidgeSolution(nothing, float("nan"), error.info, 0, float("nan")), error
 
 
-def _product(a_KK: Tensor, x_KM: Tensor) -> Tensor:
-    """A x in float64, by rows of A, so that A is never copied whole."""
-    return torch.cat([rows.double() @ x_KM for rows in a_KK.split(NORM_ROWS)])
-
-
-@dataclass
-class _Factor:
-    """Cholesky factor L of the equilibrated D(A + λI)D, D = diag(scale)."""
-
-    lower_KK: Tensor
-    scale_K: Tensor
-    lam: float
-    info: int
-    retries: int
-    rcond: float
-
-    def solve(self, rhs_KM: Tensor) -> Tensor:
-        """(A + λI)⁻¹ rhs in the factor's precision, as float64."""
-        x_KM = (self.scale_K[:, None] * rhs_KM).to(self.lower_KK.dtype)
-        x_KM = torch.linalg.solve_triangular(self.lower_KK, x_KM, upper=False)
-        x_KM = torch.linalg.solve_triangular(self.lower_KK.mT, x_KM, upper=True)
-        return x_KM.double().mul_(self.scale_K[:, None])
-
-
-def _factor(a_KK: Tensor, lam: float, dtype: torch.dtype) -> _Factor:
-    """Factor A + λI in `dtype`, raising λ tenfold while the factorisation breaks down or is singular to the precision
-    of A or of the factor."""
-    diag_K = a_KK.diagonal().double()
-    mean = diag_K.mean().item()
-    if not torch.isfinite(a_KK).all():
-        raise RidgeError("the matrix holds a NaN or infinity")
-    ceiling = mean if mean > 0 else 1.0
-    floor = max(torch.finfo(a_KK.dtype).eps, torch.finfo(dtype).eps)
-    retries, first_info = 0, 0
-    while True:
-        shifted_K = diag_K + lam
-        scale_K = torch.where(shifted_K > 0, shifted_K, torch.ones_like(shifted_K)).rsqrt()
-        work_KK = a_KK.to(dtype, copy=True)
-        work_KK.diagonal().copy_(shifted_K)
-        work_KK.mul_(scale_K[:, None].to(dtype)).mul_(scale_K.to(dtype))
-        norm = max(rows.abs().sum(1).max().item() for rows in work_KK.split(NORM_ROWS))
-        info_0 = torch.empty((), dtype=torch.int32, device=a_KK.device)
-        torch.linalg.cholesky_ex(work_KK.mT, out=(work_KK.mT, info_0))
-        lower_KK, info = work_KK.mT, int(info_0)
-        rcond = 0.0
-        if info == 0:
-            rcond = 1.0 / (norm * _inverse_norm(lower_KK))
-            if rcond >= floor:
-                return _Factor(lower_KK, scale_K, lam, first_info, retries, rcond)
-            info = -1
-        first_info = first_info or info
-        if lam >= ceiling:
-            raise RidgeError(f"A + λI is singular even at λ = {lam:.3g} (info {info}, rcond {rcond:.1e})")
-        lam = min(max(lam * 10, FIRST_RAISE * ceiling), ceiling)
-        retries += 1
-
-
-def _inverse_norm(lower_KK: Tensor, columns: int = 4, steps: int = 5) -> float:
-    """Estimate ‖(L Lᵀ)⁻¹‖₁ from below, almost always within a factor 3.
-
-    Higham and Tisseur's block version of Hager's method (SIAM J. Matrix Anal. Appl. 21, 2000), started from the usual
-    vector of ones and from fixed random signs: the usual start alone is orthogonal to e_i - e_j, the null vector of
-    two equal channels, which pruning meets more often than LAPACK's users do.
-    """
-    size = lower_KK.shape[0]
-
-    def inverse(v_KM: Tensor) -> Tensor:
-        v_KM = torch.linalg.solve_triangular(lower_KK, v_KM, upper=False)
-        return torch.linalg.solve_triangular(lower_KK.mT, v_KM, upper=True)
-
-    generator = torch.Generator().manual_seed(size)
-    x_KM = torch.randn(size, min(columns, size), dtype=lower_KK.dtype, generator=generator).to(lower_KK.device)
-    x_KM[:, 0] = 1.0
-    x_KM /= x_KM.abs().sum(0)
-    best, tried = 0.0, torch.zeros(size, dtype=torch.bool, device=lower_KK.device)
-    for _ in range(steps):
-        y_KM = inverse(x_KM)
-        estimate = y_KM.abs().sum(0).max().item()
-        if estimate <= best:
-            break
-        best = estimate
-        gain_K = inverse(torch.where(y_KM >= 0, 1.0, -1.0).to(y_KM)).abs().amax(1).masked_fill(tried, 0.0)
-        index = gain_K.topk(x_KM.shape[1]).indices
-        tried[index] = True
-        x_KM = torch.zeros_like(x_KM)
-        x_KM[index, torch.arange(len(index), device=index.device)] = 1.0
-    return best
+def _checked_reference(a_KK: Tensor, rhs_KM: Tensor, lam: float, anchor_KM: Tensor | None) -> Tensor:
+    if not all(bool(torch.isfinite(t).all()) for t in (a_KK, rhs_KM, anchor_KM) if t is not None):
+        raise RidgeError("the input holds a NaN or infinity", NOT_FINITE)
+    try:
+        return ridge_reference(a_KK, rhs_KM, lam, anchor_KM)
+    except torch.linalg.LinAlgError as error:
+        raise RidgeError(f"the reference raises no λ: {error}", SINGULAR) from error

@@ -1,0 +1,80 @@
+"""What every public method does with its arguments: devices, rows and masks, and a context of its own.
+
+Shapes: S sites, T rows, H width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+
+def device_of(device) -> torch.device:
+    """A torch.device; None is the CPU, 0 the first accelerator (and not "nothing given")."""
+    return torch.device("cpu" if device is None else device)
+
+
+def isolated(function: Callable) -> Callable:
+    """Run without autograd, autocast (which would multiply in bf16) and inference mode (whose tensors cannot be updated
+    outside it), whatever the caller has switched on."""
+
+    @functools.wraps(function)
+    def alone(*args, **kwargs):
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return alone
+
+
+def positive(**numbers: int | None) -> None:
+    """Raise ValueError for a number below 1; None passes."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def as_rows(x: Tensor, mask: Tensor | None, sites: int) -> tuple[Tensor, Tensor | None]:
+    """x as [S, T, H], without a copy where its strides allow, and the mask as bool [S, T]."""
+    if not x.is_floating_point():
+        raise TypeError(f"expected floating-point activations, got {x.dtype}")
+    if mask is not None and (mask.is_floating_point() or mask.is_complex()):
+        raise TypeError(f"a mask is bool or integer (True or 1 = the row counts), got {mask.dtype}")
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask {list(mask.shape)} does not match rows {list(x.shape[:-1])}")
+    x = x.detach()
+    x_STH = x.reshape(sites, -1, x.shape[-1]) if x.numel() else x.new_empty(sites, 0, x.shape[-1])
+    return x_STH, None if mask is None else mask.bool().reshape(sites, -1)
+
+
+def mean_rows(x_STH: Tensor, mask_ST: Tensor | None, rows: int) -> Tensor:
+    """Mean of the counted rows, summed in float64 over `rows` at a time; float32 [S, H], 0 where nothing finite."""
+    means = []
+    for site, x_TH in enumerate(x_STH):
+        total_H, count = torch.zeros(x_TH.shape[1], dtype=torch.float64, device=x_TH.device), 0
+        for start in range(0, len(x_TH), rows):
+            part = x_TH[start : start + rows]
+            if mask_ST is not None:
+                part = part[mask_ST[site, start : start + rows]]
+            total_H += part.sum(0, dtype=torch.float64)
+            count += len(part)
+        means.append(total_H / max(count, 1))
+    return torch.stack(means).nan_to_num(0.0, 0.0, 0.0).float()
+
+
+def device_dtype(x: Tensor, device: torch.device) -> Tensor:
+    """On the device, in a dtype that the kernels read: bf16 and fp16 as they are, all else float32."""
+    kept = x.dtype in (torch.bfloat16, torch.float16)
+    return x.to(device, x.dtype if kept else torch.float32)
+
+
+def to_device(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if mask is None else mask.to(device)
