@@ -53,15 +53,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 # another thread is half-way through AutoConfig's module while this one imports grail
 RACE = (
     """
-import importlib.abc, sys, threading
+import importlib.abc, importlib.machinery, sys, threading
 
 halfway, go_on = threading.Event(), threading.Event()
+
+class Slow(importlib.abc.Loader):
+    def __init__(self, own):
+        self.own = own
+    def exec_module(self, module):
+        halfway.set()  # not in find_spec, which holds the one lock of all imports
+        assert go_on.wait(60)
+        self.own.exec_module(module)
 
 class Stop(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "transformers.dynamic_module_utils":
-            halfway.set()
-            go_on.wait(60)
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            spec.loader = Slow(spec.loader)
+            return spec
 
 sys.meta_path.insert(0, Stop())
 importing = threading.Thread(target=lambda: __import__("transformers.models.auto.configuration_auto"))
