@@ -60,6 +60,5 @@ def _training(job: Job, tokens: int, forward: int) -> float:
     options = job.selector.regional_options()
     if options is None:
         return 0.0
-    length = job.recipe.seq_len or 512
-    trained = min(options.windows * length, tokens)
+    trained = tokens * min(options.windows / job.recipe.samples, 1.0)
     return forward * ((1 + BACKWARD) * options.passes * trained + tokens)
