@@ -1,11 +1,14 @@
-"""The command line: parse, one call, show. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours."""
+"""The command line: parse, one call, show.
+
+Exit codes: 0 done, 2 bad input, 75 interrupted but resumable, 130 interrupted with nothing kept, 1 a bug of ours.
+"""
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -14,11 +17,10 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .errors import GrailError
-from .terminal import NORMAL, TerminalProgress, set_logging, show_evaluation, show_report
+from .errors import CIRCUMSTANCES, GrailError, Interrupted, sentence_of
+from .terminal import NORMAL, TerminalProgress, set_logging, show_evaluation, show_profile, show_report
 
 ISSUES = "please report it with this output and the command"
-CIRCUMSTANCES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENAMETOOLONG}
 
 UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
@@ -63,12 +65,14 @@ def guarded(command: Callable) -> Callable:
             command(*args, **kwargs)
         except GrailError as error:
             _fail(str(error), 2)
+        except Interrupted as stop:
+            _fail(str(stop), 75)
         except KeyboardInterrupt:
             _fail("interrupted; nothing was kept", 130)
         except OSError as error:
             if error.errno not in CIRCUMSTANCES:
                 _bug(error, kwargs)
-            _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
+            _fail(sentence_of(error), 2)
         except Exception as error:
             _bug(error, kwargs)
 
@@ -89,6 +93,9 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def _start(quiet: bool, verbose: int) -> TerminalProgress:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is treated like Ctrl-C
+    if int(os.environ.get("RANK", "0")):
+        quiet = True  # of several processes one speaks
     verbosity = 0 if quiet else NORMAL + verbose
     set_logging(verbosity)
     if quiet or not sys.stderr.isatty():
@@ -171,6 +178,16 @@ def compress(
         str, _machine("--format", help="auto, uniform (plain), grail (widths per layer), padded (old widths, zeros).")
     ] = "auto",
     overwrite: Annotated[bool, _machine("--overwrite", help="Replace a non-empty output folder.")] = False,
+    resume: Annotated[
+        bool, _machine("--resume", help="Go on with an interrupted run of the same command, if there is one.")
+    ] = False,
+    store: Annotated[
+        str, _machine("--store", help="Where activations lie between layers: memory, disk (can be resumed), auto.")
+    ] = "auto",
+    memory: Annotated[
+        str | None, _machine("--memory", help="Budget of resident memory, such as 4GB; refused if it cannot be kept.")
+    ] = None,
+    profile: Annotated[bool, _machine("--profile", help="Also print where time and memory went.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -188,10 +205,14 @@ def compress(
     from .run import run
 
     report = run(recipe, progress)
+    if report is None:
+        return  # another process of this run reports
     if as_json:
         _json(report.to_json() | {"output": report.output, "run": report.run_json()})
     else:
         show_report(report, Console(highlight=False, soft_wrap=True))
+        if profile:
+            show_profile(report, Console(highlight=False, soft_wrap=True))
 
 
 @app.command("eval")

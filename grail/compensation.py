@@ -1,16 +1,25 @@
 """The repair: a ridge solve absorbed into the consumer's weight; DESIGN section 1, GRAIL (CPAL 2026) equation for B.
 
-Shapes: O outputs, H width, K kept, Q channels the reduction cannot reproduce.
+Shapes: O outputs, H width, K kept, Q channels the reduction cannot reproduce, M right-hand sides; B some outputs.
+
+Memory: A [K, K] and one right-hand side [K, M], both float64, are the only large things; A comes from the packed Gram
+matrix by rows and is factored in place, the solution replaces the right-hand side, and whatever has O rows and is not
+the result goes by blocks of them. `solve_bytes` is that in numbers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grail_kernels import PackedSymmetric, RidgeError, RidgeSolution, ridge_solve
+from grail_kernels import PackedSymmetric, RidgeError, RidgeSolution
+from grail_kernels.cholesky import NOT_FINITE, block_rows
+from grail_kernels.inputs import isolated
+from grail_kernels.ridge import MatrixRows, ridge_solve_
 
 from .errors import GrailError
 from .moments import PairStatistics
@@ -18,6 +27,13 @@ from .reduction import Reduction
 from .statistics import SiteStatistics
 
 FORMS = ("anchored", "paper")
+CPU_ROWS, GPU_ROWS = 512, 4096
+"""Outputs that are handled at once; a GPU is idle with fewer."""
+GRAM_ROWS = 256
+"""Rows of a right-hand side that are gathered at once."""
+ALLOCATOR = 16 * 10**6
+"""What the C library keeps of blocks that were freed (measured: 8 to 30 MB)."""
+NO_NUMBERS = "the Gram matrix or the weight holds NaN or infinity; check the checkpoint and the text"
 
 
 @dataclass
@@ -36,19 +52,16 @@ class Compensation:
     bias: Tensor | None = None
 
 
+@isolated
 def reconstruction_errors(
     weight_OH: Tensor, candidates: list[Tensor], reduction: Reduction, gram: PackedSymmetric
 ) -> list[float]:
     """Σ‖W x − W' R x‖² / Σ‖W x‖² over the rows behind the Gram matrix, for each candidate W' [O, K]; 0 where the
     consumer's output is all zero. With the scatter in the Gram matrix's place: both about their means."""
-    weight_OH = weight_OH.float()
-    total = gram.quadratic_trace(weight_OH)
-    if total <= 0:
-        return [0.0 for _ in candidates]
-    wide = (weight_OH - reduction.expand_consumer(weight_OK.float()) for weight_OK in candidates)
-    return [max(gram.quadratic_trace(difference_OH) / total, 0.0) for difference_OH in wide]
+    return _errors(weight_OH, [weight_OK.__getitem__ for weight_OK in candidates], reduction, gram)
 
 
+@isolated
 def compensate(
     weight_OH: Tensor,
     gram: PackedSymmetric,
@@ -72,27 +85,32 @@ def compensate(
     if reduction.is_identity:
         return Compensation(weight_OH, 0.0, 0, 0, 1.0, 0.0, 0.0)
     dtype = dtype or weight_OH.dtype
-    wide_OH = weight_OH.double()
-    lifted_OK = reduction.lift_consumer(wide_OH)
-    normal_KK = reduction.normal_matrix(gram)
-    rows, residual_QK = reduction.residual(gram)
-    source_OQ = wide_OH[:, rows.to(wide_OH.device)]
     if lam is None:
-        lam = ridge * normal_KK.diagonal().double().mean().item()
-    if form == "anchored" and len(rows) < wide_OH.shape[0]:
-        solved = _solve(normal_KK, residual_QK.mT, lam, name)
-        delta_OK = source_OQ @ solved.solution.mT
-    else:
-        rhs_OK = source_OQ @ residual_QK.double()
-        if form == "paper":
-            rhs_OK += lifted_OK @ normal_KK.double()
-        solved = _solve(normal_KK, rhs_OK.mT, lam, name)
-        delta_OK = solved.solution.mT
-    weight_OK = _rounded(delta_OK if form == "paper" else lifted_OK + delta_OK, dtype, name)
-    before, after = reconstruction_errors(weight_OH, [lifted_OK.to(dtype), weight_OK], reduction, gram)
-    return Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, before, after)
+        lam = _relative(ridge, reduction.normal_diagonal(gram), name)
+    # W' first: what it took is free again when the errors are computed
+    found = _repaired(weight_OH, gram, reduction, lam, form, name, dtype)
+
+    def lifted(outputs: slice) -> Tensor:
+        return reduction.lift_consumer(weight_OH[outputs].double()).to(dtype)
+
+    candidates = [lifted, found.weight.__getitem__]
+    found.error_before, found.error_after = _errors(weight_OH, candidates, reduction, gram)
+    return found
 
 
+def solve_bytes(outputs: int, width: int, kept: int) -> int:
+    """Peak memory of `compensate` on a CPU beside its arguments: an anchored selection of `kept` of `width` channels,
+    written in two bytes per number. Either A and the right-hand side are there and a block of rows is gathered, or, for
+    few kept channels, the solution and the result and a block of outputs is written."""
+    if kept == width:
+        return 0
+    solution = 8 * kept * min(outputs, width - kept)
+    solve = 8 * kept**2 + 8 * kept * min(block_rows(kept), kept)
+    write = 2 * outputs * kept + 2 * 8 * width * min(outputs, CPU_ROWS)
+    return solution + max(solve, write) + ALLOCATOR
+
+
+@isolated
 def compensate_pairs(
     anchor_OK: Tensor,
     pairs: PairStatistics,
@@ -110,22 +128,23 @@ def compensate_pairs(
     """
     if form not in FORMS:
         raise ValueError(f"ridge form must be one of {FORMS}, got {form!r}")
-    dtype = dtype or anchor_OK.dtype
-    anchor_OK = anchor_OK.double()
-    everything = torch.arange(pairs.normal.width)
-    normal_KK = pairs.normal.gather(everything, everything)
-    cross_KO = pairs.cross.double()
-    lam = ridge * normal_KK.diagonal().double().mean().item()
-    rhs_KO = cross_KO if form == "anchored" else cross_KO + normal_KK.double() @ anchor_OK.mT
-    solved = _solve(normal_KK, rhs_KO, lam, name)
-    wide_OK = solved.solution.mT + (anchor_OK if form == "anchored" else 0)
-    weight_OK = _rounded(wide_OK, dtype, name)
-    delta_OK = weight_OK.double() - anchor_OK
-    before, total = pairs.difference_energy, pairs.target_energy
-    after = before - 2 * torch.sum(delta_OK.mT * cross_KO).item() + pairs.normal.quadratic_trace(delta_OK)
-    errors = [max(energy / total, 0.0) if total > 0 else 0.0 for energy in (before, after)]
-    bias_O = pairs.mean_difference - delta_OK @ pairs.mean if pairs.affine else None
-    return Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, *errors, bias_O)
+    normal, channels = pairs.normal, torch.arange(pairs.normal.width)
+    rhs_KO = pairs.cross.to(torch.float64, copy=True)
+    if form == "paper":
+        for outputs in _blocks(anchor_OK):
+            rhs_KO[:, outputs] += normal.matmul(anchor_OK[outputs].double().mT)
+    lam = _relative(ridge, normal.diagonal().double(), name)
+    a = MatrixRows(normal.width, normal.device, lambda start, end: normal.gather(channels[start:end], channels))
+    solved = _solve(a, rhs_KO, lam, name)
+
+    def wide(outputs: slice) -> Tensor:
+        solution_BK = solved.solution.mT[outputs]
+        return anchor_OK[outputs].double() + solution_BK if form == "anchored" else solution_BK
+
+    weight_OK = _rounded(wide, anchor_OK, normal.width, dtype or anchor_OK.dtype, name)
+    found = Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    _judge_pairs(found, anchor_OK, pairs)
+    return found
 
 
 def mean_bias(
@@ -133,21 +152,125 @@ def mean_bias(
 ) -> Tensor:
     """b' = b + W μ − W' R μ, float64 [O]: the bias that keeps the mean output, for any W' (with W B0: FLAP's bias)."""
     mean_H = statistics.mean()
-    added_O = weight_OH.double() @ mean_H - weight_OK.double() @ reduction.reduce(mean_H)
+    mean_K = reduction.reduce(mean_H)
+    parts = [weight_OH[rows].double() @ mean_H - weight_OK[rows].double() @ mean_K for rows in _blocks(weight_OH)]
+    added_O = torch.cat(parts)
     return added_O if bias_O is None else added_O + bias_O.double()
 
 
-def _solve(normal_KK: Tensor, rhs_KM: Tensor, lam: float, name: str) -> RidgeSolution:
-    if not torch.isfinite(normal_KK).all():
-        raise GrailError(f"{name}: the Gram matrix holds NaN or infinity; check the checkpoint and the text")
+def _repaired(
+    weight_OH: Tensor, gram: PackedSymmetric, reduction: Reduction, lam: float, form: str, name: str, dtype: torch.dtype
+) -> Compensation:
+    """W' and how it was solved; the errors are left at 0."""
+    few = form == "anchored" and reduction.residual_rows < len(weight_OH)
+    if few:
+        removed_Q, rhs_MK = _residual(gram, reduction)
+    else:
+        rhs_MK = _consumed(weight_OH, gram, reduction, form)
+
+    def read(start: int, end: int) -> Tensor:
+        return reduction.normal_matrix(gram, start, end)
+
+    solved = _solve(MatrixRows(reduction.kept_width, gram.device, read), rhs_MK.mT, lam, name)
+
+    def wide(outputs: slice) -> Tensor:
+        if form == "paper":
+            return rhs_MK[outputs]
+        weight_BH = weight_OH[outputs].double()
+        lifted_BK = reduction.lift_consumer(weight_BH)
+        if few:
+            return lifted_BK.addmm_(weight_BH[:, removed_Q], rhs_MK)
+        return lifted_BK.add_(rhs_MK[outputs])
+
+    weight_OK = _rounded(wide, weight_OH, reduction.kept_width, dtype, name)
+    return Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+
+
+def _residual(gram: PackedSymmetric, reduction: Reduction) -> tuple[Tensor, Tensor]:
+    """(int64 [Q], float64 [Q, K]): the rows of G Rᵀ − B0 A that are not zero."""
+    block_QK = torch.empty(reduction.residual_rows, reduction.kept_width, dtype=torch.float64, device=gram.device)
+    rows, filled = [], 0
+    for rows_R, block_RK in _gathered(gram, reduction, "anchored"):
+        block_QK[filled : filled + len(rows_R)] = block_RK
+        rows.append(rows_R.to(gram.device))
+        filled += len(rows_R)
+    return torch.cat(rows), block_QK
+
+
+def _consumed(weight_OH: Tensor, gram: PackedSymmetric, reduction: Reduction, form: str) -> Tensor:
+    """W(G Rᵀ − B0 A), or for the paper's form W G Rᵀ; float64 [O, K]."""
+    out_OK = torch.zeros(len(weight_OH), reduction.kept_width, dtype=torch.float64, device=gram.device)
+    for rows_R, block_RK in _gathered(gram, reduction, form):
+        out_OK.addmm_(weight_OH[:, rows_R.to(weight_OH.device)].double(), block_RK.double())
+    return out_OK
+
+
+def _gathered(gram: PackedSymmetric, reduction: Reduction, form: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of G Rᵀ − B0 A that are not zero, or for the paper's form all of G Rᵀ: (which, int64 [R]; block [R, K])."""
+    if form == "paper":
+        for rows_R in torch.arange(reduction.width).split(GRAM_ROWS):
+            yield rows_R, reduction.cross(gram, int(rows_R[0]), int(rows_R[-1]) + 1)
+        return
+    for start in range(0, reduction.residual_parts, GRAM_ROWS):
+        yield reduction.residual(gram, start, start + GRAM_ROWS)
+
+
+def _errors(
+    weight_OH: Tensor, candidates: list[Callable[[slice], Tensor]], reduction: Reduction, gram: PackedSymmetric
+) -> list[float]:
+    """`reconstruction_errors` of candidates that give some of their rows [B, K] when asked."""
+    total, energies = 0.0, [0.0 for _ in candidates]
+    for outputs in _blocks(weight_OH):
+        weight_BH = weight_OH[outputs].float()
+        total += gram.quadratic_trace(weight_BH)
+        for i, candidate in enumerate(candidates):
+            wide_BH = reduction.expand_consumer(candidate(outputs).float())
+            energies[i] += gram.quadratic_trace(torch.sub(weight_BH, wide_BH, out=wide_BH))
+    return [max(energy / total, 0.0) if total > 0 else 0.0 for energy in energies]
+
+
+def _judge_pairs(found: Compensation, anchor_OK: Tensor, pairs: PairStatistics) -> None:
+    """Errors of the anchor and of what was found, and the bias of affine pairs."""
+    cross_KO, before, total = pairs.cross, pairs.difference_energy, pairs.target_energy
+    after, biases = before, []
+    for outputs in _blocks(anchor_OK):
+        delta_BK = found.weight[outputs].double() - anchor_OK[outputs].double()
+        after += pairs.normal.quadratic_trace(delta_BK) - 2 * torch.sum(delta_BK.mT * cross_KO[:, outputs]).item()
+        if pairs.affine:
+            biases.append(pairs.mean_difference[outputs] - delta_BK @ pairs.mean)
+    found.error_before, found.error_after = (max(e / total, 0.0) if total > 0 else 0.0 for e in (before, after))
+    found.bias = torch.cat(biases) if pairs.affine else None
+
+
+def _blocks(weight_OX: Tensor) -> list[slice]:
+    """Its rows, in blocks."""
+    step = CPU_ROWS if weight_OX.device.type == "cpu" else GPU_ROWS
+    return [slice(start, start + step) for start in range(0, len(weight_OX), step)]
+
+
+def _relative(ridge: float, diag_K: Tensor, name: str) -> float:
+    mean = diag_K.mean().item()
+    if not math.isfinite(mean):
+        raise GrailError(f"{name}: {NO_NUMBERS}")
+    return ridge * mean
+
+
+def _solve(a: MatrixRows, rhs_KM: Tensor, lam: float, name: str) -> RidgeSolution:
+    """The solution is written over the right-hand side."""
     try:
-        return ridge_solve(normal_KK, rhs_KM, lam)
+        return ridge_solve_(a, rhs_KM, lam)
     except RidgeError as error:
+        if error.info == NOT_FINITE:
+            raise GrailError(f"{name}: {NO_NUMBERS}") from error
         raise GrailError(f"{name}: the ridge solve failed: {error}; use more calibration text") from error
 
 
-def _rounded(weight_OK: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    weight_OK = weight_OK.to(dtype).contiguous()
-    if not torch.isfinite(weight_OK).all():
-        raise GrailError(f"{name}: the repaired weight overflows {dtype}; use a wider --output-dtype or more --ridge")
+def _rounded(wide: Callable[[slice], Tensor], weight_OX: Tensor, kept: int, dtype: torch.dtype, name: str) -> Tensor:
+    """[O, K] in `dtype`, from float64 rows [B, K] that `wide` makes."""
+    weight_OK = weight_OX.new_empty(len(weight_OX), kept, dtype=dtype)
+    for outputs in _blocks(weight_OX):
+        weight_OK[outputs] = wide(outputs)
+        if not torch.isfinite(weight_OK[outputs]).all():
+            more = "use a wider --output-dtype or more --ridge"
+            raise GrailError(f"{name}: the repaired weight overflows {dtype}; {more}")
     return weight_OK

@@ -1,5 +1,25 @@
-"""The one exception that means "the user can mend this": one sentence, exit code 2, nothing half-written."""
+"""Exceptions that are no bugs: bad input, and an interruption that can be gone on from."""
+
+from __future__ import annotations
+
+import errno
+
+CIRCUMSTANCES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENAMETOOLONG}
+"""Errors of the system that the user can mend."""
 
 
 class GrailError(ValueError):
     """Bad input. The message is one sentence that names the file, site or option and says what to do."""
+
+
+class Circumstance(GrailError):
+    """What stopped the run is not its input: a full disk, another process that died. Work that was done is kept."""
+
+
+class Interrupted(Exception):
+    """Stopped on request with work kept; the message says how to go on."""
+
+
+def sentence_of(error: OSError) -> str:
+    """What the system says, with the file it is about."""
+    return f"{error.filename or 'input/output'}: {error.strerror or error}"

@@ -57,7 +57,7 @@ class Job:
 
     def consumer_weight(self, site: Site) -> Tensor:
         """[O, H] as stored, on the compute device."""
-        return self.model.source.get(f"{site.consumer}.weight").to(self.model.device)
+        return self.model.stored(f"{site.consumer}.weight")
 
     def consumer_bias(self, site: Site) -> Tensor | None:
         """[O] as stored, or None."""

@@ -7,10 +7,15 @@ d = y − W_a z what the anchor W_a gets wrong. Accumulating the difference mean
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from grail_kernels import CrossAccumulator, GramAccumulator, PackedSymmetric
+
+if TYPE_CHECKING:
+    from .distributed import Group
 
 
 class PairStatistics:
@@ -40,6 +45,28 @@ class PairStatistics:
         self._target += y_TO.sum(0, dtype=torch.float64)
         self._difference_energy += d_TO.double().square().sum().item()
         self._target_energy += y_TO.double().square().sum().item()
+
+    def sum_over(self, group: Group) -> None:
+        """Let these be the statistics of the pairs of all processes, of which some may have none; the same bits on
+        each. Raises GrailError when another process is gone."""
+        if group.size == 1:
+            return
+        own_O, numbers = self._difference, [self.count, self._difference_energy, self._target_energy]
+        totals = group.sum_(torch.cat([own_O.new_tensor(numbers), own_O, self._target]))
+        with group.collective(self._gram.device) as carrier:
+            self._gram.all_reduce(carrier)
+            if self.affine and self._gram.count:
+                self._move_origin(self._gram.mean.float(), own_O)
+            self._cross.all_reduce(carrier)
+        numbers, self._difference, self._target = totals.split([3, len(own_O), len(own_O)])
+        self.count = int(numbers[0])
+        self._difference_energy, self._target_energy = numbers[1:].tolist()
+
+    def _move_origin(self, origin_K: Tensor, difference_O: Tensor) -> None:
+        """Let the cross moment, of pairs whose d sum to `difference`, be that of z − origin."""
+        old_K = torch.zeros_like(origin_K) if self._origin is None else self._origin
+        self._cross.shifted_(old_K.double() - origin_K.double(), difference_O)
+        self._origin = origin_K
 
     @property
     def normal(self) -> PackedSymmetric:

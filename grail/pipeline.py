@@ -1,7 +1,7 @@
 """Stream a model layer by layer: load -> calibrate -> select -> compensate -> write -> free (DESIGN section 6).
 
-Shapes: B windows, L tokens, D hidden size. A chunk is a batch of windows; its stream x [B, L, D] is what lives between
-layers. Selectors and compensation see statistics and weights, families never see a selector.
+Shapes: L tokens of a window, D hidden size. Selectors and compensation see statistics and weights, families never see a
+selector. Every layer is a committed step; a run that was cut off goes on after the last one.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .checkpoint.writer import OutputFolder, Piece
+from .checkpoint.background import Background
+from .checkpoint.writer import SHARD, OutputFolder, Piece
 from .errors import GrailError
-from .evaluation.perplexity import chunked
 from .job import Job
+from .layer import Chunks, LayerPass
 from .reduction import Reduction
+from .result import SiteResult
 from .selectors.base import BLOCK_GRADIENTS, PRODUCERS
-from .sites import LayerPass, SiteResult, without_working_tensors
+from .sites import compress, view_of
 from .statistics import SiteStatistics
 from .training import LayerTraining, Training
+from .workspace import Workspace
 
 Track = Callable[[Iterable[int]], Iterable[int]]
+LAYER = "layer"
 
 
 @dataclass
 class Streamed:
-    """Results of one pass over the model, in execution order; how each trained layer fared; and the logits [1, L, V] of
-    the probe window."""
+    """Results of one pass over the model, in execution order; how each trained layer fared; and, in the main process,
+    the logits [1, L, V] of the probe window."""
 
     results: list[SiteResult] = field(default_factory=list)
     trained: list[Training] = field(default_factory=list)
@@ -39,85 +43,158 @@ class Streamed:
         return {r.site.name: r.reduction for r in self.results if r.reduction is not None}
 
 
-def survey(job: Job, windows_NL: Tensor | None, track: Track = lambda layers: layers) -> dict[str, Tensor]:
+def survey(
+    job: Job, work: Workspace, windows_NL: Tensor | None, track: Track = lambda layers: layers
+) -> dict[str, Tensor]:
     """Comparable unit scores [U] of every site of the dense network, by site name: the first of two passes, for an
     allocation over the whole network."""
     selector, scores = job.selector, {}
-    needed = [selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites]
-    chunks = _embedded(job, windows_NL) if any(needed) else []
+    needed = any(selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites)
+    chunks = _chunks(work, "survey", windows_NL if needed else None)
+    _embed(job, chunks, windows_NL if needed else None)
     for layer in track(range(job.model.layer_count)):
-        run = LayerPass(job, layer, chunks, len(chunks))
+        run = LayerPass(job, layer, chunks, chunks.all if layer + 1 < job.model.layer_count else [])
         for site in run.sites:
             needs = selector.needs_of(site.kind) - {PRODUCERS, BLOCK_GRADIENTS}
             statistics = SiteStatistics(site.units.width, needs, device=job.model.device, affine=job.affine)
-            if chunks:
+            if needed:
                 run.pass_through(site, statistics)
-            if needs:
-                statistics.check_finite(site.name)
-            scores[site.name] = selector.global_scores(run.view(site, statistics)).cpu()
-        chunks = run.outputs() if chunks else chunks
+            scores[site.name] = selector.global_scores(view_of(run, site, statistics)).cpu()
+        run.end()
+        work.store.drop(chunks.series(layer), chunks.all)
+    work.store.drop(chunks.series(job.model.layer_count), chunks.all)
     return scores
 
 
 def stream(
-    job: Job, windows_NL: Tensor | None, probe_1L: Tensor, out: OutputFolder, track: Track = lambda layers: layers
+    job: Job,
+    work: Workspace,
+    windows_NL: Tensor | None,
+    probe_1L: Tensor,
+    out: OutputFolder,
+    track: Track = lambda layers: layers,
 ) -> Streamed:
     """Compress every site in order, writing one shard per layer and one for the rest. windows_NL [N, L] token ids;
-    None when `job.needs_data` is false. The probe window runs through the result beside the calibration data."""
+    None when `job.needs_data` is false. The probe window runs through the result beside the calibration data.
+
+    Layers that `out` holds already, committed by an earlier run, are taken from there. Only the main process writes.
+    """
     model, streamed = job.model, Streamed()
-    shards = model.layer_count + 1
+    chunks = _chunks(work, "stream", windows_NL, probe=True)
     last = max((site.layer for site in job.sites if job.changes(site)), default=-1)
-    chunks = _embedded(job, windows_NL)
-    probe = model.embed(probe_1L)
-    for layer in track(range(model.layer_count)):
-        if layer > last:
-            chunks = []
-        run = LayerPass(job, layer, [*chunks, probe], len(chunks))
-        tensors, states = _layer(run, streamed)
-        chunks, probe = states[:-1], states[-1]
-        out.write_shard(_shard_name(layer + 1, shards), _layer_pieces(job, layer, tensors, streamed.reductions))
-    with torch.no_grad():
-        streamed.probe_logits = model.tail()(probe).cpu()
-    if not torch.isfinite(streamed.probe_logits).all():
-        raise GrailError("the logits hold NaN or infinity; check the checkpoint's final norm and head")
-    rest = [name for name in model.source.names() if model.layer_of(name) is None]
-    out.write_shard(_shard_name(shards, shards), [_copied(job, name) for name in rest])
+    first = _recalled(job, chunks, out, streamed, last)
+    if first == 0:
+        _embed(job, chunks, windows_NL, probe_1L)
+    with Background(out, work.profile, enabled=work.ahead) as background:
+        for layer in track(range(first, model.layer_count)):
+            if layer > last:
+                chunks.counted = []
+            background.read_ahead(model.source, _names(job, layer + 1))
+            wanted = chunks.all if layer < last else chunks.all[len(chunks.counted) :]
+            _compress_layer(LayerPass(job, layer, chunks, wanted), streamed, background)
+        background.settle()
+    if work.group.main:
+        _write_rest(job, chunks, streamed, out)
     return streamed
 
 
-def _embedded(job: Job, windows_NL: Tensor | None) -> list[Tensor]:
-    return [job.model.embed(ids) for ids in chunked(windows_NL)] if windows_NL is not None else []
+def _chunks(work: Workspace, name: str, windows_NL: Tensor | None, probe: bool = False) -> Chunks:
+    split = [] if windows_NL is None else work.split(windows_NL)
+    windows = 0 if windows_NL is None else len(windows_NL)
+    return Chunks(work, name, work.mine(len(split)), windows, len(split) if probe and work.group.main else None)
 
 
-def _layer(run: LayerPass, streamed: Streamed) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """One layer: its new tensors by full name, and each chunk's stream after it."""
-    job = run.job
+def _embed(job: Job, chunks: Chunks, windows_NL: Tensor | None, probe_1L: Tensor | None = None) -> None:
+    """The hidden states before the first layer."""
+    split = [] if windows_NL is None else chunks.work.split(windows_NL)
+    for number in chunks.all:
+        ids_BL = probe_1L if number == chunks.probe else split[number]
+        chunks.work.store.put(chunks.series(0), number, job.model.embed(ids_BL))
+
+
+def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) -> None:
+    """One layer, up to handing its shard to the writer."""
+    job, chunks, group = run.job, run.chunks, run.work.group
     options = job.selector.regional_options()
-    training = LayerTraining(run, options) if options and any(map(job.changes, run.sites)) else None
+    run.trained = bool(options) and any(map(job.changes, run.sites))
+    training = LayerTraining(run, options) if run.trained else None
     results, tensors = [], {}
     for site in run.sites:
+        if site == run.sites[-1]:
+            background.settle()  # before this site's solve, the largest of the layer, needs the memory
         if not job.changes(site):
             run.pass_through(site)
             results.append(SiteResult(site))
             continue
-        result = run.compress(site)
+        result = compress(run, site)
         results.append(result)
-        tensors |= job.model.narrow(site, result.reduction, result.weight, result.bias)
+        if group.main:
+            tensors |= job.model.narrow(site, result.reduction, result.weight, result.bias)
     if training is not None:
         tensors = training.train(results)
         streamed.trained.append(training.outcome)
-        states = training.outputs()
-    else:
-        states = run.outputs()
-    streamed.results += map(without_working_tensors, results)
-    return tensors, states
+        training.outputs()
+    run.end()
+    results = [result.without_tensors() for result in results]
+    streamed.results += results
+    numbers = list(chunks.all)
+
+    def committed() -> None:
+        group.barrier()
+        run.work.store.drop(chunks.series(run.layer), numbers)
+
+    background.write(
+        _shard_name(run.layer + 1, job),
+        _layer_pieces(job, run.layer, tensors, streamed.reductions) if group.main else None,
+        committed,
+        layer=run.layer,
+        sites=[result.to_json() for result in results],
+        trained=training and vars(training.outcome),
+    )
+
+
+def _recalled(job: Job, chunks: Chunks, out: OutputFolder, streamed: Streamed, last: int) -> int:
+    """The first layer that is still to be done; what is known of those before it is put into `streamed`."""
+    group, store = chunks.work.group, chunks.work.store
+    steps = group.broadcast([s for s in out.journal.find(SHARD) if LAYER in s] if group.main else None)
+    first = len(steps)
+    if not first:
+        return 0
+    needed = chunks.all if first <= last else chunks.all[len(chunks.counted) :]
+    sound = store.outlives_process and store.holds(chunks.series(first), needed)
+    if group.main:
+        sound = sound and all(out.recall(step) for step in steps)
+    if not all(group.gather(sound)):
+        if group.main:
+            out.start_over(lambda step: step["step"] != SHARD)
+        return 0
+    sites = {site.name: site for site in job.sites}
+    for step in steps:
+        streamed.results += [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
+        if step["trained"]:
+            streamed.trained.append(Training(**step["trained"]))
+    for layer in range(first):
+        store.drop(chunks.series(layer), chunks.all)
+    return first
+
+
+def _write_rest(job: Job, chunks: Chunks, streamed: Streamed, out: OutputFolder) -> None:
+    """The probe's logits, and the shard of what belongs to no layer."""
+    model = job.model
+    probe = chunks.work.store.get(chunks.series(model.layer_count), chunks.probe, model.device)
+    with torch.no_grad(), chunks.work.profile.phase("head"):
+        streamed.probe_logits = model.tail()(probe).cpu()
+    if not torch.isfinite(streamed.probe_logits).all():
+        raise GrailError("the logits hold NaN or infinity; check the checkpoint's final norm and head")
+    with chunks.work.profile.phase("write"):
+        out.write_shard(_shard_name(model.layer_count + 1, job), [_copied(job, name) for name in _names(job, None)])
 
 
 def _layer_pieces(job: Job, layer: int, changed: dict[str, Tensor], reductions: dict[str, Reduction]) -> list[Piece]:
     """The layer's tensors in the source's order, the changed ones replaced, what the format adds at the end."""
     if job.format is not None:
         changed = job.format.layer_tensors(layer, changed, reductions)
-    names = [name for name in job.model.source.names() if job.model.layer_of(name) == layer]
+    names = _names(job, layer)
     added = [name for name in changed if name not in job.model.source]
     return [
         Piece.of(name, changed[name].to(job.written_dtype(changed[name].dtype)))
@@ -137,5 +214,10 @@ def _copied(job: Job, name: str) -> Piece:
     return Piece(name, info.dtype, info.shape, source.chunks(name))
 
 
-def _shard_name(number: int, total: int) -> str:
-    return f"model-{number:05d}-of-{total:05d}.safetensors"
+def _names(job: Job, layer: int | None) -> list[str]:
+    """The names of a layer's tensors, or of those that belong to none."""
+    return [name for name in job.model.source.names() if job.model.layer_of(name) == layer]
+
+
+def _shard_name(number: int, job: Job) -> str:
+    return f"model-{number:05d}-of-{job.model.layer_count + 1:05d}.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from .errors import GrailError
 
 DTYPES = ("float32", "bfloat16", "float16")
+LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called"}
+"""Where the result goes and how it is computed; the rest decides what it is."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass
@@ -42,6 +46,10 @@ class Recipe:
     eval: str | None = None
     compare_pruned: bool = False
     overwrite: bool = False
+    resume: bool = False
+    store: str = "auto"
+    memory: Any = None
+    profile: bool = False
     set: dict[str, str] = field(default_factory=dict)
     called: str | None = None
     """What the model is called in reports, when it was given in Python and has no path of its own."""
@@ -69,11 +77,13 @@ class Recipe:
             raise GrailError("--seq-len must be at least 2: a window of one token predicts nothing")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise GrailError(f"--seed must be a whole number from 0 to 2147483647; got {self.seed}")
+        self.memory = None if self.memory is None else _bytes(self.memory)
         for option, choices in {
             "ridge_form": ("anchored", "paper"),
             "allocation": (None, "uniform", "global", "log"),
             "format": ("auto", "uniform", "grail", "padded"),
             "gqa": ("query", "group"),
+            "store": ("auto", "memory", "disk"),
             "dtype": (None, *DTYPES),
             "output_dtype": (None, *DTYPES),
         }.items():
@@ -92,8 +102,7 @@ class Recipe:
 
     def to_json(self) -> dict:
         """Everything that decides the result, and nothing of where it goes."""
-        left_out = {"output", "overwrite", "called"}
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LEFT_OUT}
         known["model"] = self.called or str(self.model)
         if not isinstance(self.calibration, str):
             known["calibration"] = "given in Python"
@@ -102,6 +111,14 @@ class Recipe:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _bytes(given: Any) -> int:
+    """A size in bytes from a number, or from text like 4GB, 4GiB or 500M."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(given).upper())
+    if isinstance(given, bool) or not match or match[2] not in UNITS or not float(match[1]):
+        raise GrailError(f"--memory {given}: expected a size such as 4GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def _flag(option: str) -> str:

@@ -1,9 +1,10 @@
 """Reductions R (K x H) of a hidden vector and their plain lifts B0 (H x K); DESIGN section 1.
 
-Shapes: H width, K kept, Q rows that R cannot reproduce, O outputs of the consumer, U units.
+Shapes: H width, K kept, Q rows that R cannot reproduce, O outputs of the consumer, U units; R, M some of their rows.
 
 A selection keeps some units (heads, or single channels); a folding averages clusters of channels. Both are stored as
-index vectors and applied by indexing: R and B0 are never formed.
+index vectors and applied by indexing: R and B0 are never formed. What they make of a Gram matrix comes whole or by rows
+`start`..`end`, so that nobody has to hold it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from grail_kernels import PackedSymmetric
+
+FOLD_ROWS = 512
+"""Rows of a Gram matrix that are folded at once."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,31 @@ class Selection:
         wide_OH[:, self.channels.to(weight_OK.device)] = weight_OK
         return wide_OH
 
-    def normal_matrix(self, gram: PackedSymmetric) -> Tensor:
-        """A = R G Rᵀ [K, K]."""
-        return gram.gather(self.channels, self.channels)
+    def cross(self, gram: PackedSymmetric, start: int = 0, end: int | None = None) -> Tensor:
+        """G Rᵀ [H, K], or some of its rows."""
+        return gram.gather(torch.arange(self.width)[start:end], self.channels)
 
-    def residual(self, gram: PackedSymmetric) -> tuple[Tensor, Tensor]:
-        """(rows int64 [Q], block [Q, K]): the rows of G Rᵀ - B0 A that are not zero by construction."""
-        removed = self.removed_channels
+    def normal_matrix(self, gram: PackedSymmetric, start: int = 0, end: int | None = None) -> Tensor:
+        """A = R G Rᵀ [K, K], or some of its rows."""
+        return gram.gather(self.channels[start:end], self.channels)
+
+    def normal_diagonal(self, gram: PackedSymmetric) -> Tensor:
+        """diag A, float64 [K]."""
+        return gram.diagonal()[self.channels.to(gram.device)].double()
+
+    @property
+    def residual_rows(self) -> int:
+        """Q."""
+        return self.width - self.kept_width
+
+    @property
+    def residual_parts(self) -> int:
+        """What `start` and `end` of `residual` count: removed channels."""
+        return self.residual_rows
+
+    def residual(self, gram: PackedSymmetric, start: int = 0, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """(rows int64 [Q], block [Q, K]): the rows of G Rᵀ - B0 A that are not zero by construction, or some."""
+        removed = self.removed_channels[start:end]
         return removed, gram.gather(removed, self.channels)
 
 
@@ -151,24 +173,53 @@ class Folding:
         """W' R [O, H]."""
         return (weight_OK / self.sizes.to(weight_OK))[:, self.cluster.to(weight_OK.device)]
 
-    def normal_matrix(self, gram: PackedSymmetric) -> Tensor:
-        """A = R G Rᵀ [K, K]."""
-        return self.reduce(self._cross(gram).mT.contiguous())
+    def cross(self, gram: PackedSymmetric, start: int = 0, end: int | None = None) -> Tensor:
+        """G Rᵀ [H, K], or some of its rows, float64."""
+        return self._cross(gram, torch.arange(self.width)[start:end])
 
-    def residual(self, gram: PackedSymmetric) -> tuple[Tensor, Tensor]:
-        """(rows int64 [H], block [H, K]): G Rᵀ - B0 A."""
-        cross_HK = self._cross(gram)
-        normal_KK = self.reduce(cross_HK.mT.contiguous())
-        return torch.arange(self.width), cross_HK - normal_KK[self.cluster.to(cross_HK.device)]
+    def normal_matrix(self, gram: PackedSymmetric, start: int = 0, end: int | None = None) -> Tensor:
+        """A = R G Rᵀ [K, K], or some of its rows, float64."""
+        return self._members(gram, start, end)[3]
 
-    def _cross(self, gram: PackedSymmetric) -> Tensor:
-        """G Rᵀ [H, K], by column blocks so that G is never whole, in float64."""
-        everything = torch.arange(self.width)
-        cross_HK = torch.zeros(self.width, self.kept_width, dtype=torch.float64, device=gram.device)
-        for start, end in gram.bounds:
-            block_HC = gram.gather(everything, everything[start:end]).double()
-            cross_HK.index_add_(1, self.cluster[start:end].to(gram.device), block_HC)
-        return cross_HK / self.sizes.to(cross_HK)
+    def normal_diagonal(self, gram: PackedSymmetric) -> Tensor:
+        """diag A, float64 [K]."""
+        starts = range(0, self.kept_width, FOLD_ROWS)
+        return torch.cat([self.normal_matrix(gram, s, s + FOLD_ROWS)[:, s:].diagonal() for s in starts])
+
+    @property
+    def residual_rows(self) -> int:
+        """Q = H: none is zero by construction."""
+        return self.width
+
+    @property
+    def residual_parts(self) -> int:
+        """What `start` and `end` of `residual` count: clusters."""
+        return self.kept_width
+
+    def residual(self, gram: PackedSymmetric, start: int = 0, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """(rows int64 [H], block [H, K]): G Rᵀ - B0 A, or those of its rows that are members of some clusters."""
+        members_M, local_M, cross_MK, normal_RK = self._members(gram, start, end)
+        return members_M, cross_MK.sub_(normal_RK[local_M])
+
+    def _members(self, gram: PackedSymmetric, start: int, end: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of clusters start..end: members int64 [M] and whose they are (0 for `start`), the members' rows of G Rᵀ
+        [M, K] and the clusters' rows of A [R, K]."""
+        sizes_R = self.sizes[start:end]
+        members_M = ((self.cluster >= start) & (self.cluster < start + len(sizes_R))).nonzero()[:, 0]
+        cross_MK = self._cross(gram, members_M)
+        local_M = (self.cluster[members_M] - start).to(cross_MK.device)
+        normal_RK = cross_MK.new_zeros(len(sizes_R), self.kept_width).index_add_(0, local_M, cross_MK)
+        return members_M, local_M, cross_MK, normal_RK.div_(sizes_R.to(cross_MK)[:, None])
+
+    def _cross(self, gram: PackedSymmetric, rows_M: Tensor) -> Tensor:
+        """These rows of G Rᵀ, float64 [M, K]."""
+        everything, cluster = torch.arange(self.width), self.cluster.to(gram.device)
+        cross_MK = torch.empty(len(rows_M), self.kept_width, dtype=torch.float64, device=gram.device)
+        for part, out in zip(rows_M.split(FOLD_ROWS), cross_MK.split(FOLD_ROWS), strict=True):
+            block_HP = gram.gather(everything, part).double()
+            total_KP = block_HP.new_zeros(self.kept_width, len(part)).index_add_(0, cluster, block_HP)
+            out.copy_(total_KP.mT).div_(self.sizes.to(out))
+        return cross_MK
 
 
 Reduction = Selection | Folding

@@ -6,7 +6,7 @@ D hidden size, O outputs and H inputs of a consumer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,18 +25,17 @@ class Trained:
     loss_after: float
 
 
-def block_gradients(
-    forward: Forward, parameters: Parameters, names: Sequence[str], states: Sequence[Tensor]
+def gradient_squares(
+    forward: Forward, parameters: Parameters, names: Sequence[str], states: Iterable[Tensor]
 ) -> Parameters:
-    """RMS over windows of ∂‖f(X)‖₂/∂w for each named weight, float32, in the weight's shape.
+    """Σ over windows of (∂‖f(X)‖₂/∂w)² for each named weight, float32, in the weight's shape.
 
     states: chunks [B, L, D]; every window is a sample of its own. The norm is over all of a window's output and is not
     divided by its size. Weights that do not reach the output get 0.
     """
     leaves = {name: parameters[name].detach().float().requires_grad_() for name in names}
     used = {name: tensor.detach().float() for name, tensor in parameters.items()} | leaves
-    squares = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    count = 0
+    squares = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in leaves.items()}
     for x_BLD in states:
         for x_1LD in x_BLD.split(1):
             with torch.enable_grad():
@@ -45,8 +44,7 @@ def block_gradients(
             for total, gradient in zip(squares.values(), found, strict=True):
                 if gradient is not None:
                     total += gradient.square()
-            count += 1
-    return {name: (total / max(count, 1)).sqrt() for name, total in squares.items()}
+    return squares
 
 
 def optimise(

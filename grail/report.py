@@ -12,8 +12,9 @@ from typing import Any
 
 from .families.base import OutputFormat
 from .machine import peak_memory
+from .profile import Profile
 from .recipe import Recipe
-from .sites import SiteResult
+from .result import SiteResult
 from .training import Training
 from .widths import WidthPlan
 
@@ -41,6 +42,7 @@ class Report:
     output: str | None = None
     model: Any = None
     phases: dict[str, float] = field(default_factory=dict)
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def sites(self) -> list[dict]:
@@ -108,6 +110,7 @@ class Report:
             "platform": platform.platform(),
             "argv": sys.argv,
             "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
+            "profile": self.profile.to_json(),
             "peak_memory_bytes": peak_memory(),
             "reopened": self.reopened,
         }

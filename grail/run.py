@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint.writer import OutputFolder
-from .errors import GrailError
+from .checkpoint.journal import START
+from .checkpoint.writer import STORE, OutputFolder
+from .distributed import Group
+from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, sentence_of
+from .finish import evaluate, reopen_written, write_rest
 from .pipeline import stream
 from .progress import Progress
 from .recipe import Recipe
 from .report import Report
 from .session import Session
+from .store import DiskStore, MemoryStore
+from .workspace import Workspace
 
 
 def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report:
@@ -56,37 +62,97 @@ def load(path: str | Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
-def run(recipe: Recipe, progress: Progress) -> Report:
-    """Carry out a recipe. Nothing is written outside OUT.partial, which is renamed at the very end."""
-    session = Session(recipe, progress)
-    job, windows = session.job, session.windows
-    progress.say(session.headline())
-    for note in session.notes():
-        progress.say(note)
-    session.settle_widths()
-    with OutputFolder(recipe.output, overwrite=recipe.overwrite) as out:
-        with session.phase("compress"):
-            streamed = stream(job, windows and windows.ids, session.probe, out, progress.layers("compressing"))
-        session.write_rest(job, out)
+def run(recipe: Recipe, progress: Progress) -> Report | None:
+    """Carry out a recipe. Nothing is written outside OUT.partial, which is renamed at the very end.
+
+    Returns None in all but the main one of several processes. Raises GrailError for bad input and where the system
+    refuses (disk full, another process gone), Interrupted when it was asked to stop; both say so when work is kept.
+    """
+    group = Group.from_environment(recipe.device)
+    with group.guard():
+        progress = progress if group.main else Progress()
+        session = Session(recipe, progress, group)
+        progress.say(session.headline())
+        for note in session.notes():
+            progress.say(note)
+        out = session.out
+        try:
+            with out if group.main else nullcontext():
+                return _carry_out(session, out)
+        except KeyboardInterrupt:
+            if out.kept:
+                raise Interrupted(f"interrupted; {_kept(out)}") from None
+            raise
+        except (GrailError, OSError) as error:
+            if not out.kept or (isinstance(error, OSError) and error.errno not in CIRCUMSTANCES):
+                raise
+            sentence = sentence_of(error) if isinstance(error, OSError) else str(error)
+            raise Circumstance(f"{sentence}; {_kept(out)}") from error
+
+
+def _kept(out: OutputFolder) -> str:
+    return f"what is done is kept in {out.partial}: the same command with --resume goes on from there"
+
+
+def _carry_out(session: Session, out: OutputFolder) -> Report | None:
+    work = _workspace(session, out)
+    session.settle_widths(work)
+    job, windows = session.job, session.windows and session.windows.ids
+    with session.phase("compress"):
+        streamed = stream(job, work, windows, session.probe, out, session.progress.layers("compressing"))
+    if session.group.main:
+        write_rest(session, job, out)
         with session.phase("reopen"):
-            reopened = session.reopen(out, streamed)
-        evaluation = session.evaluate(out)
-        report = Report(
-            recipe=recipe,
-            source=session.source_entry(),
-            calibration=session.calibration_entry(),
-            results=streamed.results,
-            trained=streamed.trained,
-            widths=session.widths,
-            affine=job.affine,
-            format=job.format,
-            parameters=(session.parameters, out.total_parameters),
-            bytes=(session.source_bytes, out.total_bytes),
-            evaluation=evaluation,
-            reopened=reopened,
-            phases=session.phases,
-        )
-        out.write_json("grail.json", report.to_json())
-        out.write_json("run.json", report.run_json())
-        report.output = str(out.finish())
+            reopened = reopen_written(session, out, streamed)
+    evaluation = evaluate(session, work, out)
+    if not session.group.main:
+        return None
+    report = Report(
+        recipe=session.recipe,
+        source=session.source_entry(),
+        calibration=session.calibration_entry(),
+        results=streamed.results,
+        trained=streamed.trained,
+        widths=session.widths,
+        affine=job.affine,
+        format=job.format,
+        parameters=(session.parameters, out.total_parameters),
+        bytes=(session.source_bytes, out.total_bytes),
+        evaluation=evaluation,
+        reopened=reopened,
+        phases=session.phases,
+        profile=work.profile,
+    )
+    out.write_json("grail.json", report.to_json())
+    out.write_json("run.json", report.run_json())
+    report.output = str(out.finish())
     return report
+
+
+def _workspace(session: Session, out: OutputFolder) -> Workspace:
+    """How the passes are carried out: as an earlier run did whose work is gone on with, else as the recipe asks."""
+    group = session.group
+    asked = {"identity": session.identity(), "chunk_tokens": session.chunk_tokens, "threads": torch.get_num_threads()}
+    started = out.journal.find(START) if group.main else None
+    begun = group.broadcast(started[0] if started else None)
+    if begun is None and group.main:
+        out.journal.append({"step": START, **asked})
+    elif begun is not None:
+        _check_same(begun["identity"], asked["identity"], out)
+        asked = begun
+    torch.set_num_threads(asked["threads"])
+    group.barrier()
+    store = DiskStore(out.partial / STORE) if session.store == "disk" else MemoryStore()
+    return Workspace(store, group, asked["chunk_tokens"], session.spill)
+
+
+def _check_same(begun: dict, asked: dict, out: OutputFolder) -> None:
+    """Raises GrailError naming the first thing that is not as it was."""
+    flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**begun}, {**asked})]
+    for key in sorted(set(flat[0]) | set(flat[1])):
+        was, now = (found.get(key) for found in flat)
+        if was != now:
+            raise GrailError(
+                f"--resume: {out.partial} was begun with {key} {was}, this command has {key} {now}; repeat the command "
+                f"that was interrupted, or start over with --overwrite and without --resume"
+            )

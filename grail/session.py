@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,29 @@ import grail_kernels
 from .calibration import Windows, evaluation_windows, load_calibration
 from .calibration.text import default_length
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
-from .checkpoint import reopen
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
+from .distributed import Group
 from .errors import GrailError
 from .estimate import estimate
-from .evaluation.perplexity import perplexity
 from .families import open_family
 from .families.decoder import Decoder
 from .job import Job
-from .machine import available_memory, usable_device
-from .pipeline import Streamed, stream, survey
+from .machine import usable_device
+from .pipeline import survey
 from .progress import Progress
 from .recipe import Recipe
+from .report import versions
 from .selectors import selector_class
 from .widths import WidthPlan
+from .workspace import CHUNK_TOKENS, Workspace
 
 EVALUATED_BY_DEFAULT = 10**9
 PROBE_LENGTH = 64
 FAR_OFF = 0.05
+WIDTHS = "widths"
+CHUNK_BYTES, ALIVE = 2**28, 3
+"""A chunk's largest activations take about so many bytes, as so many tensors at a time."""
 
 
 @dataclass
@@ -46,22 +50,25 @@ class Session:
 
     recipe: Recipe
     progress: Progress
+    group: Group
 
     def __post_init__(self):
         json.dumps(self.recipe.to_json())
         selector = selector_class(self.recipe.method).from_options(self.recipe.set)
         for operation in ("gram", "ridge"):
             try:
-                grail_kernels.backend(operation, usable_device(self.recipe.device))
+                grail_kernels.backend(operation, usable_device(self.group.device))
             except ValueError as error:
                 raise GrailError(str(error)) from error
-        output = OutputFolder(self.recipe.output, overwrite=self.recipe.overwrite)
-        output.check()
+        self.out = OutputFolder(
+            self.recipe.output, overwrite=self.recipe.overwrite, keep=True, resume=self.recipe.resume
+        )
+        self.out.check()
         self.located: Located = locate(self.recipe.model)
-        output.check(self.located.folder, *self._local_texts())
+        self.out.check(self.located.folder, *self._local_texts())
         self.phases: dict[str, float] = {}
         written_as = self.recipe.output_dtype and getattr(torch, self.recipe.output_dtype)
-        self.model = self._open(self.located.folder, written_as=written_as)
+        self.model = self.open(self.located.folder, written_as=written_as)
         sites = self.model.sites(self.recipe.gqa)
         self.widths = WidthPlan.of(sites, self.recipe, selector, self.model.source)
         self.job = Job(self.model, sites, self.widths.before_work(), selector, self.recipe)
@@ -88,23 +95,53 @@ class Session:
         biased = job.affine and any(map(job.changes, job.sites))
         job.format = self.model.output_format(job.sites, job.kept, bias=biased, asked=self.recipe.format)
 
-    def settle_widths(self) -> None:
-        """For a global allocation: the first of two passes, then widths and format. Warns where whole units or
-        multiples keep the result far from the ratio asked for."""
+    def settle_widths(self, work: Workspace) -> None:
+        """For a global allocation: the first of two passes, unless an earlier run has made it; then widths and format.
+        Warns where whole units or multiples keep the result far from the ratio asked for."""
         if self.widths.needs_scores:
-            self._survey()
+            done = self.group.broadcast(self.out.journal.find(WIDTHS) if self.group.main else None)
+            self.job.kept = done[0]["kept"] if done else self._survey(work)
+            self._decide_format()
         asked, reached = self.widths.wanted(), self.widths.reached(self.job.kept)
         if abs(asked - reached) > FAR_OFF:
             self.progress.warn(
                 f"a share of {asked:.2f} of the sites' parameters was asked for, whole units make it {reached:.2f}"
             )
 
-    def _survey(self) -> None:
+    def _survey(self, work: Workspace) -> dict[str, int]:
         windows = self.windows and self.windows.ids
         with self.phase("survey"):
-            scores = survey(self.job, windows, self.progress.layers("scoring the dense network"))
-        self.job.kept = self.widths.from_scores(scores)
-        self._decide_format()
+            scores = survey(self.job, work, windows, self.progress.layers("scoring the dense network"))
+        kept = self.group.broadcast(self.widths.from_scores(scores) if self.group.main else None)
+        if self.group.main:
+            self.out.journal.append({"step": WIDTHS, "kept": kept})
+        return kept
+
+    @property
+    def store(self) -> str:
+        """Where activations lie between layers, "memory" or "disk"."""
+        return "disk" if self.recipe.store == "auto" else self.recipe.store
+
+    @property
+    def spill(self) -> bool:
+        """Whether inputs of consumers are stored rather than computed twice."""
+        return self.model.device.type == "cpu"
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens that go through a layer at once."""
+        widest = max(site.units.width for site in self.job.sites)
+        return min(CHUNK_BYTES // (ALIVE * self.model.dtype.itemsize * widest), CHUNK_TOKENS)
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must have in common for one to go on with the work of the other."""
+        return {
+            "recipe": self.recipe.to_json(),
+            "versions": versions(),
+            "model": self.source_entry()["sha256"],
+            "calibration": self.windows and self.windows.sha256,
+            "evaluation": self.evaluated and self.evaluated.sha256,
+        }
 
     def notes(self) -> list[str]:
         """What a user should know before work begins, beside the headline."""
@@ -120,9 +157,10 @@ class Session:
             )
         return said
 
-    def _open(self, folder: Path, **options: Any) -> Decoder:
+    def open(self, folder: Path, **options: Any) -> Decoder:
+        """A checkpoint folder, on the device and in the dtype that were asked for."""
         dtype = self.recipe.dtype and getattr(torch, self.recipe.dtype)
-        return open_family(folder, device=usable_device(self.recipe.device), dtype=dtype, **options)
+        return open_family(folder, device=usable_device(self.group.device), dtype=dtype, **options)
 
     def _local_texts(self) -> list[Path]:
         named = (self.recipe.calibration, self.recipe.eval)
@@ -182,13 +220,13 @@ class Session:
             lambda: self.tokenizer,
             self.model.config.vocab_size,
             seq_len=None if source.endswith(".safetensors") and self.recipe.seq_len is None else length,
-            held_out=self._held_out(source),
+            held_out=self.held_out(source),
         )
         if found is None and asked is not None:
             raise GrailError(f"--eval {asked} holds less than one window of {length} tokens")
         return found
 
-    def _held_out(self, source: str) -> bool:
+    def held_out(self, source: str) -> bool:
         """Whether only the part of `source` that calibration never sees may be used for evaluation."""
         given = self.recipe.calibration
         return isinstance(given, str) and (source == given or os.path.abspath(given) == source)
@@ -206,12 +244,16 @@ class Session:
             f"about {cost.memory / 1e9:.1f} GB and {max(cost.seconds, 1):.0f} s"
         )
 
+    @cached_property
+    def _source_sha256(self) -> str:
+        return self.model.source.sha256()
+
     def source_entry(self) -> dict:
         located = self.located
         return {
             "id": self.recipe.called or located.id,
             "revision": located.revision,
-            "sha256": self.model.source.sha256(),
+            "sha256": self._source_sha256,
         }
 
     def calibration_entry(self) -> dict | None:
@@ -225,66 +267,6 @@ class Session:
             "seq_len": length,
             "tokens": self.windows.tokens,
         }
-
-    def write_rest(self, job: Job, out: OutputFolder) -> None:
-        """Configuration, carried files, index last."""
-        config = dict(job.format.config)
-        if self.recipe.output_dtype:
-            config.pop("torch_dtype", None)
-            config["dtype"] = self.recipe.output_dtype
-        out.write_json("config.json", config)
-        for name, text in job.format.files.items():
-            out.write_text(name, text)
-        out.carry_over(self.located.folder)
-        out.write_index()
-
-    def reopen(self, out: OutputFolder, streamed: Streamed) -> dict:
-        tokens = self.tokenizer(reopen.SAMPLE).input_ids if self.has_tokenizer else None
-        needed = out.total_parameters * self.model.dtype.itemsize
-        return reopen.verify(
-            out.partial,
-            self.probe,
-            streamed.probe_logits,
-            str(self.model.dtype).removeprefix("torch."),
-            tokens,
-            out.written,
-            layerwise=needed > 0.7 * available_memory(),
-            loads=self.job.format.loads,
-        )
-
-    def evaluate(self, out: OutputFolder) -> dict | None:
-        """Perplexities of the written files on the held-out windows."""
-        if self.evaluated is None:
-            return None
-        found: dict[str, float] = {}
-        found["dense"] = self._perplexity("evaluating dense", self.located.folder)
-        if self.recipe.compare_pruned and self.recipe.compensate:
-            found["pruned"] = self._pruned_perplexity(out)
-        found["compressed"] = self._perplexity("evaluating compressed", out.partial)
-        count, length = self.evaluated.ids.shape
-        return {
-            "data": self.evaluated.source,
-            "sha256": self.evaluated.sha256,
-            "windows": count,
-            "seq_len": length,
-            "held_out": self._held_out(self.evaluated.source),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "perplexity": found,
-        }
-
-    def _perplexity(self, label: str, folder: Path) -> float:
-        with self.phase(label):
-            return perplexity(self._open(folder), self.evaluated.ids, track=self.progress.layers(label))
-
-    def _pruned_perplexity(self, out: OutputFolder) -> float:
-        """What the same recipe gives with --no-compensate: a run of its own, evaluated and thrown away."""
-        job = replace(self.job, recipe=replace(self.recipe, compensate=False))
-        with OutputFolder(out.partial / "pruned") as pruned:
-            with self.phase("pruned only"):
-                windows = self.windows.ids if job.needs_data else None
-                stream(job, windows, self.probe, pruned, self.progress.layers("pruning only"))
-            self.write_rest(job, pruned)
-            return self._perplexity("evaluating pruned", pruned.partial)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

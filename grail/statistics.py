@@ -5,12 +5,17 @@ Shapes: T rows, H width. A selector and the compensation declare what they need;
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from grail_kernels import GramAccumulator, PackedSymmetric
 
 from .errors import GrailError
+
+if TYPE_CHECKING:
+    from .distributed import Group
 
 DIAGONAL = "diag"
 MOMENTS = "moments"
@@ -42,16 +47,35 @@ class SiteStatistics:
         if self._gram is not None:
             self._gram.update(rows_TH)
         elif self.needs:
-            self._merge(rows_TH.double())
+            rows_TH = rows_TH.double()
+            mean_H = rows_TH.mean(0)
+            self._merge(len(rows_TH), mean_H, (rows_TH - mean_H).square().sum(0))
         self.count += len(rows_TH)
 
-    def _merge(self, rows_TH: Tensor) -> None:
+    def _merge(self, count: int, mean_H: Tensor, squares_H: Tensor) -> None:
         """Chan, Golub and LeVeque's update of the mean and the squares about it: nothing cancels."""
-        count, mean_H = len(rows_TH), rows_TH.mean(0)
         delta_H = mean_H - self._mean
         share = count / (self.count + count)
         self._mean += delta_H * share
-        self._squares += (rows_TH - mean_H).square().sum(0) + delta_H.square() * (self.count * share)
+        self._squares += squares_H + delta_H.square() * (self.count * share)
+
+    def sum_over(self, group: Group) -> None:
+        """Let these be the statistics of the rows of all processes, of which some may have none; the same bits on each.
+        Raises GrailError when another process is gone."""
+        if group.size == 1:
+            return
+        if self._gram is not None:
+            with group.collective(self._gram.device) as carrier:
+                self._gram.all_reduce(carrier)
+            self.count = self._gram.count
+            return
+        gathered = group.stack(torch.cat([self._mean.new_tensor([self.count]), self._mean, self._squares]))
+        self.count, self._mean, self._squares = 0, torch.zeros_like(self._mean), torch.zeros_like(self._squares)
+        for part in gathered:
+            count = int(part[0])
+            if count:
+                self._merge(count, *part[1:].split(self.width))
+                self.count += count
 
     @property
     def gram(self) -> PackedSymmetric:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layer import LayerPass
 from .reduction import Selection
 from .regional import mean_error, optimise
+from .result import SiteResult
 from .selectors.base import RegionalOptions
-from .sites import LayerPass, SiteResult, check_finite
 
 
 @dataclass
@@ -28,47 +29,61 @@ class Training:
 
 
 class LayerTraining:
-    """Made before the layer is compressed, since it keeps what the dense layer makes of the first windows."""
+    """Made before the layer is compressed, since it keeps what the dense layer makes of the first windows (of all
+    processes; the main one trains)."""
 
     def __init__(self, run: LayerPass, options: RegionalOptions):
         self.run, self.options = run, options
-        windows = [x_1LD for x_BLD in run.states[: run.counted] for x_1LD in x_BLD.split(1)]
-        self._inputs = windows[: options.windows]
-        self._targets = [run.block.run(x_1LD) for x_1LD in self._inputs]
+        self._inputs = run.work.group.send_to_main(_first_windows(run, options.windows))[: options.windows]
+        with run.work.profile.phase("training"):
+            self._targets = [run.block.run(x_1LD) for x_1LD in self._inputs]
         self._wide: dict[str, Tensor] = {}
         self.outcome: Training | None = None
 
     def train(self, results: list[SiteResult]) -> dict[str, Tensor]:
         """The trained tensors by full name, narrow and rounded to what is written."""
-        run, job = self.run, self.run.job
+        run, group = self.run, self.run.work.group
         changed = [result for result in results if result.reduction is not None]
-        start, fixed = self._compressed(changed)
-        names = self._trainable(start, changed)
-        trained = optimise(
-            run.block.apply, start, names, fixed, self._inputs, self._targets,
-            passes=self.options.passes, learning_rate=self.options.learning_rate,
-        )  # fmt: skip
-        full = {
-            run.prefix + name: tensor.to(job.written_dtype(start[name].dtype))
-            for name, tensor in trained.parameters.items()
-        }
-        self._wide = {name.removeprefix(run.prefix): t.to(job.model.dtype) for name, t in full.items()}
-        left = run.block.tensors() | self._wide
-        after = mean_error(run.block.apply, left, self._inputs, self._targets)
-        self.outcome = Training(run.layer, trained.loss_before, after)
+        full = self._trained(changed) if group.main else {}
+        names = group.broadcast(list(full))
+        full = {name: group.broadcast_tensor(full.get(name)) for name in names}
+        self.outcome = Training(**group.broadcast(self.outcome and vars(self.outcome)))
+        self._wide = {run.local(name): run.computed(tensor) for name, tensor in full.items()}
+        for result in changed:
+            if result.bias is not None:
+                run.block.add_bias(run.part_of(result.site))
         return self._narrowed(full, changed)
 
-    def outputs(self) -> list[Tensor]:
-        """Each chunk's stream after the trained layer."""
+    def outputs(self) -> None:
+        """Compute each wanted chunk's stream after the trained layer."""
         with self.run.block.with_tensors(self._wide):
-            for i, x_BLD in enumerate(self.run.states):
-                self.run.states[i] = self.run.block.run(x_BLD)
-                check_finite(self.run.states[i], self.run.layer)
-        return self.run.states
+            for number in self.run.wanted:
+                with self.run.work.profile.phase("forward"):
+                    out_BLD = self.run.block.run(self.run.state(number))
+                self.run.finish(number, out_BLD)
+
+    def _trained(self, changed: list[SiteResult]) -> dict[str, Tensor]:
+        """The trained tensors by full name, in their original shapes, and how it went."""
+        run, job = self.run, self.run.job
+        start, fixed = self._compressed(changed)
+        names = self._trainable(start, changed)
+        with run.work.profile.phase("training"):
+            trained = optimise(
+                run.block.apply, start, names, fixed, self._inputs, self._targets,
+                passes=self.options.passes, learning_rate=self.options.learning_rate,
+            )  # fmt: skip
+            full = {
+                run.prefix + name: tensor.to(job.written_dtype(start[name].dtype))
+                for name, tensor in trained.parameters.items()
+            }
+            used = run.block.tensors() | {run.local(name): run.computed(tensor) for name, tensor in full.items()}
+            after = mean_error(run.block.apply, used, self._inputs, self._targets)
+        self.outcome = Training(run.layer, trained.loss_before, after)
+        return full
 
     def _trainable(self, tensors: dict[str, Tensor], changed: list[SiteResult]) -> list[str]:
         """Weights and biases of the linear layers in the branches that lost something; the others stay as they are."""
-        parts = tuple(f"{self.run.job.model.part_of(result.site)}." for result in changed)
+        parts = tuple(f"{self.run.part_of(result.site)}." for result in changed)
         return [n for n, t in tensors.items() if n.startswith(parts) and (t.dim() == 2 or n.endswith(".bias"))]
 
     def _compressed(self, changed: list[SiteResult]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -76,7 +91,7 @@ class LayerTraining:
         run, source, fixed = self.run, self.run.job.model.source, {}
         for result in changed:
             if result.bias is not None:
-                run.block.add_bias(run.job.model.part_of(result.site))
+                run.block.add_bias(run.part_of(result.site))
         tensors = {
             name: source.get(run.prefix + name).to(tensor.device) if run.prefix + name in source else tensor
             for name, tensor in run.block.tensors().items()
@@ -101,3 +116,13 @@ class LayerTraining:
                     if name in full:
                         tensors[name] = result.reduction.narrow_producer(full[name], producer.rows_per_unit)
         return tensors
+
+
+def _first_windows(run: LayerPass, count: int) -> list[Tensor]:
+    """The first windows [1, L, D] of this process, at most `count`."""
+    found: list[Tensor] = []
+    for number in run.chunks.counted:
+        found += list(run.state(number).split(1))[: count - len(found)]
+        if len(found) == count:
+            break
+    return found

@@ -125,7 +125,7 @@ def test_help_does_not_wait_for_torch():
 def test_a_bug_of_ours_is_called_one(job, monkeypatch, reopen_here):
     from grail import pipeline
 
-    monkeypatch.setattr(pipeline, "_layer", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipeline, "_compress_layer", lambda *_: 1 / 0)
     done = runner.invoke(app, [str(a) for a in job])
     assert done.exit_code == 1
     assert "bug in grail" in done.stderr

@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import grail
-from grail import pipeline
 from grail.checkpoint.reader import SafetensorsFolder
 from grail.cli import app
-from grail.evaluation.perplexity import chunked
 from grail.selectors import methods
+from grail.session import Session
 from grail.statistics import MOMENTS, SiteStatistics
 from tests.test_masks_float64 import assert_mask, closed_loop, stored_inputs, wanda_sp
 from tests.tiny import tiny_checkpoint, tiny_model
@@ -174,7 +173,7 @@ def test_flaps_bias_and_masks_do_not_depend_on_chunks(tmp_path, monkeypatch):
     """b = Σ over removed channels of μ_j W_:j, whatever the chunks."""
     source, windows = tiny_checkpoint(tmp_path / "source", **MHA), random_windows()
     for name, tokens in (("whole", 256), ("small", 32)):
-        monkeypatch.setattr(pipeline, "chunked", lambda windows_NL, tokens=tokens: chunked(windows_NL, tokens))
+        monkeypatch.setattr(Session, "chunk_tokens", tokens)
         compress(source, tmp_path / name, windows, method="flap", set={"structure": "UL-UM"}, compensate=False)
     for whole, small in zip(*(closed_loop(source, tmp_path / name, windows) for name in ("whole", "small"))):
         assert torch.equal(whole.kept, small.kept)
@@ -268,7 +267,7 @@ def test_a_layer_is_not_run_once_per_site(tmp_path, linears):
     shapes = [tuple(weight.shape) for weight in linears]
     products = {(60, 48): 1, (20, 48): 2, (40, 48): 2}  # q; k and v; gate and up
     assert {shape: shapes.count(shape) for shape in products} == {s: 3 * 2 * n for s, n in products.items()}
-    assert len(shapes) == 3 * 2 * 7 + 1, "seven products per layer and chunk, and the head of the probe"
+    assert len(shapes) == 3 * 2 * 7, "seven per layer and chunk, the probe's head, not the last one's calibration"
 
 
 @pytest.mark.parametrize("method", methods())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from grail.regional import block_gradients, mean_error, optimise
+from grail.regional import gradient_squares, mean_error, optimise
 
 
 def forward(tensors, x):
@@ -17,10 +17,10 @@ def block(seed: int = 0):
     return tensors, [torch.randn(2, 5, 6, generator=generator) for _ in range(3)]
 
 
-def test_gradients_are_the_rms_over_windows_by_hand():
+def test_gradients_are_squared_and_summed_over_windows_by_hand():
     """‖f‖₂ = sqrt(Σ f²), so ∂‖f‖/∂W = Σ_t f_t h_tᵀ / ‖f‖: no division by the number of elements, no 1e-8 floor."""
     tensors, states = block()
-    found = block_gradients(forward, tensors, ["down"], states)["down"]
+    found = gradient_squares(forward, tensors, ["down"], states)["down"]
     squares, count = torch.zeros(6, 12, dtype=torch.float64), 0
     wide = {name: t.double() for name, t in tensors.items()}
     for chunk in states:
@@ -29,15 +29,15 @@ def test_gradients_are_the_rms_over_windows_by_hand():
             squares += (f.mT @ h / f.norm()).square()
             count += 1
     assert count == 6
-    torch.testing.assert_close(found.double(), (squares / count).sqrt(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.double(), squares, rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_do_not_matter_and_a_zero_block_has_zero_gradient_not_a_floor():
     tensors, states = block()
-    one = block_gradients(forward, tensors, ["down"], states)["down"]
-    other = block_gradients(forward, tensors, ["down"], [torch.cat(states)])["down"]
+    one = gradient_squares(forward, tensors, ["down"], states)["down"]
+    other = gradient_squares(forward, tensors, ["down"], [torch.cat(states)])["down"]
     torch.testing.assert_close(one, other)
-    dead = block_gradients(forward, tensors | {"up": torch.zeros(12, 6)}, ["down"], states)["down"]
+    dead = gradient_squares(forward, tensors | {"up": torch.zeros(12, 6)}, ["down"], states)["down"]
     assert torch.equal(dead, torch.zeros(6, 12))
 
 

@@ -1,6 +1,7 @@
 """Write a checkpoint shard by shard into OUT.partial, each shard beside and renamed; rename the folder at the end.
 
-DESIGN section 6: a run is a sequence of committed steps: temporary name, fsync, rename, then a journal line.
+DESIGN section 6: a run is a sequence of committed steps: temporary name, fsync, rename, then a journal line. What is
+committed outlives an error or a kill, and the next run can go on from it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import GrailError
+from ..errors import Circumstance, GrailError
+from .journal import START, Journal
 from .reader import DTYPES, INDEX, read_json
 
+LOCK, JOURNAL, STORE, REPLACED = "lock", "journal.jsonl", "store", "replaced"
+SHARD = "shard"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
@@ -59,13 +64,19 @@ class Piece:
 class OutputFolder:
     """OUT.partial, locked while it is worked in; `finish` renames it to OUT.
 
-    Used as a context manager: an error removes the partial folder, so that bad input leaves nothing behind.
+    Used as a context manager. An error removes the partial folder. With `keep` only bad input does (no other run could
+    go on with it), and any error before the first committed step. resume: go on with what an earlier run left there, if
+    anything.
     """
 
-    def __init__(self, path: Path | str, *, overwrite: bool = False):
+    def __init__(self, path: Path | str, *, overwrite: bool = False, keep: bool = False, resume: bool = False):
         self.path = Path(os.path.realpath(path))
         self.partial = self.path.with_name(self.path.name + ".partial")
-        self.overwrite = overwrite
+        self.overwrite, self.keep, self.resume = overwrite, keep, resume
+        self.journal = Journal(self.partial / JOURNAL)
+        self._forget()
+
+    def _forget(self) -> None:
         self.weight_map: dict[str, str] = {}
         self.written: dict[str, tuple[str, list[int]]] = {}
         self.total_bytes = 0
@@ -78,7 +89,7 @@ class OutputFolder:
                 raise GrailError(f"--output {self.path} holds the input {source}; choose another folder")
         if self.path.is_file():
             raise GrailError(f"--output {self.path} is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(self.path.iterdir()) and not self._cut_off_while_finishing():
             if not self.overwrite:
                 raise GrailError(f"--output {self.path} exists and is not empty; choose another, or add --overwrite")
             if not any(any(self.path.glob(kind)) for kind in ("grail.json", "config.json", "*.safetensors")):
@@ -91,62 +102,120 @@ class OutputFolder:
             raise GrailError(
                 f"{self.partial} is in the way and was not made by grail; move it or choose another output"
             )
+        left = Journal(self.partial / JOURNAL)
+        if left.find(START) and left.committed and not (self.resume or self.overwrite):
+            raise GrailError(
+                f"{self.partial} holds the work of a run that was interrupted: add --resume to go on with it, or "
+                f"--overwrite to start over"
+            )
+
+    def _cut_off_while_finishing(self) -> bool:
+        """Whether all that was left to do in OUT was to take away the working files."""
+        return self.resume and not self.partial.exists() and (self.path / JOURNAL).exists()
 
     def _is_ours(self) -> bool:
         """A working folder of an earlier run (or nothing at all)."""
         left = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else {""}
-        return not left or bool(left & {"lock", "journal.jsonl"})
+        return not left or bool(left & {LOCK, JOURNAL})
 
     def __enter__(self) -> OutputFolder:
         self.check()
         self._made = [parent for parent in self.partial.parents if not parent.exists()]
         try:
+            if self._cut_off_while_finishing():
+                os.replace(self.path, self.partial)
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.partial / "lock", "a")
+            self._lock = open(self.partial / LOCK, "a")
         except OSError as error:
             raise GrailError(f"--output {self.path} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._lock.fileno()).st_ino != (self.partial / LOCK).stat().st_ino:
+                raise FileNotFoundError(self.partial)  # the other run ended, and its folder is no longer here
         except OSError as error:
             self._lock.close()
             raise GrailError(
                 f"another run is working in {self.partial}; wait for it or choose another output"
             ) from error
-        for left_over in self.partial.iterdir():
-            if left_over.name != "lock":
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        self.journal = Journal(self.partial / JOURNAL)
+        committed = {step["file"] for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if self.resume else set()
+        self._clear(but=committed | {LOCK})
         return self
 
+    def _clear(self, but: set[str]) -> None:
+        """Take away what an earlier run left, but for what is committed."""
+        for left_over in self.partial.iterdir():
+            if left_over.name not in but:
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        self.journal = Journal(self.partial / JOURNAL)
+
+    def start_over(self, keep: Callable[[dict], bool]) -> None:
+        """Forget the committed steps that `keep` does not hold for."""
+        self.journal.rewind(keep)
+        self._forget()
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is work that another run can go on with."""
+        return self.keep and self.partial.exists() and self.journal.committed
+
     def __exit__(self, kind, error, trace) -> None:
-        self._lock.close()
-        if self.partial.exists():
+        refused = isinstance(error, GrailError) and not isinstance(error, Circumstance)
+        if self.partial.exists() and (refused or not self.kept):
             shutil.rmtree(self.partial)
             for parent in self._made:
                 if not any(parent.iterdir()):
                     parent.rmdir()
+        self._lock.close()
 
-    def write_shard(self, file: str, pieces: list[Piece]) -> None:
-        """Commit one safetensors file; the tensors are streamed in the order given."""
+    def write_shard(self, file: str, pieces: list[Piece], **said: object) -> None:
+        """Write and commit one safetensors file; `said` is kept in the journal beside it."""
+        self.commit_shard(file, pieces, self.write_file(file, pieces), **said)
+
+    def write_file(self, file: str, pieces: list[Piece]) -> int:
+        """Write one safetensors file, the tensors streamed in the order given, and return its CRC-32. It counts for
+        nothing until it is committed."""
         temporary = self.partial / (file + ".tmp")
-        with open(temporary, "wb") as handle:
-            for block in _serialise(pieces):
-                handle.write(block)
-            handle.flush()
-            os.fsync(handle.fileno())
+        checksum = 0
+        try:
+            with open(temporary, "wb") as handle:
+                for block in _serialise(pieces):
+                    checksum = zlib.crc32(block, checksum)
+                    handle.write(block)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(temporary)) from error
         os.replace(temporary, self.partial / file)
-        for piece in pieces:
-            self.weight_map[piece.name] = file
-            self.written[piece.name] = (DTYPE_NAMES[piece.dtype], list(piece.shape))
-            self.total_bytes += piece.nbytes
-            self.total_parameters += torch.Size(piece.shape).numel()
-        self.journal({"step": "shard", "file": file, "tensors": len(pieces)})
+        return checksum
 
-    def journal(self, line: dict) -> None:
-        """Append one committed step."""
-        with open(self.partial / "journal.jsonl", "a") as handle:
-            handle.write(json.dumps(line, sort_keys=True) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+    def commit_shard(self, file: str, pieces: list[Piece], checksum: int, **said: object) -> None:
+        """A journal line for a file that lies there."""
+        tensors = {piece.name: [DTYPE_NAMES[piece.dtype], list(piece.shape)] for piece in pieces}
+        step = {"step": SHARD, "file": file, "crc32": checksum, "tensors": tensors, **said}
+        self.journal.append(step)
+        self._count(step)
+
+    def recall(self, step: dict) -> bool:
+        """Take a shard that an earlier run committed for written; False when the file is not what it was."""
+        file = self.partial / step["file"]
+        checksum = 0
+        if not file.is_file():
+            return False
+        with open(file, "rb") as handle:
+            while block := handle.read(16 * 2**20):
+                checksum = zlib.crc32(block, checksum)
+        if checksum == step["crc32"]:
+            self._count(step)
+        return checksum == step["crc32"]
+
+    def _count(self, step: dict) -> None:
+        for name, (dtype, shape) in step["tensors"].items():
+            self.weight_map[name] = step["file"]
+            self.written[name] = (dtype, shape)
+            count = torch.Size(shape).numel()
+            self.total_bytes += count * DTYPES[dtype].itemsize
+            self.total_parameters += count
 
     def write_json(self, file: str, value: dict) -> None:
         """Commit one JSON file: two spaces, sorted where the value is, newline at the end."""
@@ -180,12 +249,15 @@ class OutputFolder:
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))})
 
     def finish(self) -> Path:
-        """Drop the working files and put the folder in its place."""
-        for name in ("lock", "journal.jsonl"):
-            (self.partial / name).unlink(missing_ok=True)
+        """Put the folder in its place and drop the working files. Cut off anywhere within, it can be done again."""
+        self.journal.append({"step": "finished"})
         if self.path.exists():
-            shutil.rmtree(self.path)
+            os.replace(self.path, self.partial / REPLACED)
         os.replace(self.partial, self.path)
+        for name in (REPLACED, STORE):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (LOCK, JOURNAL):
+            (self.path / name).unlink(missing_ok=True)
         return self.path
 
 

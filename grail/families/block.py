@@ -1,13 +1,13 @@
 """One decoder layer, run in phases: what feeds a consumer, what it makes of it, and the layer's output.
 
-The layer is transformers' own; stand-ins take the places of branches whose output is known. Shapes: B windows, L
-tokens, D hidden size, H a site's width, K kept, O outputs.
+The layer is transformers' own; stand-ins take the places of branches whose output is known. A tensor is read when it
+is first needed and can be given back. Shapes: B windows, L tokens, D hidden size, H a site's width, K kept, O outputs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,26 +51,60 @@ class _Given(nn.Module):
 
 
 class Block:
-    """One decoder layer with its weights. `hidden` and `output` replay the layer's own forward with the branches
-    that are already known put in place, so that each expensive part runs once."""
+    """One decoder layer. `hidden` and `output` replay the layer's own forward with the branches that are already known
+    put in place, so that each expensive part runs once.
 
-    def __init__(self, module: nn.Module, parts: dict[str, Part], kwargs_for: Callable[[int, int], dict]):
+    module: on the meta device; fetch: a tensor by its name within the layer, in the compute dtype; parts: the branches
+    in execution order.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: dict[str, Part],
+        fetch: Callable[[str], Tensor],
+        kwargs_for: Callable[[int, int], dict],
+    ):
         self.module = module
         self.parts = parts
+        self._fetch = fetch
         self._kwargs_for = kwargs_for
+        self._names = list(module.state_dict())
+        self._need(name for name in self._names if not name.startswith(tuple(f"{part}." for part in parts)))
+
+    def release(self, part: str) -> None:
+        """Give back the memory of a branch; it is read again when it is needed again."""
+        for name in self._of(part):
+            self._assign(name, self.module.get_parameter(name).to("meta"))
+
+    def _need(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self.module.get_parameter(name).is_meta:
+                self._assign(name, self._fetch(name))
+
+    def _of(self, part: str) -> list[str]:
+        return [name for name in self._names if name.startswith(f"{part}.")]
 
     @torch.no_grad()
     def run(self, x_BLD: Tensor) -> Tensor:
         """The layer's output."""
+        self._need(self._names)
+        return self._forward(x_BLD)
+
+    def _forward(self, x_BLD: Tensor) -> Tensor:
         return self.module(x_BLD, **self._kwargs_for(*x_BLD.shape[:2]))
 
     @torch.no_grad()
     def hidden(self, part: str, x_BLD: Tensor, known: dict[str, Tensor]) -> Tensor:
         """The input of the part's consumer, [B, L, H], given the outputs of the branches before it."""
         branch = self.parts[part]
+        names = list(self.parts)
+        for earlier in names[: names.index(part)]:
+            self._need(self._of(earlier) if earlier not in known else ())
+        self._need(name for name in self._of(part) if not name.startswith(f"{part}.{branch.consumer}."))
         with self._with_known(known), _replaced(self.module.get_submodule(part), {branch.consumer: _Tap()}):
             try:
-                self.run(x_BLD)
+                self._forward(x_BLD)
             except _Reached as reached:
                 return reached.hidden
         raise RuntimeError(f"{part}.{branch.consumer} was never called")
@@ -81,17 +115,20 @@ class Block:
     ) -> Tensor:
         """The branch's output from its consumer's input, with a narrower weight or another bias if one is given."""
         consumer = self.module.get_submodule(f"{part}.{self.parts[part].consumer}")
+        leaves = ("weight",) * (weight_OK is None) + ("bias",) * (consumer.bias is not None)
+        self._need(f"{part}.{self.parts[part].consumer}.{leaf}" for leaf in leaves)
         weight_OK = consumer.weight if weight_OK is None else weight_OK.to(hidden.device, hidden.dtype)
         bias_O = consumer.bias if bias_O is None else bias_O.to(hidden.device, hidden.dtype)
         return nn.functional.linear(hidden, weight_OK, bias_O)
 
     @contextmanager
     def with_tensors(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """Other weights in place for a while, narrower ones too; names within the layer."""
+        """Other weights in place for a while, narrower ones too: names within the layer, in the compute dtype and on
+        the compute device."""
         kept = {name: self.module.get_parameter(name) for name in tensors}
         try:
             for name, tensor in tensors.items():
-                self._assign(name, tensor.to(kept[name].device, kept[name].dtype))
+                self._assign(name, tensor)
             yield
         finally:
             for name, parameter in kept.items():
@@ -99,6 +136,7 @@ class Block:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's own tensors by their names within it."""
+        self._need(self._names)
         return dict(self.module.state_dict())
 
     def apply(self, tensors: dict[str, Tensor], x_BLD: Tensor) -> Tensor:
@@ -110,8 +148,10 @@ class Block:
 
     def add_bias(self, part: str) -> None:
         """Give a part's consumer a bias of zeros, if it has none."""
-        consumer = self.module.get_submodule(f"{part}.{self.parts[part].consumer}")
+        name = f"{part}.{self.parts[part].consumer}"
+        consumer = self.module.get_submodule(name)
         if consumer.bias is None:
+            self._need([f"{name}.weight"])
             zeros_O = consumer.weight.new_zeros(consumer.weight.shape[0])
             consumer.bias = nn.Parameter(zeros_O, requires_grad=False)
 
@@ -121,9 +161,11 @@ class Block:
 
     @torch.no_grad()
     def output(self, x_BLD: Tensor, known: dict[str, Tensor]) -> Tensor:
-        """The layer's output when every branch is known."""
+        """The layer's output, given branches that are known."""
+        for part in self.parts:
+            self._need(self._of(part) if part not in known else ())
         with self._with_known(known):
-            return self.run(x_BLD)
+            return self._forward(x_BLD)
 
     @contextmanager
     def _with_known(self, known: dict[str, Tensor]) -> Iterator[None]:

@@ -116,12 +116,13 @@ class Decoder(ABC):
         return rows[position.to(self.device)]
 
     def block(self, index: int) -> Block:
-        """Layer `index` with its tensors in the compute dtype. Raises GrailError naming a tensor with a NaN."""
-        module = copy.deepcopy(self._layers[index])
+        """Layer `index`; its tensors are read as they are needed, in the compute dtype. Reading raises GrailError
+        naming a tensor with a NaN."""
+        module = copy.deepcopy(self._layers[index]).requires_grad_(False)
         prefix = f"{LAYERS}{index}."
-        state = {name: self._tensor(prefix + name) for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
-        return Block(module.requires_grad_(False), self.parts, lambda b, n: self._layer_kwargs(index, b, n))
+        return Block(
+            module, self.parts, lambda name: self._tensor(prefix + name), lambda b, n: self._layer_kwargs(index, b, n)
+        )
 
     def tail(self) -> Callable[[Tensor], Tensor]:
         """hidden [..., D] -> logits [..., V] in float32; final norm and head are read once."""
@@ -130,17 +131,23 @@ class Decoder(ABC):
         head_VD = self._tensor(EMBEDDING if self.tied else HEAD)
         return lambda hidden: nn.functional.linear(norm(hidden), head_VD).float()
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor in its stored dtype, on the compute device. Raises GrailError naming it when it holds a NaN."""
+        return self._finite(name, self.source.get(name)).to(self.device)
+
     def _tensor(self, name: str) -> Tensor:
         return self._as_written(name, self.source.get(name))
 
     def _as_written(self, name: str, tensor: Tensor) -> Tensor:
         """In the compute dtype, after rounding to what will be written; refuses NaN and infinity, naming the tensor."""
-        tensor = tensor.to(self.written_as or tensor.dtype)
+        return self._finite(name, tensor.to(self.written_as or tensor.dtype)).to(self.device, self.dtype)
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if not torch.isfinite(tensor).all():
             raise GrailError(
                 f"{self.source.path}: {name} holds NaN or infinite weights (as {tensor.dtype}); fetch or save it again"
             )
-        return tensor.to(self.device, self.dtype)
+        return tensor
 
     def _layer_kwargs(self, index: int, batch: int, length: int) -> dict:
         if self._recorded_shape != (batch, length):

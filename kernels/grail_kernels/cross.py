@@ -15,6 +15,8 @@ from .inputs import as_rows, device_dtype, device_of, isolated, positive, to_dev
 
 COLUMN_MULTIPLE = 16
 """The kernel's output has this many columns or a multiple: every row of it is then aligned."""
+SHIFTED_ROWS = 1024
+"""So many rows are moved at once: their float64 products are all that is held beside the moment."""
 
 
 class CrossAccumulator:
@@ -89,6 +91,23 @@ class CrossAccumulator:
             return
         x_TH, y_TO = x_TH.to(self.device, torch.float32), y_TO.to(self.device, torch.float32)
         add_product(out_HO, x_TH, y_TO)
+
+    @isolated
+    def shifted_(self, delta: Tensor, sum_y: Tensor) -> CrossAccumulator:
+        """From Σ xᵀy to Σ (x + δ)ᵀy, of rows whose y sum to `sum_y`: δ [H] and sums [O] ([S, H] and [S, O] with sites),
+        multiplied in float64. Raises ValueError for shapes that do not fit."""
+        leading = () if self.sites is None else (self.sites,)
+        if delta.shape != (*leading, self.width) or sum_y.shape != (*leading, self.columns):
+            raise ValueError(
+                f"shift {list(delta.shape)} and sums {list(sum_y.shape)} do not fit {[*leading, self.width]} and "
+                f"{[*leading, self.columns]}"
+            )
+        delta_SH1 = delta.to(self.device, torch.float64).view(-1, self.width, 1)
+        sum_S1O = sum_y.to(self.device, torch.float64).view(-1, 1, self.columns)
+        for start in range(0, self.width, SHIFTED_ROWS):
+            part_SRO = self._data[:, start : start + SHIFTED_ROWS, : self.columns]
+            part_SRO += delta_SH1[:, start : start + SHIFTED_ROWS] * sum_S1O
+        return self
 
     @isolated
     def all_reduce(self, group=None) -> CrossAccumulator:

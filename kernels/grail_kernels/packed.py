@@ -223,15 +223,15 @@ class PackedSymmetric:
         sums in float64; half the multiplications of E @ G."""
         self._check(dense_OH, 1)
         dense_OH = dense_OH.to(torch.promote_types(dense_OH.dtype, torch.float32))
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
             panel = panel.to(dense_OH.dtype)
             right = dense_OH[:, start:end]
             if start:
                 off = dense_OH[:, :start] @ panel[:start]
-                total += 2 * torch.sum(off * right, dtype=torch.float64).item()
-            total += torch.sum((right @ panel[start:end]) * right, dtype=torch.float64).item()
-        return total
+                total += 2 * torch.sum(off * right, dtype=torch.float64)
+            total += torch.sum((right @ panel[start:end]) * right, dtype=torch.float64)
+        return total.item()
 
     def _check(self, dense: Tensor, axis: int) -> None:
         """A dense operand is a floating-point matrix with `width` along `axis`, on this device."""

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cholesky import NOT_FINITE, SINGULAR, RidgeError, solve_one
+from .cholesky import NOT_FINITE, SINGULAR, MatrixRows, RidgeError, solve_one
 from .dispatch import backend as choose_backend
 from .inputs import isolated
 
-__all__ = ["RidgeError", "RidgeSolution", "ridge_reference", "ridge_solve"]
+__all__ = ["MatrixRows", "RidgeError", "RidgeSolution", "ridge_reference", "ridge_solve", "ridge_solve_"]
 ON_ERROR = ("raise", "report")
 
 
@@ -65,7 +65,7 @@ def ridge_solve(
     a [K, K] or [S, K, K], symmetric, floating point, only read; rhs and anchor [K, M] or [S, K, M]; `lam` absolute, one
     number or S of them. Several λ with one a and rhs make a sweep: S solutions. With an anchor the answer is
     anchor + (A + λI)⁻¹(rhs − A anchor): for λ → ∞ the anchor itself. `solve_dtype` (float32 or float64) overrides the
-    rule above, also for small problems.
+    rule above, also for small problems. No argument is changed; `ridge_solve_` needs less memory.
     Every problem of a stack is solved, whatever becomes of its neighbours. Then, where no λ up to mean(diag A) worked
     for some: `on_error="raise"` raises RidgeError naming the first of them, "report" marks them (see RidgeSolution).
     Raises ValueError on shapes that do not fit.
@@ -76,22 +76,46 @@ def ridge_solve(
         raise ValueError(f"anchor {tuple(anchor.shape)} and right-hand side {tuple(rhs.shape)} do not fit")
     if not (a.is_floating_point() and rhs.is_floating_point()):
         raise TypeError(f"expected floating-point matrices, got {a.dtype} and {rhs.dtype}")
-    lams = torch.as_tensor(lam, dtype=torch.float64).detach().cpu()
+    lams = _checked_ridge(lam)
     if lams.dim() > 1 or (a.dim() == 3 and lams.dim() == 1 and len(lams) != len(a)):
         raise ValueError(f"λ {tuple(lams.shape)} does not fit A {tuple(a.shape)}")
-    if not bool(((lams >= 0) & (lams < float("inf"))).all()):
-        raise ValueError(f"λ must be a finite number >= 0, got {lam}")
     if on_error not in ON_ERROR or solve_dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"on_error {on_error!r} (of {ON_ERROR}) or solve_dtype {solve_dtype} is not known")
     name = choose_backend("ridge", a.device, backend).name
     if a.dim() == 2 and lams.dim() == 0:
-        solved, error = _attempt(name, a, rhs, anchor, float(lams), solve_dtype)
+        solved, error = _attempt(name, MatrixRows.of(a), _owned(rhs), anchor, float(lams), solve_dtype)
         if error is not None and on_error == "raise":
             raise error
         return solved
     count = len(a) if a.dim() == 3 else len(lams)
     stack = [None if t is None else t.expand(count, *t.shape[-2:]) for t in (a, rhs, anchor)]
     return _solve_stack(name, *stack, lams.expand(count), solve_dtype, on_error)
+
+
+@isolated
+def ridge_solve_(a: MatrixRows, rhs_KM: Tensor, lam: float, *, backend: str | None = None) -> RidgeSolution:
+    """`ridge_solve` of one problem for sizes where a second matrix is too many: the solution is written over `rhs_KM`.
+
+    A is read by rows into the one float64 [K, K] buffer that there is (where the rule above takes float32, that and two
+    more right-hand sides), factored there, and read anew whenever λ is raised. `rhs_KM` is float64 [K, M] on A's
+    device, best with itself or its transpose contiguous, else it is copied; its values are lost when RidgeError is
+    raised. Raises ValueError for another shape, dtype or device.
+    """
+    if rhs_KM.dim() != 2 or len(rhs_KM) != a.size or rhs_KM.dtype != torch.float64 or rhs_KM.device != a.device:
+        wanted = f"float64 with {a.size} rows on {a.device}"
+        raise ValueError(f"right-hand side {tuple(rhs_KM.shape)}, {rhs_KM.dtype} on {rhs_KM.device}: expected {wanted}")
+    name, lam = choose_backend("ridge", a.device, backend).name, float(_checked_ridge(lam))
+    solved, error = _attempt(name, a, rhs_KM, None, lam, None)
+    if error is not None:
+        raise error
+    return solved
+
+
+def _checked_ridge(lam: float | Sequence[float] | Tensor) -> Tensor:
+    lams = torch.as_tensor(lam, dtype=torch.float64).detach().cpu()
+    if not bool(((lams >= 0) & (lams < float("inf"))).all()):
+        raise ValueError(f"λ must be a finite number >= 0, got {lam}")
+    return lams
 
 
 def _solve_stack(
@@ -104,7 +128,8 @@ def _solve_stack(
     for i in range(count):
         if i not in done:
             anchor = None if anchor_SKM is None else anchor_SKM[i]
-            done[i], error = _attempt(name, a_SKK[i], rhs_SKM[i], anchor, float(lam_S[i]), solve_dtype)
+            rows, rhs_KM = MatrixRows.of(a_SKK[i]), _owned(rhs_SKM[i])
+            done[i], error = _attempt(name, rows, rhs_KM, anchor, float(lam_S[i]), solve_dtype)
             if error is not None:
                 errors[i] = error
     if errors and on_error == "raise":
@@ -135,20 +160,24 @@ def _by_kernel(
     }
 
 
+def _owned(rhs_KM: Tensor) -> Tensor:
+    return rhs_KM.to(torch.float64, copy=True)
+
+
 def _attempt(
-    name: str, a_KK: Tensor, rhs_KM: Tensor, anchor_KM: Tensor | None, lam: float, dtype: torch.dtype | None
+    name: str, a: MatrixRows, rhs_KM: Tensor, anchor_KM: Tensor | None, lam: float, dtype: torch.dtype | None
 ) -> tuple[RidgeSolution, RidgeError | None]:
-    """One problem: its answer, or a NaN one and the error."""
+    """One problem, its answer over rhs_KM (float64); or a NaN one and the error."""
     try:
-        if not a_KK.numel():
-            return RidgeSolution(rhs_KM.double().clone(), lam, 0, 0, 1.0), None
+        if not a.size:
+            return RidgeSolution(rhs_KM, lam, 0, 0, 1.0), None
         if name == "reference":
-            return RidgeSolution(_checked_reference(a_KK, rhs_KM, lam, anchor_KM), lam, 0, 0, float("nan")), None
-        x_KM, factor = solve_one(a_KK, rhs_KM, anchor_KM, lam, dtype)
+            x_KM = rhs_KM.copy_(_checked_reference(a.read(0, a.size), rhs_KM, lam, anchor_KM))
+            return RidgeSolution(x_KM, lam, 0, 0, float("nan")), None
+        x_KM, factor = solve_one(a, rhs_KM, anchor_KM, lam, dtype)
         return RidgeSolution(x_KM, factor.lam, factor.info, factor.retries, factor.rcond), None
     except RidgeError as error:
-        nothing = torch.full(rhs_KM.shape, float("nan"), dtype=torch.float64, device=rhs_KM.device)
-        return RidgeSolution(nothing, float("nan"), error.info, 0, float("nan")), error
+        return RidgeSolution(rhs_KM.fill_(float("nan")), float("nan"), error.info, 0, float("nan")), error
 
 
 def _checked_reference(a_KK: Tensor, rhs_KM: Tensor, lam: float, anchor_KM: Tensor | None) -> Tensor:

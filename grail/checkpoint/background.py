@@ -1,0 +1,84 @@
+"""Read the next layer and write the last one while the current one is computed.
+
+Steps are committed in order and by the main thread alone, so that neither their order nor any sum depends on timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ..profile import Profile
+from .reader import SafetensorsFolder
+from .writer import OutputFolder, Piece
+
+
+@dataclass
+class _Pending:
+    file: str
+    pieces: list[Piece]
+    said: dict
+    written: Future
+
+
+class Background:
+    """A context manager. With enabled=False everything happens at once, in the main thread.
+
+    When the block is left by an error, what was being written is still waited for and committed: it is whole.
+    """
+
+    def __init__(self, out: OutputFolder, profile: Profile, *, enabled: bool = True):
+        self.out, self.profile, self.enabled = out, profile, enabled
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="grail-background")
+        self._pending: _Pending | None = None
+        self._then: Callable[[], None] | None = None
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            with contextlib.suppress(Exception):
+                self._commit()
+        self._pool.shutdown(cancel_futures=True)
+
+    def read_ahead(self, source: SafetensorsFolder, names: list[str]) -> None:
+        """Have the system read these tensors into its cache; no memory of this process is used."""
+        if self.enabled and hasattr(os, "posix_fadvise"):
+            self._pool.submit(_advise, source, names)
+
+    def write(self, file: str, pieces: list[Piece] | None, then: Callable[[], None], **said: object) -> None:
+        """Begin to write a shard (None: another process does), to be committed by `settle`, which calls `then`."""
+        self.settle()
+        self._then = then
+        if pieces is not None:
+            self._pending = _Pending(file, pieces, said, self._pool.submit(self._write, file, pieces))
+        if not self.enabled:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for what is being written, and commit it."""
+        with self.profile.phase("wait for the writer"):
+            self._commit()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
+
+    def _commit(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.out.commit_shard(pending.file, pending.pieces, pending.written.result(), **pending.said)
+
+    def _write(self, file: str, pieces: list[Piece]) -> int:
+        with self.profile.phase("write", bytes=sum(piece.nbytes for piece in pieces)):
+            return self.out.write_file(file, pieces)
+
+
+def _advise(source: SafetensorsFolder, names: list[str]) -> None:
+    for name in names:
+        info = source.info(name)
+        with contextlib.suppress(OSError), open(info.file, "rb") as file:
+            os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)

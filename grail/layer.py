@@ -1,0 +1,218 @@
+"""One layer on its way through a pass: chunk by chunk, each expensive part run once, one chunk in memory at a time.
+
+Shapes: B windows, L tokens, D hidden size, H a site's width, O outputs of its consumer. A chunk's hidden states
+x [B, L, D], the outputs of the branches that are known, and the input of a consumer between its two uses lie in the
+workspace's store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import GrailError
+from .families.base import Site
+from .families.decoder import LAYERS, Block
+from .job import Job
+from .regional import gradient_squares
+from .statistics import GRAM, SiteStatistics
+from .workspace import Workspace
+
+HIDDEN = "hidden"
+
+
+@dataclass
+class Chunks:
+    """The chunks of one pass that this process computes: `counted` enter the statistics, the `probe` (or None) only
+    passes through. `windows` counts the calibration windows of all processes. The hidden states before layer k are the
+    store's series `name-k`."""
+
+    work: Workspace
+    name: str
+    counted: list[int] = field(default_factory=list)
+    windows: int = 0
+    probe: int | None = None
+
+    @property
+    def all(self) -> list[int]:
+        return self.counted + ([] if self.probe is None else [self.probe])
+
+    def series(self, layer: int) -> str:
+        """The series of the hidden states before a layer (or, one past the last, before the final norm)."""
+        return f"{self.name}-{layer}"
+
+
+class LayerPass:
+    """A layer and what is known of it. `wanted`: the chunks whose output is asked for; with `trained` a training step
+    computes it once the sites are done."""
+
+    def __init__(self, job: Job, layer: int, chunks: Chunks, wanted: list[int]):
+        self.job, self.layer, self.chunks, self.wanted = job, layer, chunks, wanted
+        self.trained = False
+        self.work, self.device = chunks.work, job.model.device
+        self.prefix = f"{LAYERS}{layer}."
+        self._known: list[str] = []
+        self._gradients: dict[str, Tensor] | None = None
+
+    @cached_property
+    def block(self) -> Block:
+        """The layer itself, read as it is run."""
+        return self.job.model.block(self.layer)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The layer's sites in execution order."""
+        return [site for site in self.job.sites if site.layer == self.layer]
+
+    def part_of(self, site: Site) -> str:
+        """The residual branch a site lies in."""
+        return self.job.model.part_of(site)
+
+    def local(self, name: str) -> str:
+        """A tensor's name within the layer."""
+        return name.removeprefix(self.prefix)
+
+    def computed(self, tensor: Tensor) -> Tensor:
+        """A tensor in the compute dtype, on the compute device."""
+        return tensor.to(self.device, self.job.model.dtype)
+
+    def pass_through(self, site: Site, statistics: SiteStatistics | None = None) -> None:
+        """Compute the site's branch with its weights as they are; count its hidden vectors on the way."""
+        part = self.part_of(site)
+        for number in self.chunks.all:
+            counts = statistics is not None and number in self.chunks.counted
+            goes_on = self.goes_on(number, site)
+            if counts or goes_on:
+                h_BLH = self.hidden(site, number)
+            if counts:
+                self._count(statistics, h_BLH)
+                statistics.check_finite(site.name)
+            if goes_on:
+                self.consume(site, number, h_BLH)
+        if statistics is not None:
+            statistics.sum_over(self.work.group)
+        self.close(part)
+
+    def gather(self, site: Site, keep_counted: bool) -> SiteStatistics:
+        """The statistics of a site, over all processes. Where inputs of consumers are spilled, those that will be
+        needed again are put into the store; keep_counted: those of all counted chunks will."""
+        needs = self.job.statistics_of(site)
+        statistics = SiteStatistics(site.units.width, needs, device=self.device, affine=self.job.affine)
+        for number in self.chunks.all:
+            counts = number in self.chunks.counted
+            keeps = self.work.spill and ((keep_counted and counts) or self.goes_on(number, site))
+            if not keeps and not (counts and needs):
+                continue
+            h_BLH = self.hidden(site, number)
+            if counts and needs:
+                self._count(statistics, h_BLH)
+            if keeps:
+                self.put(HIDDEN, number, h_BLH)
+        if self.work.spill:
+            self.block.release(self.part_of(site))
+        if needs:
+            statistics.sum_over(self.work.group)
+            statistics.check_finite(site.name)
+        return statistics
+
+    def goes_on(self, number: int, site: Site) -> bool:
+        """Whether a chunk's output of the site's branch will be needed."""
+        return site != self.sites[-1] or (number in self.wanted and not self.trained)
+
+    def state(self, number: int) -> Tensor:
+        """A chunk's hidden states before the layer."""
+        return self._take(self.chunks.series(self.layer), number)
+
+    def hidden(self, site: Site, number: int) -> Tensor:
+        """The site's hidden vectors of a chunk, computed from the layer's input."""
+        x_BLD, known = self.state(number), self._branches(number)
+        rows = sum(self.job.model.source.info(f"{p.name}.weight").shape[0] for p in site.producers)
+        with self.work.profile.phase("forward", flops=2 * x_BLD.numel() * rows):
+            return self.block.hidden(self.part_of(site), x_BLD, known)
+
+    def hidden_again(self, site: Site, number: int) -> Tensor:
+        """The same for a second time: what was spilled, or computed anew."""
+        return self._take(self._named(HIDDEN), number) if self.work.spill else self.hidden(site, number)
+
+    def put(self, series: str, number: int, tensor: Tensor) -> None:
+        """Store a chunk of this pass."""
+        self._put(self._named(series), number, tensor)
+
+    def consume(
+        self, site: Site, number: int, h: Tensor, weight_OK: Tensor | None = None, bias_O: Tensor | None = None
+    ) -> None:
+        """A chunk's output of the site's branch, from its consumer's input: stored, or for the last branch the layer's
+        output made of it and stored. Raises GrailError when that is not finite."""
+        part = self.part_of(site)
+        with self.work.profile.phase("forward", flops=2 * h.numel() * self.job.model.config.hidden_size):
+            y_BLD = self.block.consume(part, h, weight_OK, bias_O)
+        self.work.store.drop(self._named(HIDDEN), [number])
+        if site != self.sites[-1]:
+            self.put(part, number, y_BLD)
+            return
+        with self.work.profile.phase("forward"):
+            out_BLD = self.block.output(self.state(number), self._branches(number) | {part: y_BLD})
+        self.finish(number, out_BLD)
+
+    def finish(self, number: int, out_BLD: Tensor) -> None:
+        """Store a chunk's hidden states after the layer. Raises GrailError when they are not finite."""
+        if not torch.isfinite(out_BLD).all():
+            raise GrailError(
+                f"{LAYERS}{self.layer}: its output holds NaN or infinity; check the checkpoint, or use --dtype float32 "
+                f"where a narrower one overflows"
+            )
+        self._put(self.chunks.series(self.layer + 1), number, out_BLD)
+        if not self.work.store.outlives_process:
+            self.work.store.drop(self.chunks.series(self.layer), [number])
+
+    def close(self, part: str) -> None:
+        """A branch is done: its weights and the spilled inputs of its consumer are given up."""
+        self.block.release(part)
+        self.work.store.drop(self._named(HIDDEN))
+        self._known.append(part)
+
+    def end(self) -> None:
+        """The layer is done: the outputs of its branches are given up."""
+        for part in self._known:
+            self.work.store.drop(self._named(part))
+
+    def gradient(self, site: Site) -> Tensor:
+        """RMS over all windows of the dense block's regional gradient for the site's consumer (Wanda++), float32
+        [O, H]. Those of all consumers are computed when the first is asked for."""
+        if self._gradients is None:
+            names = [self.local(f"{s.consumer}.weight") for s in self.sites]
+            with self.work.profile.phase("gradients"):
+                squares = gradient_squares(self.block.apply, self.block.tensors(), names, self._counted_states())
+            for total in squares.values():
+                self.work.group.sum_(total)
+            self._gradients = {name: (total / self.chunks.windows).sqrt() for name, total in squares.items()}
+        return self._gradients[self.local(f"{site.consumer}.weight")]
+
+    def _counted_states(self) -> Iterator[Tensor]:
+        return map(self.state, self.chunks.counted)
+
+    def _count(self, statistics: SiteStatistics, h_BLH: Tensor) -> None:
+        gram = GRAM in statistics.needs
+        flops = h_BLH.numel() * (statistics.width + 1 if gram else 2)
+        with self.work.profile.phase("gram" if gram else "moments", flops=flops):
+            statistics.update(h_BLH)
+
+    def _branches(self, number: int) -> dict[str, Tensor]:
+        return {part: self._take(self._named(part), number) for part in self._known}
+
+    def _named(self, series: str) -> str:
+        return f"{self.chunks.name}-{series}"
+
+    def _take(self, series: str, number: int) -> Tensor:
+        with self.work.profile.phase("store") as phase:
+            found = self.work.store.get(series, number, self.device)
+            phase.bytes += found.nbytes
+        return found
+
+    def _put(self, series: str, number: int, tensor: Tensor) -> None:
+        with self.work.profile.phase("store", bytes=tensor.nbytes):
+            self.work.store.put(series, number, tensor)

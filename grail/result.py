@@ -1,0 +1,73 @@
+"""What was done at one site, as tensors for the writer and as plain values for the report, the journal and other
+processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .compensation import Compensation
+from .distributed import Group
+from .families.base import Site
+from .reduction import Folding, Reduction, Selection
+
+FIGURES = ("lam", "retries", "info", "rcond", "error_before", "error_after")
+
+
+@dataclass
+class SiteResult:
+    """`compensation` is None when a site was only pruned, `reduction` too when nothing was removed; `weight` [O, K] and
+    `bias` [O] (or None) are the consumer's new ones, None once they are written."""
+
+    site: Site
+    reduction: Reduction | None = None
+    compensation: Compensation | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def without_tensors(self) -> SiteResult:
+        """What the report needs: the new weights are on disk by then."""
+        compensation = self.compensation and replace(self.compensation, weight=None, bias=None)
+        return replace(self, weight=None, bias=None, compensation=compensation)
+
+    def to_json(self) -> dict:
+        """Everything but the tensors, exactly (floats survive json)."""
+        reduction, done = self.reduction, self.compensation
+        found: dict = {"site": self.site.name}
+        if isinstance(reduction, Selection):
+            found |= {"kept": reduction.kept.tolist(), "size": reduction.size, "width": reduction.width}
+        elif isinstance(reduction, Folding):
+            found["cluster"] = reduction.cluster.tolist()
+        if done is not None:
+            found["figures"] = {name: getattr(done, name) for name in FIGURES}
+        return found
+
+    @classmethod
+    def from_json(cls, site: Site, found: dict) -> SiteResult:
+        """The inverse of `to_json`, without tensors."""
+        reduction = None
+        if "kept" in found:
+            reduction = Selection(torch.tensor(found["kept"]), found["size"], found["width"])
+        elif "cluster" in found:
+            reduction = Folding(torch.tensor(found["cluster"]))
+        done = Compensation(weight=None, **found["figures"]) if "figures" in found else None
+        return cls(site, reduction, done)
+
+
+def from_main(group: Group, site: Site, compute: Callable[[], SiteResult]) -> SiteResult:
+    """A result that the main process computes and all get."""
+    if group.size == 1:
+        return compute()
+    result = compute() if group.main else None
+    figures = group.broadcast(result and (result.to_json(), [t is not None for t in (result.weight, result.bias)]))
+    tensors = [
+        group.broadcast_tensor(tensor) if there else None
+        for there, tensor in zip(figures[1], (result.weight, result.bias) if result else (None, None), strict=True)
+    ]
+    if result is not None:
+        return result
+    result = SiteResult.from_json(site, figures[0])
+    return replace(result, weight=tensors[0], bias=tensors[1])

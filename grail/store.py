@@ -1,0 +1,148 @@
+"""Where activations live between passes: chunks of tensors by series name and number, in memory or on disk.
+
+On disk each chunk is a file of its own, written and read with plain calls: a memory map would count as resident, and
+resident memory must not grow with the number of tokens. Every chunk carries a checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import Circumstance
+
+MAGIC = b"GRAILCHK"
+
+
+class ChunkStore(ABC):
+    """Tensors by (series, number). What was put comes back equal to the last bit, on the device it is asked for."""
+
+    @abstractmethod
+    def put(self, series: str, number: int, tensor: Tensor) -> None:
+        """Keep a tensor, in place of the one that was there."""
+
+    @abstractmethod
+    def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor that was put. Raises KeyError where there is none, Circumstance when it was damaged."""
+
+    @abstractmethod
+    def drop(self, series: str, numbers: Iterable[int] | None = None) -> None:
+        """Give up chunks of a series, all of them by default; those that are not there are passed over."""
+
+    @abstractmethod
+    def holds(self, series: str, numbers: Iterable[int]) -> bool:
+        """Whether all these chunks are there and sound."""
+
+    @property
+    @abstractmethod
+    def outlives_process(self) -> bool:
+        """Whether another process can go on with what is stored."""
+
+
+class MemoryStore(ChunkStore):
+    """Chunks stay where they were computed."""
+
+    outlives_process = False
+
+    def __init__(self):
+        self._held: dict[tuple[str, int], Tensor] = {}
+
+    def put(self, series: str, number: int, tensor: Tensor) -> None:
+        self._held[series, number] = tensor
+
+    def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
+        return self._held[series, number].to(device)
+
+    def drop(self, series: str, numbers: Iterable[int] | None = None) -> None:
+        gone = None if numbers is None else set(numbers)
+        for key in [key for key in self._held if key[0] == series and (gone is None or key[1] in gone)]:
+            del self._held[key]
+
+    def holds(self, series: str, numbers: Iterable[int]) -> bool:
+        return all((series, number) in self._held for number in numbers)
+
+
+class DiskStore(ChunkStore):
+    """Chunks as files `folder/series/number`, each with its dtype, shape and CRC-32."""
+
+    outlives_process = True
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def put(self, series: str, number: int, tensor: Tensor) -> None:
+        path = self._path(series, number)
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        header = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "crc32": zlib.crc32(raw),
+        }
+        text = json.dumps(header).encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb", buffering=0) as file:
+                for part in (MAGIC, len(text).to_bytes(4, "little"), text, raw):
+                    _write_all(file, memoryview(part))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
+        path = self._path(series, number)
+        if not path.exists():
+            raise KeyError((series, number))
+        found = _read(path)
+        if found is None:
+            raise Circumstance(f"{path} was damaged while it lay there; check the disk")
+        return found.to(device)
+
+    def drop(self, series: str, numbers: Iterable[int] | None = None) -> None:
+        if numbers is None:
+            shutil.rmtree(self.folder / series, ignore_errors=True)
+            return
+        for number in numbers:
+            self._path(series, number).unlink(missing_ok=True)
+
+    def holds(self, series: str, numbers: Iterable[int]) -> bool:
+        paths = [self._path(series, number) for number in numbers]
+        return all(path.exists() for path in paths) and all(_read(path) is not None for path in paths)
+
+    def _path(self, series: str, number: int) -> Path:
+        return self.folder / series / f"{number:06d}"
+
+
+def _write_all(file, view: memoryview) -> None:
+    while view:
+        view = view[file.write(view[: 2**30]) :]
+
+
+def _read(path: Path) -> Tensor | None:
+    """A chunk's tensor, or None when the file is not sound."""
+    with open(path, "rb", buffering=0) as file:
+        start = file.read(len(MAGIC) + 4)
+        if len(start) < len(MAGIC) + 4 or not start.startswith(MAGIC):
+            return None
+        try:
+            header = json.loads(file.read(int.from_bytes(start[len(MAGIC) :], "little")))
+            dtype, shape, checksum = getattr(torch, header["dtype"]), header["shape"], header["crc32"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        count = torch.Size(shape).numel() * dtype.itemsize
+        if os.fstat(file.fileno()).st_size != file.tell() + count:
+            return None
+        raw = torch.empty(count, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        while view:
+            got = file.readinto(view[: 2**30])
+            if not got:
+                return None
+            view = view[got:]
+    return raw.view(dtype).view(shape) if zlib.crc32(raw.numpy()) == checksum else None
