@@ -242,6 +242,8 @@ def main() -> None:
 
 def run(cases: list[Case], folder: Path | None, flags: list[str]) -> Iterator[dict]:
     """Measure and store case by case, so that what is done stays when a later one fails."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="grail-memory-", dir=folder) as work:
         for number, case in enumerate(cases, 1):
             if (lacking := missing_disk(case, Path(work))) is not None:

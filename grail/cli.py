@@ -6,44 +6,32 @@ Exit codes: 0 done, 2 bad input, 75 interrupted but resumable, 130 interrupted w
 from __future__ import annotations
 
 import functools
+import inspect
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from . import __version__
-from .errors import CIRCUMSTANCES, GrailError, Interrupted, sentence_of
-from .terminal import NORMAL, TerminalProgress, set_logging, show_evaluation, show_profile, show_report
-
-ISSUES = "please report it with this output and the command"
-
-UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
-
-
-class _OneSentence(typer.core.TyperGroup):
-    """Wrong options are told like any other bad input, without the usage box."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UsageError as error:
-            _fail(f"{error.format_message()} (see grail {ctx.invoked_subcommand or ''} --help)", 2)
-
+from .errors import GrailError
+from .guard import OneSentence, guarded, start
+from .terminal import show_evaluation, show_plan, show_profile, show_report
 
 app = typer.Typer(
     name="grail",
-    cls=_OneSentence,
+    cls=OneSentence,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained network narrower and repair it in closed form: no training, no labels, one command.",
 )
+
+UNNAMED = "grail-output"
+"""Where `grail plan` looks for room on disk when no folder is named."""
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors, warnings and the result.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv also from libraries.")]
@@ -54,54 +42,6 @@ _widths = functools.partial(typer.Option, rich_help_panel="What goes")
 _data = functools.partial(typer.Option, rich_help_panel="Calibration and evaluation text")
 _repair = functools.partial(typer.Option, rich_help_panel="Repair")
 _machine = functools.partial(typer.Option, rich_help_panel="Machine and files")
-
-
-def guarded(command: Callable) -> Callable:
-    """Turn exceptions into one sentence on stderr and the exit codes of CONTRACTS."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except GrailError as error:
-            _fail(str(error), 2)
-        except Interrupted as stop:
-            _fail(str(stop), 75)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was kept", 130)
-        except OSError as error:
-            if error.errno not in CIRCUMSTANCES:
-                _bug(error, kwargs)
-            _fail(sentence_of(error), 2)
-        except Exception as error:
-            _bug(error, kwargs)
-
-    return run
-
-
-def _bug(error: Exception, options: dict) -> None:
-    if options.get("verbose"):
-        raise error
-    _fail(f"unexpected {type(error).__name__}: {error} (a bug in grail: {ISSUES}; -v shows the trace)", 1)
-
-
-def _fail(sentence: str, code: int) -> None:
-    """One line, whatever stands in a file's name or a library's message."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(sentence.split()))
-    sys.stderr.write(f"grail: {line}\n")
-    raise typer.Exit(code)
-
-
-def _start(quiet: bool, verbose: int) -> TerminalProgress:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is treated like Ctrl-C
-    if int(os.environ.get("RANK", "0")):
-        quiet = True  # of several processes one speaks
-    verbosity = 0 if quiet else NORMAL + verbose
-    set_logging(verbosity)
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return TerminalProgress(verbosity)
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
@@ -197,7 +137,7 @@ def compress(
     Example: grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned --output small
     """
     asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set"}}
-    progress = _start(quiet, verbose)
+    progress = start(quiet, verbose)
     settings = _pairs(set)
     from .recipe import Recipe
 
@@ -213,6 +153,45 @@ def compress(
         show_report(report, Console(highlight=False, soft_wrap=True))
         if profile:
             show_profile(report, Console(highlight=False, soft_wrap=True))
+
+
+def _with_options_of(command: Callable, **defaults: object) -> Callable:
+    """The command line of another command; some options get a default of their own."""
+
+    def decorate(own: Callable) -> Callable:
+        parameters = [
+            p.replace(default=defaults.get(name, p.default), kind=p.KEYWORD_ONLY)
+            for name, p in inspect.signature(command, eval_str=True).parameters.items()
+        ]
+        own.__signature__ = inspect.Signature(parameters)
+        own.__annotations__ = {p.name: p.annotation for p in parameters}
+        return own
+
+    return decorate
+
+
+@app.command("plan")
+@guarded
+@_with_options_of(compress, output=None)
+def plan_command(**options: object) -> None:
+    """What `grail compress` with the same arguments would do and need: no weights are loaded, nothing is written.
+
+    Example: grail plan --model llama-2-7b --calibration text.jsonl --memory 6GB
+    """
+    as_json, quiet, verbose = (options.pop(name) for name in ("as_json", "quiet", "verbose"))
+    progress = start(quiet, verbose)
+    settings = _pairs(options.pop("set"))
+    from .recipe import Recipe
+
+    output = options.pop("output") or UNNAMED
+    recipe = Recipe(**options, output=output, set=settings)
+    from .run import plan
+
+    found = plan(recipe, progress)
+    if as_json:
+        _json(found.to_json())
+    else:
+        show_plan(found.to_json(), Console(highlight=False, soft_wrap=True))
 
 
 @app.command("eval")
@@ -233,7 +212,7 @@ def evaluate_command(
 ) -> None:
     """Measure perplexity, one layer in memory at a time; --speed and --prompt load whole models."""
     asked = {k: v for k, v in locals().items() if k not in {"path", "as_json", "quiet", "verbose"}}
-    progress = _start(quiet, verbose)
+    progress = start(quiet, verbose)
     from .evaluate import evaluate
 
     found = evaluate(path, **asked, progress=progress)
@@ -255,7 +234,7 @@ def convert_command(
     verbose: Verbose = 0,
 ) -> None:
     """Write a compressed checkpoint in another format: the same network, the same logits."""
-    _start(quiet, verbose)
+    start(quiet, verbose)
     from .convert import convert
 
     found = convert(path, output, to=to, overwrite=overwrite)

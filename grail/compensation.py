@@ -31,8 +31,8 @@ CPU_ROWS, GPU_ROWS = 512, 4096
 """Outputs that are handled at once; a GPU is idle with fewer."""
 GRAM_ROWS = 256
 """Rows of a right-hand side that are gathered at once."""
-ALLOCATOR = 16 * 10**6
-"""What the C library keeps of blocks that were freed (measured: 8 to 30 MB)."""
+ALLOCATOR = 28 * 10**6
+"""What the C library keeps of blocks that were freed (measured: 10 to 40 MB)."""
 NO_NUMBERS = "the Gram matrix or the weight holds NaN or infinity; check the checkpoint and the text"
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import GrailError
+from .machine import usable_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -244,18 +245,15 @@ class Group:
 
 
 def own_device(asked: str, rank: int, size: int) -> str:
-    """What --device means for one of several processes. Raises GrailError when two would share a GPU."""
-    if not asked.startswith(("auto", "cuda")):
-        return asked
-    if asked == "auto" and not torch.cuda.is_available():
-        return "cpu"
-    index, local = (
-        int(os.environ.get(name, other)) for name, other in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
-    )
-    if ":" in asked and local == 1:
-        return asked
-    if ":" in asked:
+    """What --device means for one of several processes. Raises GrailError when it cannot be used, or two would share a
+    GPU."""
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    index, local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if asked.startswith("cuda:") and local > 1:
         raise GrailError(f"--device {asked} is one GPU for {local} processes; use --device cuda, one GPU for each")
+    if asked != "cuda":
+        return str(usable_device(asked))
     if local > torch.cuda.device_count():
         raise GrailError(
             f"{local} processes were started on a machine with {torch.cuda.device_count()} usable GPUs; start at most "

@@ -10,12 +10,14 @@ from .checkpoint import reopen
 from .checkpoint.writer import OutputFolder
 from .evaluation.perplexity import perplexity
 from .job import Job
-from .machine import available_memory
+from .machine import resident_memory
 from .pipeline import Streamed, stream
 from .session import Session
 from .workspace import Workspace
 
 PERPLEXITY = "perplexity"
+AT_ONCE = 2 * 10**9
+"""Without --memory the reopening check loads the whole model where its process stays below so many bytes."""
 
 
 def write_rest(session: Session, job: Job, out: OutputFolder) -> None:
@@ -34,7 +36,7 @@ def write_rest(session: Session, job: Job, out: OutputFolder) -> None:
 def reopen_written(session: Session, out: OutputFolder, streamed: Streamed) -> dict:
     """Open what was written in a fresh process and compare its logits with the streamed ones (checkpoint.reopen)."""
     tokens = session.tokenizer(reopen.SAMPLE).input_ids if session.has_tokenizer else None
-    needed = out.total_parameters * session.model.dtype.itemsize
+    needed = out.total_parameters * session.model.dtype.itemsize + resident_memory()
     return reopen.verify(
         out.partial,
         session.probe,
@@ -42,7 +44,7 @@ def reopen_written(session: Session, out: OutputFolder, streamed: Streamed) -> d
         str(session.model.dtype).removeprefix("torch."),
         tokens,
         out.written,
-        layerwise=needed > (session.recipe.memory or 0.7 * available_memory()),
+        layerwise=needed > (session.recipe.memory or AT_ONCE),
         loads=session.job.format.loads,
     )
 

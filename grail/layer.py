@@ -54,7 +54,7 @@ class LayerPass:
         self.job, self.layer, self.chunks, self.wanted = job, layer, chunks, wanted
         self.trained = False
         self.work, self.device = chunks.work, job.model.device
-        self.prefix = f"{LAYERS}{layer}."
+        self.prefix = job.model.prefix(layer)
         self._known: list[str] = []
         self._gradients: dict[str, Tensor] | None = None
 
@@ -172,13 +172,13 @@ class LayerPass:
     def close(self, part: str) -> None:
         """A branch is done: its weights and the spilled inputs of its consumer are given up."""
         self.block.release(part)
-        self.work.store.drop(self._named(HIDDEN))
+        self.work.store.drop(self._named(HIDDEN), self.chunks.all)
         self._known.append(part)
 
     def end(self) -> None:
         """The layer is done: the outputs of its branches are given up."""
         for part in self._known:
-            self.work.store.drop(self._named(part))
+            self.work.store.drop(self._named(part), self.chunks.all)
 
     def gradient(self, site: Site) -> Tensor:
         """RMS over all windows of the dense block's regional gradient for the site's consumer (Wanda++), float32

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 from .errors import GrailError
+
+GUESSED_DISK_RATE = 500e6
 
 
 def peak_memory() -> int:
@@ -63,9 +67,40 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def gemm_rate(device: torch.device, size: int = 1536) -> float:
-    """Measured FLOP/s of a float32 matrix product, best of three."""
-    a = torch.ones(size, size, device=device)
+def resident_memory() -> int:
+    """Resident memory of this process at this moment, bytes."""
+    return _status("VmRSS:") or peak_memory()
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that can be written under a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def disk_rate(folder: Path, size: int = 64 * 2**20) -> float:
+    """Measured bytes a second of writing a file under a folder (or its nearest parent) and reading it again; through
+    the system's cache, as the store is used. A guess where nothing may be written."""
+    while not folder.exists():
+        folder = folder.parent
+    block = bytes(2**20)
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(size // len(block)):
+                file.write(block)
+            file.seek(0)
+            while file.read(len(block)):
+                pass
+    except OSError:
+        return GUESSED_DISK_RATE
+    return 2 * size / (time.perf_counter() - start)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1536) -> float:
+    """Measured FLOP/s of a matrix product, best of three."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, sentence_of
 from .finish import evaluate, reopen_written, write_rest
 from .pipeline import stream
+from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
 from .progress import Progress
 from .recipe import Recipe
 from .report import Report
 from .session import Session
 from .store import DiskStore, MemoryStore
 from .workspace import Workspace
+
+HASHED = ("model", "calibration", "evaluation")
 
 
 def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report:
@@ -62,6 +66,17 @@ def load(path: str | Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
+def plan(recipe: Recipe, progress: Progress) -> Plan:
+    """What `run` would do and need. Nothing is written. Raises GrailError for bad input, and for a budget that cannot
+    be kept."""
+    group = Group.from_environment(recipe.device)
+    with group.guard():
+        session = Session(recipe, progress if group.main else Progress(), group)
+        for note in session.notes():
+            progress.say(note)
+        return make_plan(session)
+
+
 def run(recipe: Recipe, progress: Progress) -> Report | None:
     """Carry out a recipe. Nothing is written outside OUT.partial, which is renamed at the very end.
 
@@ -71,31 +86,42 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
     group = Group.from_environment(recipe.device)
     with group.guard():
         progress = progress if group.main else Progress()
-        session = Session(recipe, progress, group)
-        progress.say(session.headline())
-        for note in session.notes():
-            progress.say(note)
-        out = session.out
-        try:
-            with out if group.main else nullcontext():
-                return _carry_out(session, out)
-        except KeyboardInterrupt:
-            if out.kept:
-                raise Interrupted(f"interrupted; {_kept(out)}") from None
+        plan = make_plan(Session(recipe, progress, group))
+        out = plan.session.out
+        check_disk(plan, out.path)
+        for line in (headline(plan), *plan.session.notes()):
+            progress.say(line)
+        if tight := warn_if_tight(plan):
+            progress.warn(tight)
+        with _telling_what_is_kept(out), out if group.main else nullcontext():
+            report = _carry_out(plan, out)
+    group.close()
+    return report
+
+
+@contextmanager
+def _telling_what_is_kept(out: OutputFolder) -> Iterator[None]:
+    """Add to what stopped the run that there is work to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out.kept:
+            raise Interrupted(f"interrupted; {_kept(out)}") from None
+        raise
+    except (GrailError, OSError) as error:
+        if not out.kept or (isinstance(error, OSError) and error.errno not in CIRCUMSTANCES):
             raise
-        except (GrailError, OSError) as error:
-            if not out.kept or (isinstance(error, OSError) and error.errno not in CIRCUMSTANCES):
-                raise
-            sentence = sentence_of(error) if isinstance(error, OSError) else str(error)
-            raise Circumstance(f"{sentence}; {_kept(out)}") from error
+        sentence = sentence_of(error) if isinstance(error, OSError) else str(error)
+        raise Circumstance(f"{sentence}; {_kept(out)}") from error
 
 
 def _kept(out: OutputFolder) -> str:
-    return f"what is done is kept in {out.partial}: the same command with --resume goes on from there"
+    return f"what is done is kept in {out.partial}: the command that began it goes on from there with --resume"
 
 
-def _carry_out(session: Session, out: OutputFolder) -> Report | None:
-    work = _workspace(session, out)
+def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
+    session = plan.session
+    work = _workspace(plan, out)
     session.settle_widths(work)
     job, windows = session.job, session.windows and session.windows.ids
     with session.phase("compress"):
@@ -129,30 +155,32 @@ def _carry_out(session: Session, out: OutputFolder) -> Report | None:
     return report
 
 
-def _workspace(session: Session, out: OutputFolder) -> Workspace:
-    """How the passes are carried out: as an earlier run did whose work is gone on with, else as the recipe asks."""
-    group = session.group
-    asked = {"identity": session.identity(), "chunk_tokens": session.chunk_tokens, "threads": torch.get_num_threads()}
+def _workspace(plan: Plan, out: OutputFolder) -> Workspace:
+    """How the passes are carried out: as an earlier run did whose work is gone on with, else as planned."""
+    session, group = plan.session, plan.session.group
+    chunk_tokens, threads = plan.costs.chunk_tokens, torch.get_num_threads()
+    asked = {"identity": session.identity(), "chunk_tokens": chunk_tokens, "threads": threads}
     started = out.journal.find(START) if group.main else None
     begun = group.broadcast(started[0] if started else None)
     if begun is None and group.main:
         out.journal.append({"step": START, **asked})
     elif begun is not None:
-        _check_same(begun["identity"], asked["identity"], out)
+        _check_same(begun["identity"], asked["identity"])
         asked = begun
     torch.set_num_threads(asked["threads"])
     group.barrier()
-    store = DiskStore(out.partial / STORE) if session.store == "disk" else MemoryStore()
-    return Workspace(store, group, asked["chunk_tokens"], session.spill)
+    store = DiskStore(out.partial / STORE) if plan.store == "disk" else MemoryStore()
+    return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill)
 
 
-def _check_same(begun: dict, asked: dict, out: OutputFolder) -> None:
-    """Raises GrailError naming the first thing that is not as it was."""
+def _check_same(begun: dict, asked: dict) -> None:
+    """Raises Circumstance, which leaves the work as it is, naming the first thing that is not as it was."""
     flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**begun}, {**asked})]
     for key in sorted(set(flat[0]) | set(flat[1])):
         was, now = (found.get(key) for found in flat)
         if was != now:
-            raise GrailError(
-                f"--resume: {out.partial} was begun with {key} {was}, this command has {key} {now}; repeat the command "
-                f"that was interrupted, or start over with --overwrite and without --resume"
+            what = f"{key} sha256" if key in HASHED else key
+            raise Circumstance(
+                f"--resume: the run was begun with {what} {was}, this command has {what} {now} (to start over, give "
+                f"--overwrite and not --resume)"
             )

@@ -23,7 +23,6 @@ from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
 from .distributed import Group
 from .errors import GrailError
-from .estimate import estimate
 from .families import open_family
 from .families.decoder import Decoder
 from .job import Job
@@ -116,11 +115,6 @@ class Session:
         if self.group.main:
             self.out.journal.append({"step": WIDTHS, "kept": kept})
         return kept
-
-    @property
-    def store(self) -> str:
-        """Where activations lie between layers, "memory" or "disk"."""
-        return "disk" if self.recipe.store == "auto" else self.recipe.store
 
     @property
     def spill(self) -> bool:
@@ -230,19 +224,6 @@ class Session:
         """Whether only the part of `source` that calibration never sees may be used for evaluation."""
         given = self.recipe.calibration
         return isinstance(given, str) and (source == given or os.path.abspath(given) == source)
-
-    def headline(self) -> str:
-        """The one line before work."""
-        changed = sum(map(self.job.changes, self.job.sites))
-        tokens = self.windows.tokens if self.windows else 0
-        evaluated = self.evaluated.tokens if self.evaluated else 0
-        pruned_too = self.recipe.compare_pruned and self.recipe.compensate
-        cost = estimate(self.job, tokens, evaluated, pruned_too, self.widths.needs_scores)
-        return (
-            f"{self.recipe.called or self.located.id}: {self.parameters / 1e6:.1f} M parameters, "
-            f"{changed} of {len(self.job.sites)} sites, {tokens:,} calibration tokens; "
-            f"about {cost.memory / 1e9:.1f} GB and {max(cost.seconds, 1):.0f} s"
-        )
 
     @cached_property
     def _source_sha256(self) -> str:

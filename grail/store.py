@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -20,6 +19,8 @@ from torch import Tensor
 from .errors import Circumstance
 
 MAGIC = b"GRAILCHK"
+START = len(MAGIC) + 8
+"""Before the header: the magic, the header's length and the CRC-32 of all that follows, 4 bytes each."""
 
 
 class ChunkStore(ABC):
@@ -34,8 +35,9 @@ class ChunkStore(ABC):
         """The tensor that was put. Raises KeyError where there is none, Circumstance when it was damaged."""
 
     @abstractmethod
-    def drop(self, series: str, numbers: Iterable[int] | None = None) -> None:
-        """Give up chunks of a series, all of them by default; those that are not there are passed over."""
+    def drop(self, series: str, numbers: Iterable[int]) -> None:
+        """Give up chunks of a series (another process may hold others of it); those that are not there are passed
+        over."""
 
     @abstractmethod
     def holds(self, series: str, numbers: Iterable[int]) -> bool:
@@ -61,17 +63,16 @@ class MemoryStore(ChunkStore):
     def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
         return self._held[series, number].to(device)
 
-    def drop(self, series: str, numbers: Iterable[int] | None = None) -> None:
-        gone = None if numbers is None else set(numbers)
-        for key in [key for key in self._held if key[0] == series and (gone is None or key[1] in gone)]:
-            del self._held[key]
+    def drop(self, series: str, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._held.pop((series, number), None)
 
     def holds(self, series: str, numbers: Iterable[int]) -> bool:
         return all((series, number) in self._held for number in numbers)
 
 
 class DiskStore(ChunkStore):
-    """Chunks as files `folder/series/number`, each with its dtype, shape and CRC-32."""
+    """Chunks as files `folder/series/number`, each with its dtype and shape in a header, under one CRC-32."""
 
     outlives_process = True
 
@@ -81,16 +82,13 @@ class DiskStore(ChunkStore):
     def put(self, series: str, number: int, tensor: Tensor) -> None:
         path = self._path(series, number)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        header = {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            "crc32": zlib.crc32(raw),
-        }
-        text = json.dumps(header).encode()
+        text = json.dumps({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}).encode()
+        checksum = zlib.crc32(raw, zlib.crc32(text))
+        start = MAGIC + len(text).to_bytes(4, "little") + checksum.to_bytes(4, "little") + text
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb", buffering=0) as file:
-                for part in (MAGIC, len(text).to_bytes(4, "little"), text, raw):
+                for part in (start, raw):
                     _write_all(file, memoryview(part))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -104,10 +102,7 @@ class DiskStore(ChunkStore):
             raise Circumstance(f"{path} was damaged while it lay there; check the disk")
         return found.to(device)
 
-    def drop(self, series: str, numbers: Iterable[int] | None = None) -> None:
-        if numbers is None:
-            shutil.rmtree(self.folder / series, ignore_errors=True)
-            return
+    def drop(self, series: str, numbers: Iterable[int]) -> None:
         for number in numbers:
             self._path(series, number).unlink(missing_ok=True)
 
@@ -127,22 +122,25 @@ def _write_all(file, view: memoryview) -> None:
 def _read(path: Path) -> Tensor | None:
     """A chunk's tensor, or None when the file is not sound."""
     with open(path, "rb", buffering=0) as file:
-        start = file.read(len(MAGIC) + 4)
-        if len(start) < len(MAGIC) + 4 or not start.startswith(MAGIC):
+        left = os.fstat(file.fileno()).st_size - START
+        start = file.read(START)
+        length, checksum = (int.from_bytes(start[i : i + 4], "little") for i in (len(MAGIC), len(MAGIC) + 4))
+        if not start.startswith(MAGIC) or length > left:
             return None
-        try:
-            header = json.loads(file.read(int.from_bytes(start[len(MAGIC) :], "little")))
-            dtype, shape, checksum = getattr(torch, header["dtype"]), header["shape"], header["crc32"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        text, raw = (torch.empty(count, dtype=torch.uint8) for count in (length, left - length))
+        if not (_read_all(file, text) and _read_all(file, raw)):
             return None
-        count = torch.Size(shape).numel() * dtype.itemsize
-        if os.fstat(file.fileno()).st_size != file.tell() + count:
-            return None
-        raw = torch.empty(count, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
-        while view:
-            got = file.readinto(view[: 2**30])
-            if not got:
-                return None
-            view = view[got:]
-    return raw.view(dtype).view(shape) if zlib.crc32(raw.numpy()) == checksum else None
+    if zlib.crc32(raw.numpy(), zlib.crc32(text.numpy())) != checksum:
+        return None
+    header = json.loads(text.numpy().tobytes())
+    return raw.view(getattr(torch, header["dtype"])).view(header["shape"])
+
+
+def _read_all(file, target: Tensor) -> bool:
+    view = memoryview(target.numpy())
+    while view:
+        got = file.readinto(view[: 2**30])
+        if not got:
+            return False
+        view = view[got:]
+    return True

@@ -97,6 +97,38 @@ def show_report(report: Report, console: Console) -> None:
         console.print(f"{key:14} {value}", markup=False)
 
 
+def show_plan(found: dict, console: Console) -> None:
+    """What `grail plan` says."""
+    memory, seconds, flops = found["memory_bytes"], found["seconds"], found["flops"]
+    kinds = ", ".join(
+        f"{kind} {entry['before']} -> {entry['after']} at {entry['changed']} of {entry['sites']} sites"
+        if entry["changed"]
+        else f"{kind} unchanged"
+        for kind, entry in found["sites"].items()
+    )
+    lines = {
+        "model": f"{found['model']}, {found['layers']} layers",
+        "method": f"{found['method']}, allocation {found['allocation']}, passes over the text: {found['passes']}",
+        "widths": kinds + (" (before the network is scored)" if found["allocation"] == "global" else ""),
+        "parameters": _before_after(found["parameters"]["before"], found["parameters"]["after"], 1e6, "M"),
+        "size on disk": _before_after(found["bytes"]["before"], found["bytes"]["after"], 1e6, "MB"),
+        "text": f"{found['calibration_tokens']:,} calibration tokens, {found['chunk_tokens']:,} at a time; "
+        f"{found['evaluation_tokens']:,} for evaluation",
+        "activations": f"in the {found['store']} store, hidden vectors {found['hidden_states']}, "
+        f"{found['store_traffic_bytes'] / 1e9:.2f} GB of traffic",
+        "arithmetic": ", ".join(f"{name} {value / 1e12:.2f} TFLOP" for name, value in flops.items() if value),
+        "files": f"{found['bytes_read'] / 1e9:.2f} GB read, {found['bytes_written'] / 1e9:.2f} GB written, "
+        f"{found['disk_bytes'] / 1e9:.2f} GB of disk needed",
+        "memory": f"{memory['peak'] / 1e9:.2f} GB at most: "
+        + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items() if name != "peak"),
+        "time": f"about {seconds['total']:.0f} s: "
+        + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total"),
+        "loads with": found["loads_with"] or "decided when the network was scored",
+    }
+    for key, value in lines.items():
+        console.print(f"{key:14} {value}", markup=False)
+
+
 def show_profile(report: Report, console: Console) -> None:
     """Where time went, largest first; phases of background threads overlap with the others."""
     table = Table("phase", box=None, pad_edge=False, header_style="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -14,7 +13,6 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; test_aot.py c
 import pytest
 import torch
 from hypothesis import settings
-from safetensors.torch import save_file
 
 settings.register_profile("ci", derandomize=True, print_blob=True)
 if os.environ.get("CI"):
@@ -27,11 +25,6 @@ torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), 2))
 def reopen_here(monkeypatch, tmp_path_factory):
     """The reopening check itself, in this process: the same comparisons without four seconds of imports."""
     from grail.checkpoint import reopen
+    from tests.tiny import verify_in_this_process
 
-    def verify(folder, probe_1L, logits_1LV, dtype, token_ids, written, *, layerwise, loads="plain"):
-        work = tmp_path_factory.mktemp("reopen")
-        save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, work / "probe.safetensors")
-        (work / "expected.json").write_text(json.dumps({"token_ids": token_ids, "tensors": written}))
-        return reopen.check(folder, work, dtype, layerwise=layerwise, loads=loads)
-
-    monkeypatch.setattr(reopen, "verify", verify)
+    monkeypatch.setattr(reopen, "verify", verify_in_this_process(tmp_path_factory.mktemp))

@@ -86,6 +86,26 @@ def test_cross_moment_of_several_sites_and_its_state(poisoned):
     assert found.count == mask.sum(1).tolist()
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("sites", [None, 2], ids=["one site", "two sites"])
+def test_cross_moment_about_another_origin(poisoned, monkeypatch, backend, sites):
+    """Also in blocks that do not divide the width, and beside the kernel's padding columns."""
+    monkeypatch.setattr("grail_kernels.cross.SHIFTED_ROWS", 16)
+    leading = () if sites is None else (sites,)
+    x, y = rows(2 * 60, 40).view(2, 60, 40)[: sites or 1], rows(2 * 60, 33, seed=3).view(2, 60, 33)[: sites or 1]
+    delta, y_sum = rows(sites or 1, 40, seed=4).double() + 3, y.double().sum(1)
+    expected = (x.double() + delta[:, None]).mT @ y.double()
+    delta, y_sum = delta.reshape(*leading, 40), y_sum.reshape(*leading, 33)
+    found = CrossAccumulator(40, 33, sites=sites, backend=backend)
+    found.update(x.reshape(*leading, 60, 40), y.reshape(*leading, 60, 33)).shifted_(delta, y_sum)
+    assert error(found.value.reshape(expected.shape), expected) <= 5e-6
+    assert found.count == (60 if sites is None else [60, 60])
+    assert not found._data[..., 33:].any()
+    for bad_delta, bad_sum in ((delta[..., :-1], y_sum), (delta, y_sum[..., :-1]), (delta[None], y_sum)):
+        with pytest.raises(ValueError, match="do not fit"):
+            found.shifted_(bad_delta, bad_sum)
+
+
 def test_cross_moment_splits_states_and_shapes(poisoned):
     from grail_kernels.launch import cross_add
 

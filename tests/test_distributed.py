@@ -1,7 +1,4 @@
-"""Several real processes: what they gather together equals what one gathers, and a death is noticed.
-
-Run as a script this file is one of the processes: `test_distributed.py SCENE FOLDER`, with torchrun's variables.
-"""
+"""Several real processes: what they gather together equals what one gathers, and a death is noticed."""
 
 from __future__ import annotations
 
@@ -24,163 +21,14 @@ import torch.distributed
 from grail import distributed
 from grail.distributed import Group
 from grail.errors import GrailError
-from grail.moments import PairStatistics
-from grail.statistics import DIAGONAL, GRAM, MOMENTS, SiteStatistics
+from tests.group_script import DTYPES, NEEDS, PAIRS, SHAPES, SPLITS, WIDTH, drawn, figures, gathered, pairs
 
 ROOT = Path(__file__).parents[1]
-ROWS, WIDTH, OUTPUTS, CHUNK = 600, 24, 7, 90
-NEEDS = {
-    "diag": (frozenset({DIAGONAL}), False),
-    "moments": (frozenset({MOMENTS}), False),
-    "nothing": (frozenset(), False),
-    "gram": (frozenset({GRAM}), False),
-    "scatter": (frozenset({GRAM}), True),
-}
-PAIRS = ("pairs", "affine pairs")
-SPLITS = {
-    "uneven": {2: [431, 169], 3: [7, 400, 193]},
-    "first has none": {2: [0, 600], 3: [0, 250, 350]},
-    "last has none": {2: [600, 0], 3: [250, 350, 0]},
-    "nobody has any": {2: [0, 0], 3: [0, 0, 0]},
-}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.bool, torch.complex64)
 FLOAT32, FLOAT64 = 1e-6, 1e-12  # relative error in norm
+MEANS = ("mean", "mean_square", "variance")
+CANCELLED = 5e-6  # of a cross moment about the mean of z alone, whose products are here 18 times as large as their sum
 LOST = r"process {} of {} cannot go on because another one ended \([^)]+\).*--resume"
 SOON = 20.0
-
-
-def activations() -> torch.Tensor:
-    """Rows whose mean drifts, so that processes see different ones, and lies up to 50 deviations from zero."""
-    noise = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
-    return noise + torch.linspace(-50, 50, WIDTH) + 3 * torch.linspace(-1, 1, ROWS)[:, None]
-
-
-def pairs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z, and y and d that depend on z and have means: the same bits however they are cut into chunks."""
-    z = activations()
-    weight = torch.randn(WIDTH, OUTPUTS, generator=torch.Generator().manual_seed(1))
-    return z, z @ weight, 0.1 * (z @ weight.roll(1, 0)) + 2.0
-
-
-def gathered(start: int = 0, count: int = ROWS) -> dict:
-    """Every kind of statistics of these rows, by name."""
-    found = {name: SiteStatistics(WIDTH, needs, affine=affine) for name, (needs, affine) in NEEDS.items()}
-    found |= {name: PairStatistics(WIDTH, OUTPUTS, affine=name != "pairs") for name in PAIRS}
-    for chunk in zip(*(part[start : start + count].split(CHUNK) for part in pairs()), strict=True):
-        for name, statistics in found.items():
-            statistics.update(*(chunk if name in PAIRS else chunk[:1]))
-    return found
-
-
-def figures(name: str, statistics) -> dict:
-    """What can be read from statistics."""
-    if name in PAIRS:
-        names = ("count", "cross", "mean", "mean_difference", "difference_energy", "target_energy")
-        found = {key: torch.as_tensor(getattr(statistics, key), dtype=torch.float64) for key in names}
-        return found | {"gram": statistics.normal.to_dense()}
-    found = {"count": torch.as_tensor(statistics.count)}
-    if name != "nothing":
-        found |= {"mean": statistics.mean(), "mean_square": statistics.mean_square()}
-    if name in ("gram", "scatter"):
-        found["gram"] = statistics.gram.to_dense()
-    if name in ("moments", "scatter"):
-        found["variance"] = statistics.variance()
-    return found
-
-
-def drawn(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return (10 * torch.randn(*shape, generator=torch.Generator().manual_seed(3))).to(dtype)
-
-
-def carried(group: Group) -> dict:
-    """What every method but those of statistics gives here."""
-    own = torch.randn(1000, generator=torch.Generator().manual_seed(group.rank))
-    strided = torch.full((6, 4), group.rank + 1.0).T[::2]
-    sent = [torch.full((group.rank, 2), group.rank), torch.tensor(0.5 + group.rank), own[:5].bfloat16()]
-    main = group.main
-    found = {
-        "rank": group.rank,
-        "device": group.device,
-        "gather": group.gather({"rank": group.rank, "long": "x" * (1 + 5000 * group.rank)}),
-        "broadcast": group.broadcast(("from", group.rank)),
-        "sum": group.sum_(own.clone()),
-        "again": group.sum_(own.clone()),
-        "strided": group.sum_(strided),
-        "counts": group.sum_(torch.tensor([group.rank, 1])),
-        "half": group.sum_(own.bfloat16()),
-        "stack": group.stack(own[:6].view(3, 2).T),
-        "tensors": [group.broadcast_tensor(drawn(dtype, 5, 3) if main else None) for dtype in DTYPES],
-        "shapes": [
-            group.broadcast_tensor(drawn(torch.float32, *shape)[..., ::2] if main else None) for shape in SHAPES
-        ],
-        "scalar": group.broadcast_tensor(torch.tensor(2.5) if main else None),
-        "sent": group.send_to_main(sent[: 3 - group.rank]),
-        "shares": [list(group.share(count)) for count in (0, 1, 7, 9)],
-    }
-    group.barrier()
-    return found
-
-
-SHAPES = [(4,), (3, 8), (0, 4), (2, 3, 2)]
-
-
-def work(group: Group, folder: Path) -> None:
-    """Save what this process holds after everything has been carried and summed."""
-    found = {"carried": carried(group)}
-    for split, sizes in SPLITS.items():
-        statistics = gathered(sum(sizes[group.size][: group.rank]), sizes[group.size][group.rank])
-        for held in statistics.values():
-            held.sum_over(group)
-        found[split] = {name: figures(name, held) for name, held in statistics.items()}
-    poisoned = SiteStatistics(WIDTH, frozenset({GRAM}), affine=True)
-    poisoned.update(torch.full((5, WIDTH), 1.0).index_fill(1, torch.tensor([group.rank]), float("nan")))
-    poisoned.sum_over(group)
-    try:
-        poisoned.check_finite("site")
-    except GrailError as refused:
-        found["refused"] = str(refused)
-    torch.save(found, folder / f"{group.rank}.pt")
-
-
-def killed(group: Group, folder: Path) -> None:
-    """The last process is killed while the others wait for it."""
-    group.barrier()
-    if group.rank == group.size - 1:
-        (folder / "dead").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    group.sum_(torch.ones(3))
-
-
-def fails(group: Group, folder: Path) -> None:
-    """The last process fails in the middle of a call, and keeps the error and itself alive."""
-    group.barrier()
-    if group.rank < group.size - 1:
-        group.broadcast_tensor(torch.ones(3) if group.main else None)
-        group.gather(1)
-    try:
-        with group.guard():
-            overflow(group)
-    except RuntimeError as error:
-        assert str(error) == "no memory"
-        (folder / "dead").touch()
-        time.sleep(100)
-
-
-def overflow(group: Group) -> None:
-    with group.collective() as carrier:
-        raise RuntimeError("no memory")
-    return carrier
-
-
-def joins_again(group: Group, folder: Path) -> None:
-    """One run after the other, in the same processes; nobody is left behind by one that is quicker."""
-    for turn in range(10):
-        assert group.gather(turn) == [turn] * group.size
-        group.close()
-        group.close()
-        group = Group.from_environment("cpu")
-    (folder / f"{group.rank}").write_text(group.device)
-    group.close()
 
 
 @contextmanager
@@ -190,7 +38,8 @@ def processes(scene: str, size: int, folder: Path) -> Iterator[list[subprocess.P
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, scene, folder],
+            [sys.executable, "-m", "tests.group_script", scene, folder],
+            cwd=ROOT,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -239,11 +88,10 @@ def bound(name: str, figure: str) -> float:
     """Gram matrices, cross moments and the means kept with them are sums in float32."""
     if figure == "count":
         return 0.0
+    if (name, figure) == ("affine pairs", "cross"):
+        return CANCELLED
     float32 = figure in ("gram", "cross") or (name not in ("diag", "moments") and figure in MEANS)
     return FLOAT32 if float32 else FLOAT64
-
-
-MEANS = ("mean", "mean_square", "variance")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -268,7 +116,7 @@ def test_sums_are_those_of_float64(found, split):
     assert error(sums["scatter"]["gram"], x.mT @ x) <= FLOAT32
     assert error(sums["affine pairs"]["gram"], deviation.mT @ deviation) <= FLOAT32
     assert error(sums["pairs"]["cross"], x.mT @ d) <= FLOAT32
-    assert error(sums["affine pairs"]["cross"], deviation.mT @ d) <= FLOAT32
+    assert error(sums["affine pairs"]["cross"], deviation.mT @ d) <= CANCELLED
     assert error(sums["affine pairs"]["target_energy"], (y - y.mean(0)).square().sum()) <= FLOAT64
 
 
@@ -300,7 +148,8 @@ def test_tensors_are_summed_in_place_and_alike(found):
 def test_tensors_of_the_main_process_reach_the_others(found):
     for held in (item["carried"] for item in found):
         for dtype, tensor in zip(DTYPES, held["tensors"], strict=True):
-            assert tensor.dtype == dtype and torch.equal(tensor, drawn(dtype, 5, 3))
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor.view(torch.uint8), drawn(dtype, 5, 3).view(torch.uint8))
         for shape, tensor in zip(SHAPES, held["shapes"], strict=True):
             assert torch.equal(tensor, drawn(torch.float32, *shape)[..., ::2])
         assert held["scalar"].shape == () and held["scalar"] == 2.5
@@ -341,10 +190,15 @@ def test_a_death_ends_the_others_soon(tmp_path, scene, size):
 
 
 def test_torchrun_starts_it(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     with subprocess.Popen(
-        [*command, "joins_again", tmp_path], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "-m", "tests.group_script", "joins_again", tmp_path],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as running:
         try:
             words = running.communicate(timeout=200)[1]
@@ -399,12 +253,16 @@ def test_a_start_that_fails_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     with pytest.raises(GrailError, match="run one process instead of 2"):
         Group.from_environment("cpu")
+    for name in ("nonsense", "cudax", "meta"):
+        with pytest.raises(GrailError, match=f"--device {name}"):
+            Group.from_environment(name)
 
 
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     torchrun_variables(monkeypatch, RANK="9", LOCAL_RANK="1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "usable_device", torch.device)
     assert [distributed.own_device(name, 9, 16) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(GrailError, match="cuda:0 is one GPU for 2 processes"):
         distributed.own_device("cuda:0", 9, 16)
@@ -415,14 +273,3 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
         distributed.own_device("cuda", 9, 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.own_device("auto", 9, 16) == "cpu"
-
-
-if __name__ == "__main__":
-    joined = Group.from_environment("cpu")
-    try:
-        with joined.guard():
-            globals()[sys.argv[1]](joined, Path(sys.argv[2]))
-    except GrailError as refused:
-        sys.stderr.write(f"{refused}\n")
-        sys.exit(3)
-    joined.close()

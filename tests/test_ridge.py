@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grail_kernels import RidgeError, ridge_reference, ridge_solve
+from grail_kernels.ridge import MatrixRows, ridge_solve_
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -296,6 +297,95 @@ def test_shapes_that_do_not_fit_raise(a_shape, rhs_shape):
 def test_negative_or_non_finite_ridge_raises(lam):
     with pytest.raises(ValueError):
         ridge_solve(gram(3), torch.ones(3, 1), lam)
+
+
+class TestInPlace:
+    """A by rows, the solution over the right-hand side: otherwise as ridge_solve."""
+
+    @staticmethod
+    def read(a, log):
+        """A's rows, each reading in the log."""
+        return MatrixRows(len(a), a.device, lambda start, end: log.append((start, end)) or a[start:end])
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("name", ["healthy", *SINGULAR])
+    def test_same_bits_as_ridge_solve(self, name, transposed):
+        a = gram(20) if name == "healthy" else SINGULAR[name]
+        rhs = normal(6, 20, seed=1).mT if transposed else normal(20, 6, seed=1)
+        want, log = ridge_solve(a, rhs, 0.0), []
+        kept = a.clone()
+        got = ridge_solve_(self.read(a, log), rhs, 0.0)
+        assert got.solution is rhs
+        assert torch.equal(rhs, want.solution)
+        assert (got.lam, got.info, got.retries, got.rcond) == (want.lam, want.info, want.retries, want.rcond)
+        assert len(log) == 1 + got.retries
+        assert torch.equal(a, kept)
+
+    @pytest.fixture
+    def eight_rows_at_once(self, monkeypatch):
+        monkeypatch.setattr("grail_kernels.cholesky.BLOCK_ROWS", 8)
+        monkeypatch.setattr("grail_kernels.cholesky.BLOCK_NUMBERS", 1)
+
+    @pytest.mark.usefixtures("eight_rows_at_once")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_more_rows_than_are_read_at_once(self, dtype):
+        """Also with an anchor, and where the residuals of a float32 factor need A again."""
+        a, rhs, anchor, log = gram(20), normal(20, 3, seed=1), normal(20, 3, seed=2), []
+        got = ridge_solve(a, rhs, 0.3, anchor=anchor, solve_dtype=dtype)
+        assert_close(got.solution, ridge_reference(a, rhs, 0.3, anchor))
+        want = ridge_reference(a, rhs, 0.3)
+        assert_close(ridge_solve_(self.read(a, log), rhs, 0.3).solution, want)
+        assert log == [(0, 8), (8, 16), (16, 20)]
+
+    @pytest.mark.usefixtures("eight_rows_at_once")
+    @pytest.mark.parametrize("row", [0, 7, 8, 19])
+    def test_nan_in_any_block(self, row):
+        a = gram(20)
+        a[row, 3] = math.nan
+        with pytest.raises(RidgeError, match="matrix"):
+            ridge_solve_(MatrixRows.of(a), normal(20, 3, seed=1), 0.3)
+
+    def test_a_strided_right_hand_side(self):
+        a, wide = gram(20), normal(40, 12, seed=1)
+        want = ridge_reference(a, wide[::2, ::3].clone(), 0.3)
+        rest = wide[1::2].clone()
+        ridge_solve_(MatrixRows.of(a), wide[::2, ::3], 0.3)
+        assert_close(wide[::2, ::3], want)
+        assert torch.equal(wide[1::2], rest)
+
+    def test_reference_backend(self):
+        a, rhs = gram(20), normal(20, 3, seed=1)
+        want = ridge_reference(a, rhs, 0.3)
+        got = ridge_solve_(MatrixRows.of(a), rhs, 0.3, backend="reference")
+        assert got.solution is rhs
+        assert_close(rhs, want)
+
+    @pytest.mark.parametrize("where", ["matrix", "rhs", "hopeless"])
+    def test_failures_raise(self, where):
+        a, rhs = gram(2), normal(2, 2, seed=1)
+        if where == "hopeless":
+            a = torch.tensor([[1.0, 10.0], [10.0, 1.0]])
+        else:
+            (a if where == "matrix" else rhs)[1, 0] = math.nan
+        with pytest.raises(RidgeError):
+            ridge_solve_(MatrixRows.of(a), rhs, 0.0)
+
+    @pytest.mark.parametrize(
+        "rhs",
+        [
+            pytest.param(torch.ones(20, 2), id="float32"),
+            pytest.param(torch.ones(19, 2, dtype=torch.float64), id="rows-differ"),
+            pytest.param(torch.ones(20, dtype=torch.float64), id="vector"),
+        ],
+    )
+    def test_a_right_hand_side_that_cannot_hold_the_solution_is_refused(self, rhs):
+        with pytest.raises(ValueError, match="float64 with 20 rows"):
+            ridge_solve_(MatrixRows.of(gram(20)), rhs, 0.3)
+
+    @pytest.mark.parametrize("lam", [-1.0, math.nan, math.inf, [0.1, 0.2]], ids=str)
+    def test_another_ridge_than_one_number_is_refused(self, lam):
+        with pytest.raises(ValueError, match="λ"):
+            ridge_solve_(MatrixRows.of(gram(3)), torch.ones(3, 1, dtype=torch.float64), lam)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,3 +72,16 @@ def tiny_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     return Path(folder)
+
+
+def verify_in_this_process(new_folder: Callable[[str], Path]) -> Callable:
+    """What `checkpoint.reopen.verify` does, without a process of its own and its seconds of imports."""
+    from grail.checkpoint import reopen
+
+    def verify(folder, probe_1L, logits_1LV, dtype, token_ids, written, *, layerwise, loads="plain"):
+        work = new_folder("reopen")
+        save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, work / "probe.safetensors")
+        (work / "expected.json").write_text(json.dumps({"token_ids": token_ids, "tensors": written}))
+        return reopen.check(folder, work, dtype, layerwise=layerwise, loads=loads)
+
+    return verify

@@ -1,9 +1,14 @@
-"""The journal of a run: one line of JSON for each committed step, on disk before the next one begins."""
+"""The journal of a run: one line of JSON for each committed step, on disk before the next one begins.
+
+A line begins with the CRC-32 of the step's own JSON as "sum".
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +16,8 @@ START = "start"
 
 
 class Journal:
-    """The committed steps, oldest first. A last line that was cut off is not a step: it is taken away when the next one
-    is written."""
+    """The committed steps, oldest first. A line that was cut off or damaged is not a step, nor is what follows it: it
+    is taken away when the next one is written."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -27,8 +32,8 @@ class Journal:
 
     @property
     def committed(self) -> bool:
-        """Whether there is work to go on with: anything beyond the line that says what was asked."""
-        return any(step["step"] != START for step in self.steps)
+        """Whether there is work to go on with: a line that says what was asked, and anything beyond."""
+        return bool(self.find(START)) and any(step["step"] != START for step in self.steps)
 
     def find(self, kind: str) -> list[dict]:
         """The steps of one kind."""
@@ -36,13 +41,17 @@ class Journal:
 
     def append(self, step: dict) -> None:
         """Commit one step."""
-        line = (json.dumps(step, sort_keys=True) + "\n").encode()
-        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-            file.truncate(self._sound)
-            file.seek(self._sound)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        text = json.dumps(step, sort_keys=True).encode()
+        line = b'{"sum": %d, %b\n' % (zlib.crc32(text), text[1:])
+        try:
+            with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+                file.truncate(self._sound)
+                file.seek(self._sound)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._sound += len(line)
         self.steps.append(step)
 
@@ -62,8 +71,7 @@ class Journal:
 
 
 def _parsed(line: bytes) -> dict | None:
-    try:
-        step = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    match = re.fullmatch(rb'\{"sum": (\d+), (.*)\n', line)
+    if match is None or zlib.crc32(text := b"{" + match[2]) != int(match[1]):
         return None
-    return step if isinstance(step, dict) and isinstance(step.get("step"), str) else None
+    return json.loads(text)

@@ -12,14 +12,16 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from ..errors import Circumstance, GrailError
-from .journal import START, Journal
+from .journal import Journal
 from .reader import DTYPES, INDEX, read_json
 
 LOCK, JOURNAL, STORE, REPLACED = "lock", "journal.jsonl", "store", "replaced"
@@ -74,6 +76,7 @@ class OutputFolder:
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.overwrite, self.keep, self.resume = overwrite, keep, resume
         self.journal = Journal(self.partial / JOURNAL)
+        self._entered = False
         self._forget()
 
     def _forget(self) -> None:
@@ -102,8 +105,11 @@ class OutputFolder:
             raise GrailError(
                 f"{self.partial} is in the way and was not made by grail; move it or choose another output"
             )
-        left = Journal(self.partial / JOURNAL)
-        if left.find(START) and left.committed and not (self.resume or self.overwrite):
+        if Journal(self.partial / JOURNAL).committed and not (self.resume or self.overwrite):
+            lock = _locked(self.partial / LOCK)
+            if lock is None:
+                raise GrailError(self._occupied)
+            lock.close()
             raise GrailError(
                 f"{self.partial} holds the work of a run that was interrupted: add --resume to go on with it, or "
                 f"--overwrite to start over"
@@ -120,27 +126,28 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         self.check()
-        self._made = [parent for parent in self.partial.parents if not parent.exists()]
+        self._made = [folder for folder in (self.partial, *self.partial.parents) if not folder.exists()]
+        home = self.path if self._cut_off_while_finishing() else self.partial
         try:
-            if self._cut_off_while_finishing():
-                os.replace(self.path, self.partial)
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.partial / LOCK, "a")
+            home.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(home / LOCK)
         except OSError as error:
+            self._unmake()
             raise GrailError(f"--output {self.path} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._lock.fileno()).st_ino != (self.partial / LOCK).stat().st_ino:
-                raise FileNotFoundError(self.partial)  # the other run ended, and its folder is no longer here
-        except OSError as error:
-            self._lock.close()
-            raise GrailError(
-                f"another run is working in {self.partial}; wait for it or choose another output"
-            ) from error
+        if self._lock is None:
+            raise GrailError(self._occupied)
+        if home != self.partial:
+            os.replace(home, self.partial)
+        self._entered = True
         self.journal = Journal(self.partial / JOURNAL)
-        committed = {step["file"] for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if self.resume else set()
+        goes_on = self.resume and self.journal.committed
+        committed = {step["file"] for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if goes_on else set()
         self._clear(but=committed | {LOCK})
         return self
+
+    @property
+    def _occupied(self) -> str:
+        return f"another run is working in {self.partial}; wait for it or choose another output"
 
     def _clear(self, but: set[str]) -> None:
         """Take away what an earlier run left, but for what is committed."""
@@ -156,17 +163,20 @@ class OutputFolder:
 
     @property
     def kept(self) -> bool:
-        """Whether there is work that another run can go on with."""
-        return self.keep and self.partial.exists() and self.journal.committed
+        """Whether this run leaves work that another one can go on with."""
+        return self.keep and self._entered and self.partial.exists() and self.journal.committed
 
     def __exit__(self, kind, error, trace) -> None:
         refused = isinstance(error, GrailError) and not isinstance(error, Circumstance)
         if self.partial.exists() and (refused or not self.kept):
             shutil.rmtree(self.partial)
-            for parent in self._made:
-                if not any(parent.iterdir()):
-                    parent.rmdir()
+            self._unmake()
         self._lock.close()
+
+    def _unmake(self) -> None:
+        for folder in self._made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def write_shard(self, file: str, pieces: list[Piece], **said: object) -> None:
         """Write and commit one safetensors file; `said` is kept in the journal beside it."""
@@ -175,19 +185,25 @@ class OutputFolder:
     def write_file(self, file: str, pieces: list[Piece]) -> int:
         """Write one safetensors file, the tensors streamed in the order given, and return its CRC-32. It counts for
         nothing until it is committed."""
-        temporary = self.partial / (file + ".tmp")
         checksum = 0
+        with self._replacing(file) as handle:
+            for block in _serialise(pieces):
+                checksum = zlib.crc32(block, checksum)
+                handle.write(block)
+        return checksum
+
+    @contextmanager
+    def _replacing(self, file: str) -> Iterator[IO]:
+        """A file written beside, then on disk, then renamed."""
+        temporary = self.partial / (file + ".tmp")
         try:
             with open(temporary, "wb") as handle:
-                for block in _serialise(pieces):
-                    checksum = zlib.crc32(block, checksum)
-                    handle.write(block)
+                yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(temporary)) from error
         os.replace(temporary, self.partial / file)
-        return checksum
 
     def commit_shard(self, file: str, pieces: list[Piece], checksum: int, **said: object) -> None:
         """A journal line for a file that lies there."""
@@ -223,9 +239,8 @@ class OutputFolder:
 
     def write_text(self, file: str, text: str) -> None:
         """Commit one text file, UTF-8."""
-        temporary = self.partial / (file + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.partial / file)
+        with self._replacing(file) as handle:
+            handle.write(text.encode())
 
     def carry_over(self, source: Path) -> None:
         """Copy tokenizer, chat template, generation config and licence files, following links.
@@ -259,6 +274,19 @@ class OutputFolder:
         for name in (LOCK, JOURNAL):
             (self.path / name).unlink(missing_ok=True)
         return self.path
+
+
+def _locked(path: Path) -> IO | None:
+    """The lock file, locked until it is closed; None where another run has it, or took it away at this moment."""
+    file = open(path, "a")  # noqa: SIM115 - held until the run ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+    except OSError:
+        pass
+    file.close()
+    return None
 
 
 def data_files(source: Path) -> Iterator[Path]:

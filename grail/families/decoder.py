@@ -82,6 +82,11 @@ class Decoder(ABC):
         number = name.removeprefix(LAYERS).split(".", 1)[0]
         return int(number) if name.startswith(LAYERS) and number.isdecimal() else None
 
+    @staticmethod
+    def prefix(layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{LAYERS}{layer}."
+
     @abstractmethod
     def sites(self, gqa: str) -> list[Site]:
         """Every site in execution order."""
@@ -119,7 +124,7 @@ class Decoder(ABC):
         """Layer `index`; its tensors are read as they are needed, in the compute dtype. Reading raises GrailError
         naming a tensor with a NaN."""
         module = copy.deepcopy(self._layers[index]).requires_grad_(False)
-        prefix = f"{LAYERS}{index}."
+        prefix = self.prefix(index)
         return Block(
             module, self.parts, lambda name: self._tensor(prefix + name), lambda b, n: self._layer_kwargs(index, b, n)
         )

@@ -19,7 +19,7 @@ from ..reduction import Reduction, Units
 from ..registration import register
 from .base import OutputFormat, Producer, Site
 from .block import Part
-from .decoder import LAYERS, Decoder
+from .decoder import Decoder
 from .formats import output_format
 from .layout import ATTENTION, LINEARS, MLP, LayerWidths
 from .plain import CLASSES
@@ -102,10 +102,6 @@ class LlamaFamily(Decoder):
         producers = tuple(Producer(self._module(layer, name), count) for name, count in rows.items())
         consumer = self._module(layer, consumer)
         return Site(consumer, kind, layer, producers, consumer, units)
-
-    def prefix(self, layer: int) -> str:
-        """What the names of a layer's tensors begin with."""
-        return f"{LAYERS}{layer}."
 
     def _module(self, layer: int, name: str) -> str:
         return f"{self.prefix(layer)}{LINEARS[name]}.{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from ..statistics import SiteStatistics
 
 PRODUCERS = "producers"
 BLOCK_GRADIENTS = "block_gradients"
+ROWS = 256
 
 
 @dataclass
@@ -160,6 +162,14 @@ class ScoreSelector(Selector):
     def global_scores(self, site: SiteView) -> Tensor:
         """z-scores over the site's channels, the mean of each unit (FLAP, An et al., AAAI 2024)."""
         return standardised(self.scores(site)).view(site.units.count, site.units.size).mean(1)
+
+
+def column_sums(weight_OH: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
+    """Σ over outputs of term(weight), float64 [H], a block of rows at a time: no float64 copy of the whole weight."""
+    total_H = weight_OH.new_zeros(weight_OH.shape[1], dtype=torch.float64)
+    for block_BH in weight_OH.split(ROWS):
+        total_H += term(block_BH.double()).sum(0)
+    return total_H
 
 
 def standardised(scores: Tensor) -> Tensor:

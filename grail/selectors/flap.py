@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import GrailError
 from ..statistics import DIAGONAL, MOMENTS
-from .base import ScoreSelector, SiteView
+from .base import ScoreSelector, SiteView, column_sums
 
 METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = {"AL-AM": "global", "AL-MM": "global", "UL-UM": "uniform", "UL-MM": "uniform"}
@@ -53,11 +54,11 @@ class Flap(ScoreSelector):
         return self.remove_heads if self.structure.endswith("MM") else None
 
     def scores(self, site: SiteView) -> Tensor:
-        weight_OH, statistics = site.weight_OH.double(), site.statistics
+        weight_OH, statistics = site.weight_OH, site.statistics
         if self.metric == "WIFN":
-            scores_H = weight_OH.abs().mean(0) * statistics.mean_square().sqrt()
+            scores_H = column_sums(weight_OH, torch.abs) / len(weight_OH) * statistics.mean_square().sqrt()
         else:
             scores_H = statistics.variance()
             if self.metric == "WIFV":
-                scores_H = scores_H * weight_OH.square().sum(0)
+                scores_H = scores_H * column_sums(weight_OH, torch.square)
         return scores_H.square() if site.kind == "heads" else scores_H

@@ -1,8 +1,9 @@
 """mag-sp: keep the channels whose consumer columns are longest. Data-free; REFERENCE section 1."""
 
+import torch
 from torch import Tensor
 
-from .base import ScoreSelector, SiteView
+from .base import ScoreSelector, SiteView, column_sums
 
 
 class Magnitude(ScoreSelector):
@@ -13,4 +14,4 @@ class Magnitude(ScoreSelector):
     source = "structured magnitude pruning, as in GRAIL (Tang et al., CPAL 2026)"
 
     def scores(self, site: SiteView) -> Tensor:
-        return site.weight_OH.double().norm(dim=0)
+        return column_sums(site.weight_OH, torch.square).sqrt()

@@ -1,9 +1,10 @@
 """wanda-sp: weight magnitude times activation size, summed per structure; REFERENCE section 1."""
 
+import torch
 from torch import Tensor
 
 from ..statistics import DIAGONAL
-from .base import ScoreSelector, SiteView
+from .base import ScoreSelector, SiteView, column_sums
 
 
 class WandaSP(ScoreSelector):
@@ -15,4 +16,5 @@ class WandaSP(ScoreSelector):
     needs = frozenset({DIAGONAL})
 
     def scores(self, site: SiteView) -> Tensor:
-        return site.weight_OH.double().abs().mean(0) * site.statistics.mean_square().sqrt()
+        mean_H = column_sums(site.weight_OH, torch.abs) / len(site.weight_OH)
+        return mean_H * site.statistics.mean_square().sqrt()

@@ -99,13 +99,16 @@ def ridge_solve_(a: MatrixRows, rhs_KM: Tensor, lam: float, *, backend: str | No
     A is read by rows into the one float64 [K, K] buffer that there is (where the rule above takes float32, that and two
     more right-hand sides), factored there, and read anew whenever λ is raised. `rhs_KM` is float64 [K, M] on A's
     device, best with itself or its transpose contiguous, else it is copied; its values are lost when RidgeError is
-    raised. Raises ValueError for another shape, dtype or device.
+    raised. Raises ValueError for another shape, dtype or device, and for more than one λ.
     """
     if rhs_KM.dim() != 2 or len(rhs_KM) != a.size or rhs_KM.dtype != torch.float64 or rhs_KM.device != a.device:
         wanted = f"float64 with {a.size} rows on {a.device}"
         raise ValueError(f"right-hand side {tuple(rhs_KM.shape)}, {rhs_KM.dtype} on {rhs_KM.device}: expected {wanted}")
-    name, lam = choose_backend("ridge", a.device, backend).name, float(_checked_ridge(lam))
-    solved, error = _attempt(name, a, rhs_KM, None, lam, None)
+    lams = _checked_ridge(lam)
+    if lams.dim():
+        raise ValueError(f"one problem takes one λ, got {lam}")
+    name = choose_backend("ridge", a.device, backend).name
+    solved, error = _attempt(name, a, rhs_KM, None, float(lams), None)
     if error is not None:
         raise error
     return solved

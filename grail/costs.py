@@ -1,0 +1,220 @@
+"""What a pass over a model needs, from shapes alone: memory by phase, floating-point operations, bytes moved.
+
+Shapes: D hidden size, H a site's width, K kept of it, O outputs of its consumer, c tokens of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from grail_kernels.packed import default_tile, packed_size
+
+from .compensation import solve_bytes
+from .families.base import Site
+from .job import Job
+from .selectors.base import BLOCK_GRADIENTS
+from .statistics import GRAM
+
+LOGIT_COPIES = 3
+"""Logits of one block of rows, their exponentials and their softmax."""
+ATTENTION_COPIES = 4
+"""Queries, keys and values as projected, rotated and laid out for the attention, and its output."""
+MLP_COPIES = 3
+"""Gate and up projections and their product (or the activation), alive at once."""
+BACKWARD = 2
+"""A backward pass in forward passes."""
+ELIMINATION_COPIES = 5
+"""float64 matrices of a site's width that an elimination keeps (selectors/elimination.py)."""
+TRAINING_COPIES = 6
+"""float32 copies of a layer during regional optimisation: used, leaves, gradients, Adam's two, and the trained ones."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a run. windows, length: of the calibration text (0, 0 without); evaluated: tokens of the evaluation text
+    (0 without); chunk_tokens, spill: as in Workspace; evaluations: how many networks are evaluated; passes: how often
+    the calibration text goes through the whole network."""
+
+    job: Job
+    windows: int
+    length: int
+    evaluated: int
+    chunk_tokens: int
+    spill: bool
+    surveyed: bool = False
+    pruned_too: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.length
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        source = self.job.model.source
+        return {name: math.prod(source.info(name).shape) for name in source.names()}
+
+    def _numel(self, prefix: str) -> int:
+        return sum(size for name, size in self._sizes.items() if name.startswith(prefix))
+
+    @property
+    def _item(self) -> int:
+        return self.job.model.dtype.itemsize
+
+    def _stored(self, site: Site) -> int:
+        return self.job.model.source.info(f"{site.consumer}.weight").dtype.itemsize
+
+    def _part(self, site: Site) -> tuple[int, int]:
+        """Parameters of a site's branch without its consumer, and of its consumer."""
+        consumer = self._numel(f"{site.consumer}.")
+        return self._numel(f"{self.job.model.prefix(site.layer)}{self.job.model.part_of(site)}.") - consumer, consumer
+
+    def _kept(self, site: Site) -> int:
+        return site.units.groups * self.job.kept[site.name] * site.units.size
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of the largest chunk."""
+        windows = min(max(self.chunk_tokens // max(self.length, 1), 1), max(self.windows, 1))
+        return max(windows * self.length, 1)
+
+    def activations(self, site: Site) -> int:
+        """Bytes alive at once while a chunk goes through a branch up to its consumer's input."""
+        hidden = self.job.model.config.hidden_size
+        rows = self._part(site)[0] // hidden
+        if site.kind == "heads":
+            inner = ATTENTION_COPIES * max(rows, site.units.width)
+        else:
+            inner = MLP_COPIES * site.units.width
+        return self._item * self.chunk * (3 * hidden + inner)
+
+    def statistics(self, site: Site) -> int:
+        """Bytes of what is accumulated at a site."""
+        width = site.units.width
+        needs = self.job.statistics_of(site)
+        if GRAM not in needs:
+            return 16 * width
+        tile = default_tile(width, self.job.model.device)
+        return 4 * packed_size(width, tile, padded=self.job.model.device.type != "cpu")
+
+    def memory(self) -> dict[str, int]:
+        """Bytes beside those of the process itself, by phase, of the layer where that phase needs most."""
+        found: Counter[str] = Counter()
+
+        def at_least(phase: str, needed: int) -> None:
+            found[phase] = max(found[phase], needed)
+
+        for layer in range(self.job.model.layer_count):
+            narrow = 0  # tensors of the layer that wait for being written
+            for site in (s for s in self.job.sites if s.layer == layer):
+                inner, consumer = self._part(site)
+                weights = self._item * inner
+                name = "attention" if site.kind == "heads" else "mlp"
+                changed = self.job.changes(site)
+                gathers = bool(self.windows) and (changed or self.surveyed)
+                statistics = self.statistics(site) if gathers else 0
+                at_least(f"{name}: forward", weights + self.activations(site) + statistics + narrow)
+                if changed:
+                    held = 0 if self.spill else weights
+                    at_least(f"{name}: solve", self._solve(site) + statistics + held + narrow)
+                    narrow += self._stored(site) * self._narrow(site)
+                after = self._item * consumer * self._kept(site) // site.units.width
+                chunk = self._item * self.chunk * (4 * self.job.model.config.hidden_size + 2 * site.units.width)
+                at_least(f"{name}: apply", after + chunk + narrow)
+            if self.job.selector.regional_options() or BLOCK_GRADIENTS in self.job.selector.needs:
+                at_least("regional training", self._training(layer))
+        at_least("head", self._head())
+        if self.evaluated:
+            at_least("evaluation", self._evaluation())
+        return dict(found)
+
+    def _solve(self, site: Site) -> int:
+        """Selection and repair of one site: the larger of the two, and the consumer as stored."""
+        width, kept = site.units.width, self._kept(site)
+        outputs = self._part(site)[1] // width
+        needed = 0
+        if self.job.recipe.compensate or self.job.selector.updates_weights():
+            needed = solve_bytes(outputs, width, kept)
+        if GRAM in self.job.selector.needs_of(site.kind):
+            needed = max(needed, 8 * ELIMINATION_COPIES * width**2)
+        return needed + self._stored(site) * outputs * width
+
+    def _narrow(self, site: Site) -> int:
+        """Parameters of the site's tensors after the reduction."""
+        rows = sum(self._numel(f"{producer.name}.") for producer in site.producers)
+        return (rows + self._part(site)[1]) * self._kept(site) // site.units.width
+
+    def _training(self, layer: int) -> int:
+        options = self.job.selector.regional_options()
+        windows = min(options.windows, self.windows) if options else 0
+        hidden = self.job.model.config.hidden_size
+        graph = 4 * self.length * max(self.activations(s) // (self._item * self.chunk) for s in self.job.sites) * 2
+        copies = 4 * TRAINING_COPIES * self._numel(self.job.model.prefix(layer))
+        return copies + 2 * self._item * windows * self.length * hidden + graph
+
+    def _head(self) -> int:
+        config, source = self.job.model.config, self.job.model.source
+        stored = source.info("model.embed_tokens.weight").dtype.itemsize
+        wide = self._item if self._item != stored else 0
+        return config.vocab_size * config.hidden_size * (stored + max(wide, 1))
+
+    def _evaluation(self) -> int:
+        config = self.job.model.config
+        layer = max(self._numel(self.job.model.prefix(i)) for i in range(self.job.model.layer_count))
+        run = self._item * layer + max(map(self.activations, self.job.sites))
+        logits = 4 * LOGIT_COPIES * 512 * config.vocab_size + self._head()
+        return max(run, logits)
+
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations: float32 (or the compute dtype's) and, for solves, float64."""
+        job, config = self.job, self.job.model.config
+        layers = sum(self._numel(job.model.prefix(i)) for i in range(job.model.layer_count))
+        gradients = BLOCK_GRADIENTS in job.selector.needs
+        runs = 1 + self.surveyed + self.pruned_too + BACKWARD * gradients * (1 + self.pruned_too)
+        last = max((site.layer + 1 for site in job.sites if job.changes(site)), default=0)
+        found = {
+            "forward": 2.0 * layers * self.tokens * runs * last / job.model.layer_count,
+            "gram": self.tokens * sum(s.units.width**2 for s in job.sites if self._grams(s)) * 1.0,
+            "solve": sum(map(self._solve_flops, job.sites)),
+            "training": self._training_flops(2.0 * layers),
+        }
+        head = 2.0 * config.vocab_size * config.hidden_size
+        found["evaluation"] = self.evaluated * (2 + self.pruned_too) * (2.0 * layers + head)
+        return found
+
+    def _grams(self, site: Site) -> bool:
+        return self.job.changes(site) and GRAM in self.job.statistics_of(site)
+
+    def _solve_flops(self, site: Site) -> float:
+        if not (self.job.changes(site) and self.job.recipe.compensate):
+            return 0.0
+        width, kept = site.units.width, self._kept(site)
+        outputs, gone = self._part(site)[1] // width, width - kept
+        own = 2.0 * width**3 if GRAM in self.job.selector.needs_of(site.kind) else 0.0
+        return kept**3 / 3 + 2.0 * kept**2 * min(outputs, gone) + 2.0 * outputs * gone * kept + own
+
+    def _training_flops(self, layer_flops: float) -> float:
+        options = self.job.selector.regional_options()
+        if options is None:
+            return 0.0
+        trained = self.tokens * min(options.windows / max(self.windows, 1), 1.0)
+        return layer_flops * ((1 + BACKWARD) * options.passes * trained + self.tokens)
+
+    def store_bytes(self) -> int:
+        """The most that lies in the store at a time: two streams, a branch, and the spilled inputs of a consumer."""
+        widest = max(site.units.width for site in self.job.sites)
+        each = 3 * self.job.model.config.hidden_size + (widest if self.spill else 0)
+        streamed = self._item * max(self.tokens, 1) * each if self.windows else 0
+        return max(streamed, self._item * self.evaluated * self.job.model.config.hidden_size)
+
+    def store_traffic(self) -> int:
+        """Bytes written into the store and read from it again, over the whole run."""
+        hidden, layers = self.job.model.config.hidden_size, self.job.model.layer_count
+        widths = sum(site.units.width for site in self.job.sites if self.job.changes(site)) * self.spill
+        passes = 1 + self.surveyed + self.pruned_too
+        return self._item * (
+            self.tokens * passes * (7 * hidden * layers + 2 * widths)
+            + 2 * self.evaluated * (2 + self.pruned_too) * hidden * layers
+        )

@@ -1,0 +1,199 @@
+"""What a run will do and cost, worked out before any weight is loaded: `grail plan`, the headline, and `--memory`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .costs import Costs
+from .errors import GrailError
+from .machine import available_memory, disk_rate, free_space, gemm_rate, resident_memory
+from .session import Session
+
+PROCESS_GROWTH = 60 * 10**6
+"""Resident memory that comes with the first use of libraries (thread pools, kernels, file buffers), measured."""
+REOPENING = 10.0
+"""Seconds of a fresh process that imports torch and transformers and opens a small model."""
+SPARE_DISK = 1.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will be carried out and what it will need. memory: bytes of resident memory by phase, the process
+    included; seconds by phase."""
+
+    session: Session
+    costs: Costs
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    store: str
+    disk: int
+
+    @property
+    def peak(self) -> int:
+        """Peak resident memory, bytes."""
+        return max(self.memory.values())
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `grail plan --json`."""
+        session, job = self.session, self.session.job
+        form, after = job.format, _parameters_after(session)
+        return {
+            "schema_version": 1,
+            "model": session.recipe.called or session.located.id,
+            "method": session.recipe.method,
+            "allocation": session.widths.allocation,
+            "layers": job.model.layer_count,
+            "sites": _site_kinds(session),
+            "parameters": {"before": session.parameters, "after": after},
+            "bytes": {"before": session.source_bytes, "after": _bytes_after(session)},
+            "calibration_tokens": self.costs.tokens,
+            "evaluation_tokens": self.costs.evaluated,
+            "passes": 1 + self.costs.surveyed,
+            "chunk_tokens": self.costs.chunk,
+            "processes": session.group.size,
+            "store": self.store,
+            "hidden_states": "spilled" if self.costs.spill else "recomputed",
+            "flops": self.costs.flops(),
+            "bytes_read": _bytes_read(session, self.costs),
+            "bytes_written": _bytes_after(session),
+            "store_traffic_bytes": self.costs.store_traffic(),
+            "disk_bytes": self.disk,
+            "memory_bytes": self.memory | {"peak": self.peak},
+            "seconds": self.seconds | {"total": self.total_seconds},
+            "format": form and form.name,
+            "loads_with": form and form.loads_with,
+        }
+
+
+def make_plan(session: Session) -> Plan:
+    """Choose the store and the chunks so that the memory budget is kept, and predict the rest.
+
+    Raises GrailError when the budget of --memory cannot be kept, or when the disk has no room.
+    """
+    windows = session.windows.ids.shape if session.windows else (0, 0)
+    costs = Costs(
+        session.job,
+        *(-(-windows[0] // session.group.size), windows[1]),
+        -(-(session.evaluated.tokens if session.evaluated else 0) // session.group.size),
+        session.chunk_tokens,
+        session.spill,
+        session.widths.needs_scores,
+        session.recipe.compare_pruned and session.recipe.compensate,
+    )
+    base = resident_memory() + PROCESS_GROWTH
+    store, kept = _store(session, costs, base)
+    costs = _within_budget(session, costs, base + kept)
+    memory = {"process": base + kept} | {name: base + kept + bytes for name, bytes in costs.memory().items()}
+    disk = _bytes_after(session) * (2 if costs.pruned_too else 1)
+    disk += costs.store_bytes() * session.group.size if store == "disk" else 0
+    return Plan(session, costs, memory, _seconds(session, costs, store), store, disk)
+
+
+def headline(plan: Plan) -> str:
+    """The one line before work."""
+    session = plan.session
+    changed = sum(map(session.job.changes, session.job.sites))
+    tokens = session.windows.tokens if session.windows else 0
+    several = f" in {session.group.size} processes" if session.group.size > 1 else ""
+    return (
+        f"{session.recipe.called or session.located.id}: {session.parameters / 1e6:.1f} M parameters, "
+        f"{changed} of {len(session.job.sites)} sites, {tokens:,} calibration tokens; about "
+        f"{plan.peak / 1e9:.1f} GB and {max(plan.total_seconds, 1):.0f} s{several}"
+    )
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """Raise GrailError when the disk of `folder` has no room for the run."""
+    free = free_space(folder)
+    if plan.disk * SPARE_DISK > free:
+        raise GrailError(
+            f"--output {folder}: the run needs about {plan.disk / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            f"make room, choose another folder, or use --store memory"
+        )
+
+
+def _store(session: Session, costs: Costs, base: int) -> tuple[str, int]:
+    """Where activations go, and the bytes of memory that this costs."""
+    asked, held = session.recipe.store, costs.store_bytes()
+    if asked == "auto":
+        asked = "disk" if session.model.device.type == "cpu" else "memory"
+    return asked, held if asked == "memory" else 0
+
+
+def _within_budget(session: Session, costs: Costs, base: int) -> Costs:
+    """The same with chunks small enough for --memory."""
+    budget = session.recipe.memory
+    if budget is None:
+        return costs
+    chunk = costs.chunk
+    while base + max(costs.memory().values()) > budget and chunk > max(costs.length, 1):
+        chunk = max(chunk // 2, costs.length)
+        costs = replace(costs, chunk_tokens=chunk)
+    memory = costs.memory()
+    largest = max(memory, key=memory.__getitem__)
+    if base + memory[largest] > budget:
+        raise GrailError(
+            f"--memory {budget / 1e9:.2f} GB cannot be kept: with one window of {costs.length} tokens at a time this "
+            f"run needs {(base + memory[largest]) / 1e9:.2f} GB ({largest}; {base / 1e9:.2f} GB before any work)"
+        )
+    return costs
+
+
+def _seconds(session: Session, costs: Costs, store: str) -> dict[str, float]:
+    """Time by phase from a short measurement of this machine."""
+    device, flops = session.model.device, costs.flops()
+    rate = gemm_rate(device, session.model.dtype)
+    wide = gemm_rate(device, torch.float64) if device.type == "cpu" else gemm_rate(device, torch.float32)
+    found = {name: flops[name] / rate for name in ("forward", "gram", "training", "evaluation")}
+    found["solve"] = flops["solve"] / wide
+    if store == "disk":
+        found["store"] = costs.store_traffic() / disk_rate(session.out.path.parent)
+    found["read and write"] = (_bytes_read(session, costs) + _bytes_after(session)) / disk_rate(session.out.path.parent)
+    found["reopen"] = REOPENING
+    return {name: seconds for name, seconds in found.items() if seconds}
+
+
+def _bytes_read(session: Session, costs: Costs) -> int:
+    """The source once for its hash, once for each pass and each evaluation."""
+    passes = 2 + costs.surveyed + costs.pruned_too + (2 + costs.pruned_too if costs.evaluated else 0)
+    return session.source_bytes * passes
+
+
+def _parameters_after(session: Session) -> int:
+    job, gone = session.job, 0
+    for site in job.sites:
+        gone += (site.units.per_group - job.kept[site.name]) * site.units.groups * session.widths.costs[site.name]
+    return session.parameters - gone
+
+
+def _bytes_after(session: Session) -> int:
+    return math.ceil(session.source_bytes * _parameters_after(session) / session.parameters)
+
+
+def _site_kinds(session: Session) -> dict[str, dict[str, int]]:
+    """By kind of site: how many, how many change, widths before and after."""
+    found: dict[str, dict[str, int]] = {}
+    for site in session.job.sites:
+        entry = found.setdefault(site.kind, {"sites": 0, "changed": 0, "before": 0, "after": 0})
+        entry["sites"] += 1
+        entry["changed"] += session.job.changes(site)
+        entry["before"] += site.units.width
+        entry["after"] += site.units.groups * session.job.kept[site.name] * site.units.size
+    return found
+
+
+def warn_if_tight(plan: Plan) -> str | None:
+    """A sentence when more memory will be needed than there is."""
+    free = available_memory() + resident_memory()
+    if plan.peak <= free:
+        return None
+    return f"about {plan.peak / 1e9:.1f} GB of memory will be needed, {free / 1e9:.1f} GB are there"
