@@ -40,7 +40,7 @@ from grail.report import versions
 STORE = Path(__file__).parent / "results" / "memory.jsonl"
 POLL = 0.02
 SEQ_LEN = 2048
-COLUMNS = ("shape", "layers", "tokens", "flags", "compress GB", "reopening GB", "compress s", "wall s")
+COLUMNS = ("shape", "layers", "tokens", "flags", "planned GB", "compress GB", "reopening GB", "compress s", "wall s")
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,11 @@ def measure(case: Case, dense: Path, work: Path, flags: list[str]) -> dict:
         "reported_bytes": ran["peak_memory_bytes"],
         "seconds": round(used.seconds, 1),
         "phases": ran["seconds"],
+        "profile": ran["profile"],
+        "planned": ran["planned"]["memory_bytes"],
         "reopened": ran["reopened"],
         "parameters": report["parameters"],
-        "headline": headline(said),
     }  # fmt: skip
-
-
-def headline(said: list[str]) -> str | None:
-    """What grail expected to take, in its own words; None when it was told to be quiet."""
-    return next((line for line in said if "calibration tokens; about " in line), None)
 
 
 @contextmanager
@@ -211,7 +207,7 @@ def table(rows: list[dict]) -> str:
 def _cells(row: dict) -> tuple[str, ...]:
     size = lambda count: "?" if count is None else f"{count / 1e9:.2f}"  # noqa: E731
     named = (row["shape"], str(row["layers"]), f"{row['tokens']:,}", " ".join(row["flags"]) or "-")
-    peaks = (size(row["peak_bytes"]), size(row["child_peak_bytes"]))
+    peaks = (size(row["planned"]["peak"]), size(row["peak_bytes"]), size(row["child_peak_bytes"]))
     return (*named, *peaks, f"{row['phases']['compress']:.0f}", f"{row['seconds']:.0f}")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,10 @@ from .families.decoder import Decoder
 from .machine import usable_device
 from .progress import Progress
 from .recipe import DTYPES
+from .store import DiskStore
+from .workspace import Workspace, chunk_tokens
+
+IN_MEMORY = 2**28
 
 
 def evaluate(
@@ -56,12 +63,25 @@ def evaluate(
     windows = _windows(opened[model], data, samples, seq_len, recorded)
     models = {}
     for label, family in opened.items():
-        found = perplexity(family, windows.ids, track=progress.layers(f"evaluating {label}"))
+        with _workspace(family, windows) as work:
+            found = perplexity(family, windows.ids, work, track=progress.layers(f"evaluating {label}"))
         models[label] = {"perplexity": found, **_size(family.source)}
     if speed or prompt:
         _add_speed(models, folders, speed, prompt, precision["dtype"] or torch.float32)
     count, length = windows.ids.shape
     return {"schema_version": 1, "data": windows.source, "windows": count, "seq_len": length, "models": models}
+
+
+@contextmanager
+def _workspace(model: Decoder, windows: Windows) -> Iterator[Workspace]:
+    """Hidden states in memory while they are small (or on a GPU), else on disk: memory must not grow with the text."""
+    tokens = chunk_tokens(max(site.units.width for site in model.sites()), model.dtype.itemsize)
+    held = windows.tokens * model.config.hidden_size * model.dtype.itemsize
+    if held <= IN_MEMORY or model.device.type != "cpu":
+        yield Workspace(chunk_tokens=tokens)
+        return
+    with tempfile.TemporaryDirectory(prefix="grail-eval-") as folder:
+        yield Workspace(DiskStore(Path(folder)), chunk_tokens=tokens)
 
 
 def _recorded(folder: Path) -> dict:

@@ -169,10 +169,15 @@ def _bytes_read(session: Session, costs: Costs) -> int:
 
 
 def _parameters_after(session: Session) -> int:
-    job, gone = session.job, 0
-    for site in job.sites:
-        gone += (site.units.per_group - job.kept[site.name]) * site.units.groups * session.widths.costs[site.name]
-    return session.parameters - gone
+    """Zeros that the format `uniform` adds beside a bias are not counted."""
+    job, found = session.job, session.parameters
+    for site in filter(job.changes, job.sites):
+        if job.format is None or job.format.name != "padded":
+            gone = (site.units.per_group - job.kept[site.name]) * site.units.groups
+            found -= gone * session.widths.costs[site.name]
+        if job.affine and f"{site.consumer}.bias" not in job.model.source:
+            found += job.model.source.info(f"{site.consumer}.weight").shape[0]
+    return found
 
 
 def _bytes_after(session: Session) -> int:

@@ -43,6 +43,7 @@ class Report:
     model: Any = None
     phases: dict[str, float] = field(default_factory=dict)
     profile: Profile = field(default_factory=Profile)
+    planned: dict = field(default_factory=dict)
 
     @property
     def sites(self) -> list[dict]:
@@ -111,6 +112,7 @@ class Report:
             "argv": sys.argv,
             "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
             "profile": self.profile.to_json(),
+            "planned": self.planned,
             "peak_memory_bytes": peak_memory(),
             "reopened": self.reopened,
         }

@@ -148,6 +148,7 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
         reopened=reopened,
         phases=session.phases,
         profile=work.profile,
+        planned=plan.to_json(),
     )
     out.write_json("grail.json", report.to_json())
     out.write_json("run.json", report.run_json())

@@ -33,14 +33,12 @@ from .recipe import Recipe
 from .report import versions
 from .selectors import selector_class
 from .widths import WidthPlan
-from .workspace import CHUNK_TOKENS, Workspace
+from .workspace import Workspace, chunk_tokens
 
 EVALUATED_BY_DEFAULT = 10**9
 PROBE_LENGTH = 64
 FAR_OFF = 0.05
 WIDTHS = "widths"
-CHUNK_BYTES, ALIVE = 2**28, 3
-"""A chunk's largest activations take about so many bytes, as so many tensors at a time."""
 
 
 @dataclass
@@ -124,8 +122,7 @@ class Session:
     @property
     def chunk_tokens(self) -> int:
         """Tokens that go through a layer at once."""
-        widest = max(site.units.width for site in self.job.sites)
-        return min(CHUNK_BYTES // (ALIVE * self.model.dtype.itemsize * widest), CHUNK_TOKENS)
+        return chunk_tokens(max(site.units.width for site in self.job.sites), self.model.dtype.itemsize)
 
     def identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on with the work of the other."""

@@ -20,7 +20,7 @@ from .errors import Circumstance
 
 MAGIC = b"GRAILCHK"
 START = len(MAGIC) + 8
-"""Before the header: the magic, the header's length and the CRC-32 of all that follows, 4 bytes each."""
+"""Before the header: the magic, the CRC-32 of all that follows it, and the header's length, 4 bytes each."""
 
 
 class ChunkStore(ABC):
@@ -83,8 +83,8 @@ class DiskStore(ChunkStore):
         path = self._path(series, number)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         text = json.dumps({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}).encode()
-        checksum = zlib.crc32(raw, zlib.crc32(text))
-        start = MAGIC + len(text).to_bytes(4, "little") + checksum.to_bytes(4, "little") + text
+        header = len(text).to_bytes(4, "little") + text
+        start = MAGIC + zlib.crc32(raw, zlib.crc32(header)).to_bytes(4, "little") + header
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb", buffering=0) as file:
@@ -124,13 +124,13 @@ def _read(path: Path) -> Tensor | None:
     with open(path, "rb", buffering=0) as file:
         left = os.fstat(file.fileno()).st_size - START
         start = file.read(START)
-        length, checksum = (int.from_bytes(start[i : i + 4], "little") for i in (len(MAGIC), len(MAGIC) + 4))
+        checksum, length = (int.from_bytes(start[i : i + 4], "little") for i in (len(MAGIC), len(MAGIC) + 4))
         if not start.startswith(MAGIC) or length > left:
             return None
         text, raw = (torch.empty(count, dtype=torch.uint8) for count in (length, left - length))
         if not (_read_all(file, text) and _read_all(file, raw)):
             return None
-    if zlib.crc32(raw.numpy(), zlib.crc32(text.numpy())) != checksum:
+    if zlib.crc32(raw.numpy(), zlib.crc32(text.numpy(), zlib.crc32(start[-4:]))) != checksum:
         return None
     header = json.loads(text.numpy().tobytes())
     return raw.view(getattr(torch, header["dtype"])).view(header["shape"])

@@ -15,6 +15,13 @@ from .profile import Profile
 from .store import ChunkStore, MemoryStore
 
 CHUNK_TOKENS = 4096
+CHUNK_BYTES, ALIVE = 2**28, 3
+"""A chunk's largest activations take about so many bytes, as so many tensors at a time."""
+
+
+def chunk_tokens(widest: int, itemsize: int) -> int:
+    """Tokens that go through a layer at once, when its widest hidden vector has so many channels."""
+    return max(min(CHUNK_BYTES // (ALIVE * itemsize * widest), CHUNK_TOKENS), 1)
 
 
 @dataclass

@@ -34,7 +34,7 @@ import torch
 
 import grail.pipeline
 import grail.plan
-import grail.session
+import grail.workspace
 from grail import store
 from grail.checkpoint import journal, reopen, writer
 from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_model
@@ -147,12 +147,14 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepare() -> None:
-    """For all runs of this process: small chunks, no measurement of the machine, and imports made once."""
-    tiny_model("mistral")
-    importlib.import_module("sklearn.cluster")
-    grail.session.CHUNK_TOKENS = CHUNK_TOKENS
-    grail.plan.gemm_rate = grail.plan.disk_rate = lambda *args: 1e9
+@contextmanager
+def small_runs() -> Iterator[None]:
+    """Small chunks, and no time spent on measuring the machine."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(grail.workspace, "CHUNK_TOKENS", CHUNK_TOKENS))
+        for name in ("gemm_rate", "disk_rate"):
+            stack.enter_context(mock.patch.object(grail.plan, name, lambda *args: 1e9))
+        yield
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -162,8 +164,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def committed_layers(partial: Path) -> int:
-    """How many layers the journal of a working folder holds."""
-    return sum("layer" in step for step in journal.Journal(partial / writer.JOURNAL).find(writer.SHARD))
+    """How many layers need not be computed again: none when the run was cut off as it took its working files away."""
+    steps = journal.Journal(partial / writer.JOURNAL)
+    return 0 if steps.find("finished") else sum("layer" in step for step in steps.find(writer.SHARD))
 
 
 class Case:
@@ -289,7 +292,8 @@ def plans(case: Case, trials: int | None, timed: int, chance: random.Random) -> 
         points.setdefault(kind, []).extend([(number, False), (number, True)])
     for found in points.values():
         chance.shuffle(found)
-    mixed = [point for each in zip_longest(*points.values()) for point in each if point is not None]
+    kinds = chance.sample(list(points.values()), len(points))
+    mixed = [point for each in zip_longest(*kinds) for point in each if point is not None]
     for point in mixed[:trials]:
         plan = [point]
         while chance.random() < 1 / 3:
@@ -307,9 +311,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    prepare()
+    tiny_model("mistral")  # imports what all children would have to
+    importlib.import_module("sklearn.cluster")
     said: dict[str, Any] = {"seed": asked.seed, "methods": {}}
-    with tempfile.TemporaryDirectory(prefix="grail-killed-") as work:
+    with tempfile.TemporaryDirectory(prefix="grail-killed-") as work, small_runs():
         for method in asked.method or METHODS:
             (Path(work) / method).mkdir()
             case = Case(method, Path(work) / method)

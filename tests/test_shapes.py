@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import bench_memory
-from benchmarks.bench_memory import Case, headline, usage_of
+from benchmarks.bench_memory import Case, usage_of
 from benchmarks.shapes import CALIBRATION, SHAPES, write_checkpoint
 from grail.checkpoint.reader import SafetensorsFolder
 from grail.errors import GrailError
@@ -186,10 +186,3 @@ def test_an_interrupted_measurement_leaves_no_process(tmp_path, monkeypatch):
         usage_of([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
     with pytest.raises(ProcessLookupError):
         os.kill(seen[0], 0)
-
-
-def test_the_headline_is_not_a_warning_about_tokens():
-    warning = "warning: 2048 calibration tokens for 11008 channels: the Gram matrix is singular; use more text"
-    said = "dense: 666.9 M parameters, 4 of 4 sites, 2,048 calibration tokens; about 5.0 GB and 99 s"
-    assert headline([warning, said]) == said
-    assert headline([warning]) is None

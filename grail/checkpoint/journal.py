@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 START = "start"
@@ -22,13 +23,13 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.steps: list[dict] = []
-        self._sound = 0
+        self._ends = [0]
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             step = _parsed(line)
             if step is None:
                 break
             self.steps.append(step)
-            self._sound += len(line)
+            self._ends.append(self._ends[-1] + len(line))
 
     @property
     def committed(self) -> bool:
@@ -43,31 +44,28 @@ class Journal:
         """Commit one step."""
         text = json.dumps(step, sort_keys=True).encode()
         line = b'{"sum": %d, %b\n' % (zlib.crc32(text), text[1:])
+        self._write(line)
+        self._ends.append(self._ends[-1] + len(line))
+        self.steps.append(step)
+
+    def rewind(self, keep: Callable[[dict], bool]) -> None:
+        """Take back the first step that `keep` does not hold for, and all that followed from it."""
+        left = list(takewhile(keep, self.steps))
+        self.steps, self._ends = left, self._ends[: len(left) + 1]
+        if self.path.exists():
+            self._write(b"")
+
+    def _write(self, line: bytes) -> None:
+        """Put a line in place of all that follows the last step."""
         try:
             with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-                file.truncate(self._sound)
-                file.seek(self._sound)
+                file.truncate(self._ends[-1])
+                file.seek(self._ends[-1])
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self._sound += len(line)
-        self.steps.append(step)
-
-    def rewind(self, keep: Callable[[dict], bool]) -> None:
-        """Take back the steps that `keep` does not hold for."""
-        left = [step for step in self.steps if keep(step)]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        anew = Journal(temporary)
-        for step in left:
-            anew.append(step)
-        if left:
-            os.replace(temporary, self.path)
-        else:
-            self.path.unlink(missing_ok=True)
-        self.steps, self._sound = anew.steps, anew._sound
 
 
 def _parsed(line: bytes) -> dict | None:

@@ -157,7 +157,7 @@ class OutputFolder:
         self.journal = Journal(self.partial / JOURNAL)
 
     def start_over(self, keep: Callable[[dict], bool]) -> None:
-        """Forget the committed steps that `keep` does not hold for."""
+        """Forget the first committed step that `keep` does not hold for, and all that followed from it."""
         self.journal.rewind(keep)
         self._forget()
 

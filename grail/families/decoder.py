@@ -88,7 +88,7 @@ class Decoder(ABC):
         return f"{LAYERS}{layer}."
 
     @abstractmethod
-    def sites(self, gqa: str) -> list[Site]:
+    def sites(self, gqa: str = "query") -> list[Site]:
         """Every site in execution order."""
 
     @abstractmethod
