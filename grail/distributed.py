@@ -7,6 +7,7 @@ through NCCL, which notices nothing; so all processes meet through gloo first, a
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import traceback
@@ -206,6 +207,7 @@ class Group:
             if not dist.is_initialized():
                 # kept until the process ends: torchrun's store cannot be joined twice
                 dist.init_process_group("gloo", timeout=START_LIMIT)
+                atexit.register(_leave_default)
             self._carriers["cpu"] = dist.new_group(backend="gloo", timeout=WAIT_LIMIT)
         except (RuntimeError, ValueError) as error:
             raise GrailError(
@@ -242,6 +244,14 @@ class Group:
                 f"process {self.rank} of {self.size} cannot go on because another one ended ({_reason(error)}); "
                 "see what that one said, and start all of them again with --resume"
             ) from error
+
+
+def _leave_default() -> None:
+    """A group that is still there when the interpreter goes may abort the process, whatever its exit code was."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def own_device(asked: str, rank: int, size: int) -> str:

@@ -165,9 +165,8 @@ class LayerPass:
                 f"{LAYERS}{self.layer}: its output holds NaN or infinity; check the checkpoint, or use --dtype float32 "
                 f"where a narrower one overflows"
             )
-        self._put(self.chunks.series(self.layer + 1), number, out_BLD)
-        if not self.work.store.outlives_process:
-            self.work.store.drop(self.chunks.series(self.layer), [number])
+        self._put(self.chunks.series(self.layer + 1), number, out_BLD, lasting=True)
+        self.work.store.spare(self.chunks.series(self.layer), [number])
 
     def close(self, part: str) -> None:
         """A branch is done: its weights and the spilled inputs of its consumer are given up."""
@@ -213,6 +212,6 @@ class LayerPass:
             phase.bytes += found.nbytes
         return found
 
-    def _put(self, series: str, number: int, tensor: Tensor) -> None:
+    def _put(self, series: str, number: int, tensor: Tensor, *, lasting: bool = False) -> None:
         with self.work.profile.phase("store", bytes=tensor.nbytes):
-            self.work.store.put(series, number, tensor)
+            self.work.store.put(series, number, tensor, lasting=lasting)

@@ -109,7 +109,7 @@ def _embed(job: Job, chunks: Chunks, windows_NL: Tensor | None, probe_1L: Tensor
     split = [] if windows_NL is None else chunks.work.split(windows_NL)
     for number in chunks.all:
         ids_BL = probe_1L if number == chunks.probe else split[number]
-        chunks.work.store.put(chunks.series(0), number, job.model.embed(ids_BL))
+        chunks.work.store.put(chunks.series(0), number, job.model.embed(ids_BL), lasting=True)
 
 
 def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) -> None:

@@ -19,6 +19,9 @@ PROCESS_GROWTH = 60 * 10**6
 REOPENING = 10.0
 """Seconds of a fresh process that imports torch and transformers and opens a small model."""
 SPARE_DISK = 1.05
+CACHED_SHARE = 0.05
+"""On a CPU activations stay in memory while they take less than this share of what is free; the hidden states between
+layers go to disk beside, so that a run can be gone on with."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def make_plan(session: Session) -> Plan:
     costs = _within_budget(session, costs, base + kept)
     memory = {"process": base + kept} | {name: base + kept + bytes for name, bytes in costs.memory().items()}
     disk = _bytes_after(session) * (2 if costs.pruned_too else 1)
-    disk += costs.store_bytes() * session.group.size if store == "disk" else 0
+    disk += costs.store_bytes() * session.group.size if store != "memory" else 0
     return Plan(session, costs, memory, _seconds(session, costs, store), store, disk)
 
 
@@ -124,9 +127,13 @@ def check_disk(plan: Plan, folder: Path) -> None:
 def _store(session: Session, costs: Costs, base: int) -> tuple[str, int]:
     """Where activations go, and the bytes of memory that this costs."""
     asked, held = session.recipe.store, costs.store_bytes()
-    if asked == "auto":
-        asked = "disk" if session.model.device.type == "cpu" else "memory"
-    return asked, held if asked == "memory" else 0
+    if asked == "auto" and session.model.device.type != "cpu":
+        asked = "memory"
+    elif asked == "auto":
+        needed = base + held + max(costs.memory().values())
+        small = held < CACHED_SHARE * available_memory() and needed <= (session.recipe.memory or needed)
+        asked = "cached" if small else "disk"
+    return asked, 0 if asked == "disk" else held
 
 
 def _within_budget(session: Session, costs: Costs, base: int) -> Costs:
@@ -155,7 +162,7 @@ def _seconds(session: Session, costs: Costs, store: str) -> dict[str, float]:
     wide = gemm_rate(device, torch.float64) if device.type == "cpu" else gemm_rate(device, torch.float32)
     found = {name: flops[name] / rate for name in ("forward", "gram", "training", "evaluation")}
     found["solve"] = flops["solve"] / wide
-    if store == "disk":
+    if store == "disk" and costs.store_traffic():
         found["store"] = costs.store_traffic() / disk_rate(session.out.path.parent)
     found["read and write"] = (_bytes_read(session, costs) + _bytes_after(session)) / disk_rate(session.out.path.parent)
     found["reopen"] = REOPENING

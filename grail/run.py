@@ -22,10 +22,13 @@ from .progress import Progress
 from .recipe import Recipe
 from .report import Report
 from .session import Session
-from .store import DiskStore, MemoryStore
+from .store import CachedStore, DiskStore, MemoryStore
 from .workspace import Workspace
 
 HASHED = ("model", "calibration", "evaluation")
+
+
+STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
 def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report:
@@ -170,7 +173,7 @@ def _workspace(plan: Plan, out: OutputFolder) -> Workspace:
         asked = begun
     torch.set_num_threads(asked["threads"])
     group.barrier()
-    store = DiskStore(out.partial / STORE) if plan.store == "disk" else MemoryStore()
+    store = MemoryStore() if plan.store == "memory" else STORES[plan.store](out.partial / STORE)
     return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill)
 
 

@@ -27,8 +27,8 @@ class ChunkStore(ABC):
     """Tensors by (series, number). What was put comes back equal to the last bit, on the device it is asked for."""
 
     @abstractmethod
-    def put(self, series: str, number: int, tensor: Tensor) -> None:
-        """Keep a tensor, in place of the one that was there."""
+    def put(self, series: str, number: int, tensor: Tensor, *, lasting: bool = False) -> None:
+        """Keep a tensor, in place of the one that was there; lasting: another process may have to go on with it."""
 
     @abstractmethod
     def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
@@ -38,6 +38,10 @@ class ChunkStore(ABC):
     def drop(self, series: str, numbers: Iterable[int]) -> None:
         """Give up chunks of a series (another process may hold others of it); those that are not there are passed
         over."""
+
+    @abstractmethod
+    def spare(self, series: str, numbers: Iterable[int]) -> None:
+        """These chunks will not be read again, unless another process has to go on from them."""
 
     @abstractmethod
     def holds(self, series: str, numbers: Iterable[int]) -> bool:
@@ -57,7 +61,7 @@ class MemoryStore(ChunkStore):
     def __init__(self):
         self._held: dict[tuple[str, int], Tensor] = {}
 
-    def put(self, series: str, number: int, tensor: Tensor) -> None:
+    def put(self, series: str, number: int, tensor: Tensor, *, lasting: bool = False) -> None:
         self._held[series, number] = tensor
 
     def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
@@ -66,6 +70,8 @@ class MemoryStore(ChunkStore):
     def drop(self, series: str, numbers: Iterable[int]) -> None:
         for number in numbers:
             self._held.pop((series, number), None)
+
+    spare = drop
 
     def holds(self, series: str, numbers: Iterable[int]) -> bool:
         return all((series, number) in self._held for number in numbers)
@@ -79,7 +85,7 @@ class DiskStore(ChunkStore):
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def put(self, series: str, number: int, tensor: Tensor) -> None:
+    def put(self, series: str, number: int, tensor: Tensor, *, lasting: bool = False) -> None:
         path = self._path(series, number)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         text = json.dumps({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}).encode()
@@ -106,12 +112,44 @@ class DiskStore(ChunkStore):
         for number in numbers:
             self._path(series, number).unlink(missing_ok=True)
 
+    def spare(self, series: str, numbers: Iterable[int]) -> None:
+        """A file is in nobody's way until it is dropped."""
+
     def holds(self, series: str, numbers: Iterable[int]) -> bool:
         paths = [self._path(series, number) for number in numbers]
         return all(path.exists() for path in paths) and all(_read(path) is not None for path in paths)
 
     def _path(self, series: str, number: int) -> Path:
         return self.folder / series / f"{number:06d}"
+
+
+class CachedStore(ChunkStore):
+    """All chunks in memory, and those that another process may need on disk too."""
+
+    outlives_process = True
+
+    def __init__(self, folder: Path):
+        self._memory, self._disk = MemoryStore(), DiskStore(folder)
+
+    def put(self, series: str, number: int, tensor: Tensor, *, lasting: bool = False) -> None:
+        self._memory.put(series, number, tensor)
+        if lasting:
+            self._disk.put(series, number, tensor)
+
+    def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
+        there = self._memory if self._memory.holds(series, [number]) else self._disk
+        return there.get(series, number, device)
+
+    def drop(self, series: str, numbers: Iterable[int]) -> None:
+        numbers = list(numbers)
+        self._memory.drop(series, numbers)
+        self._disk.drop(series, numbers)
+
+    def spare(self, series: str, numbers: Iterable[int]) -> None:
+        self._memory.drop(series, numbers)
+
+    def holds(self, series: str, numbers: Iterable[int]) -> bool:
+        return self._disk.holds(series, numbers)
 
 
 def _write_all(file, view: memoryview) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import json
 import os
 import random
@@ -37,7 +36,7 @@ import grail.plan
 import grail.workspace
 from grail import store
 from grail.checkpoint import journal, reopen, writer
-from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_model
+from tests.tiny import tiny_calibration, tiny_checkpoint
 
 CHUNK_TOKENS = 32
 WINDOWS = {"windows": 6, "length": 16}
@@ -174,6 +173,7 @@ class Case:
 
     def __init__(self, method: str, work: Path):
         self.work, self.tried = work, Counter()
+        work.mkdir(exist_ok=True)
         self.source = tiny_checkpoint(work / "source", num_hidden_layers=3, shard="20KB")
         for name in ("LICENSE", "NOTICE", "generation_config.json"):
             (self.source / name).write_text('{"max_length": 8}')
@@ -311,12 +311,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    tiny_model("mistral")  # imports what all children would have to
-    importlib.import_module("sklearn.cluster")
     said: dict[str, Any] = {"seed": asked.seed, "methods": {}}
     with tempfile.TemporaryDirectory(prefix="grail-killed-") as work, small_runs():
+        Case("fold", Path(work)).compress(Path(work) / "warm")  # imports what all children would have to
         for method in asked.method or METHODS:
-            (Path(work) / method).mkdir()
             case = Case(method, Path(work) / method)
             said["methods"][method] = case.tried
             try:

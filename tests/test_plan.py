@@ -1,4 +1,4 @@
-"""`grail plan` says what compress then does; a memory budget is kept or refused before work begins; disk is looked at."""
+"""`grail plan` says what compress then does; a memory budget is kept or refused before work; disk is looked at."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_more_work_costs_more(tiny):
 
 
 def test_arithmetic_by_hand(tiny):
-    """Three layers of 6 x 8 heads over 2 key/value heads, width 48, 40 channels; 256 tokens; the last layer runs too."""
+    """Three layers of 6 x 8 heads over 2 key/value heads, width 48, 40 channels; 256 tokens."""
     layer = 48 * (48 + 16 + 16 + 48 + 3 * 40) + 2 * 48
     found = planned(**tiny, eval=tiny["calibration"])["flops"]
     assert found["forward"] == 2 * 256 * 3 * layer
@@ -155,6 +155,7 @@ def test_stores_give_the_same_bytes_and_so_does_computing_twice(tiny, tmp_path, 
             ("b", "memory", True),
             ("c", "disk", False),
             ("d", "memory", False),
+            ("e", "auto", True),
         ):
             monkeypatch.setattr(Session, "spill", spill)
             monkeypatch.setattr(Session, "chunk_tokens", 64)
