@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import GrailError
+from .errors import GrailError, Lost
 from .machine import usable_device
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Group:
     """The processes of one run. `device` is what --device means for this one. Every process must make the same calls
     in the same order; a group of one does nothing.
 
-    A call that needs the others raises GrailError once one of them has died, failed under `guard` or left."""
+    A call that needs the others raises Lost once one of them has died, failed under `guard` or left."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "auto"):
         self.rank, self.size, self.device = rank, size, device
@@ -172,7 +172,7 @@ class Group:
     @contextmanager
     def collective(self, device: torch.device | str = "cpu") -> Iterator[ProcessGroup]:
         """torch's own group for tensors on a device, for calls of torch.distributed; what goes wrong in them because
-        another process is gone becomes a GrailError."""
+        another process is gone becomes Lost."""
         kind = torch.device(device).type
         if kind != "cpu":
             torch.cuda.synchronize(device)
@@ -240,7 +240,7 @@ class Group:
         except RuntimeError as error:
             if not _is_lost(error):
                 raise
-            raise GrailError(
+            raise Lost(
                 f"process {self.rank} of {self.size} cannot go on because another one ended ({_reason(error)}); "
                 "see what that one said, and start all of them again with --resume"
             ) from error

@@ -16,6 +16,10 @@ class Circumstance(GrailError):
     """What stopped the run is not its input: a full disk, another process that died. Work that was done is kept."""
 
 
+class Lost(Circumstance):
+    """Another process of the run ended. The message says how to go on."""
+
+
 class Interrupted(Exception):
     """Stopped on request with work kept; the message says how to go on."""
 

@@ -21,14 +21,19 @@ def peak_memory() -> int:
     """Largest resident memory of this process (VmHWM) or of one of its finished children, or the largest CUDA
     allocation, whichever is more; bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
-    own = _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return max(own, children, device)
+    return max(high_water(), children, device)
+
+
+def high_water() -> int:
+    """Largest resident memory of this process since it began, or since `reset_peak_memory`; bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak_memory() -> None:
-    """Start `peak_memory` of this process anew (Linux), for benchmarks that share a process."""
+    """Start `high_water` of this process anew (Linux)."""
     refs = Path("/proc/self/clear_refs")
     if refs.exists():
         refs.write_text("5")

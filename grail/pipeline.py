@@ -85,7 +85,7 @@ def stream(
     first = _recalled(job, chunks, out, streamed, last)
     if first == 0:
         _embed(job, chunks, windows_NL, probe_1L)
-    with Background(out, work.profile, enabled=work.ahead) as background:
+    with Background(out, work.group, work.profile, enabled=work.ahead) as background:
         for layer in track(range(first, model.layer_count)):
             if layer > last:
                 chunks.counted = []
@@ -138,15 +138,10 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
     results = [result.without_tensors() for result in results]
     streamed.results += results
     numbers = list(chunks.all)
-
-    def committed() -> None:
-        group.barrier()
-        run.work.store.drop(chunks.series(run.layer), numbers)
-
     background.write(
         _shard_name(run.layer + 1, job),
         _layer_pieces(job, run.layer, tensors, streamed.reductions) if group.main else None,
-        committed,
+        lambda: run.work.store.drop(chunks.series(run.layer), numbers),
         layer=run.layer,
         sites=[result.to_json() for result in results],
         trained=training and vars(training.outcome),

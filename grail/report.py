@@ -113,7 +113,7 @@ class Report:
             "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
             "profile": self.profile.to_json(),
             "planned": self.planned,
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": max(self.profile.peak, peak_memory()),
             "reopened": self.reopened,
         }
 

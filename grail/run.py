@@ -14,10 +14,11 @@ import torch
 from .checkpoint.journal import START
 from .checkpoint.writer import STORE, OutputFolder
 from .distributed import Group
-from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, sentence_of
+from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
 from .pipeline import stream
 from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
+from .profile import Profile
 from .progress import Progress
 from .recipe import Recipe
 from .report import Report
@@ -74,10 +75,12 @@ def plan(recipe: Recipe, progress: Progress) -> Plan:
     be kept."""
     group = Group.from_environment(recipe.device)
     with group.guard():
-        session = Session(recipe, progress if group.main else Progress(), group)
-        for note in session.notes():
+        progress = progress if group.main else Progress()
+        found = make_plan(Session(recipe, progress, group))
+        for note in found.session.notes():
             progress.say(note)
-        return make_plan(session)
+    group.close()
+    return found
 
 
 def run(recipe: Recipe, progress: Progress) -> Report | None:
@@ -110,6 +113,8 @@ def _telling_what_is_kept(out: OutputFolder) -> Iterator[None]:
     except KeyboardInterrupt:
         if out.kept:
             raise Interrupted(f"interrupted; {_kept(out)}") from None
+        raise
+    except Lost:
         raise
     except (GrailError, OSError) as error:
         if not out.kept or (isinstance(error, OSError) and error.errno not in CIRCUMSTANCES):
@@ -174,7 +179,8 @@ def _workspace(plan: Plan, out: OutputFolder) -> Workspace:
     torch.set_num_threads(asked["threads"])
     group.barrier()
     store = MemoryStore() if plan.store == "memory" else STORES[plan.store](out.partial / STORE)
-    return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill)
+    profile = Profile(watch_memory=session.recipe.profile)
+    return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill, profile=profile)
 
 
 def _check_same(begun: dict, asked: dict) -> None:

@@ -132,13 +132,14 @@ def show_plan(found: dict, console: Console) -> None:
 def show_profile(report: Report, console: Console) -> None:
     """Where time went, largest first; phases of background threads overlap with the others."""
     table = Table("phase", box=None, pad_edge=False, header_style="")
-    for column in ("seconds", "CPU s", "GFLOP/s", "GB/s", "times"):
+    for column in ("seconds", "CPU s", "GFLOP/s", "GB/s", "times", "GB at most"):
         table.add_column(column, justify="right")
     phases = report.profile.to_json()
     for name in sorted(phases, key=lambda name: -phases[name]["seconds"]):
         found = phases[name]
+        most = f"{found['peak_memory_bytes'] / 1e9:.2f}" if found["peak_memory_bytes"] else ""
         rates = (f"{found[key]:.1f}" if found[key] else "" for key in ("gflops", "gbps"))
-        table.add_row(name, f"{found['seconds']:.2f}", f"{found['cpu_seconds']:.2f}", *rates, str(found["count"]))
+        table.add_row(name, f"{found['seconds']:.2f}", f"{found['cpu_seconds']:.2f}", *rates, str(found["count"]), most)
     console.print(table)
     console.print(f"peak resident memory {report.run_json()['peak_memory_bytes'] / 1e9:.2f} GB", markup=False)
 

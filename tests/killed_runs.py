@@ -23,7 +23,7 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,10 @@ CHUNK_TOKENS = 32
 WINDOWS = {"windows": 6, "length": 16}
 METHODS: dict[str, dict[str, Any]] = {
     "wanda-sp": {"compare_pruned": True, "eval": "held_out"},
-    "flap": {},
-    "fold": {"eval": "held_out"},
+    "flap": {"store": "disk"},
+    "fold": {"eval": "held_out", "store": "disk"},
     "wanda-pp-sp": {"set": {"passes": "1", "windows": "4", "learning_rate": "1e-3"}},
-    "slimgpt": {"overwrite": True},
+    "slimgpt": {"store": "disk", "overwrite": True},
 }
 Kill = tuple[int, bool] | float
 """An event's number and whether half of it is done; or a share of the time that an undisturbed run takes."""
@@ -96,8 +96,12 @@ class Events:
         """An operation that has no half: torn means that it is done, and nothing after it."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            def whole() -> None:
+                with suppress(OSError):
+                    call(*args, **kwargs)
+
             if name != "mkdir" or not Path(args[0]).is_dir():
-                self.strike(name, lambda: call(*args, **kwargs))
+                self.strike(name, whole)
             return call(*args, **kwargs)
 
         return watched
@@ -227,10 +231,11 @@ class Case:
     def reference(self) -> None:
         """An undisturbed run."""
         begun = time.monotonic()
-        found = self.ended(self.start(self.work / "reference"))
+        out = self.work / "reference" / "deep" / "out"
+        found = self.ended(self.start(out))
         self.seconds = time.monotonic() - begun
         self.events, self.probe = found["events"], found["probe"]
-        self.files = files_of(self.work / "reference")
+        self.files = files_of(out)
 
     def trial(self, kills: list[Kill]) -> None:
         """Kill a run, then each that goes on with it; then go on to the end. Raises Difference."""

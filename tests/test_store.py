@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grail.errors import Circumstance
-from grail.store import DiskStore, MemoryStore
+from grail.store import CachedStore, DiskStore, MemoryStore
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
@@ -41,9 +41,11 @@ print(peak() - before)
 """
 
 
-@pytest.fixture(params=["memory", "disk"])
+@pytest.fixture(params=["memory", "disk", "cached"])
 def store(request, tmp_path):
-    return MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "store")
+    if request.param == "memory":
+        return MemoryStore()
+    return {"disk": DiskStore, "cached": CachedStore}[request.param](tmp_path / "store")
 
 
 def bits(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -61,7 +63,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 def test_what_was_put_comes_back_to_the_last_bit(store, dtype, shape):
     torch.manual_seed(0)
     tensor = bits(dtype, shape)
-    store.put("x", 3, tensor)
+    store.put("x", 3, tensor, lasting=True)
     found = store.get("x", 3)
     assert (found.dtype, found.shape, found.device) == (dtype, tensor.shape, torch.device("cpu"))
     assert raw(found) == raw(tensor)
@@ -96,8 +98,8 @@ def test_a_later_chunk_takes_the_place_of_an_earlier_one(store):
 def test_dropping_numbers_leaves_the_others(store):
     for series in ("x", "x-1"):
         for number in range(4):
-            store.put(series, number, torch.tensor(number))
-    store.drop("x", [1, 3, 8])
+            store.put(series, number, torch.tensor(number), lasting=True)
+    store.drop("x", iter([1, 3, 8]))
     store.drop("never", [0])
     assert [store.holds("x", [number]) for number in range(4)] == [True, False, True, False]
     assert not store.holds("x", range(4)) and store.holds("x", [0, 2]) and store.holds("x-1", range(4))
@@ -112,10 +114,27 @@ def test_what_is_not_there_is_not_held(store):
         store.get("x", 0)
 
 
-def test_only_what_lies_on_disk_outlives_the_process(tmp_path):
-    DiskStore(tmp_path).put("x", 0, torch.arange(5))
-    assert torch.equal(DiskStore(tmp_path).get("x", 0), torch.arange(5))
-    assert DiskStore.outlives_process and not MemoryStore.outlives_process
+@pytest.mark.parametrize("kind", [DiskStore, CachedStore])
+def test_what_is_to_last_outlives_the_process(tmp_path, kind):
+    """And no more of it, where what need not last stays in memory."""
+    store = kind(tmp_path)
+    store.put("x", 0, torch.arange(5), lasting=True)
+    store.put("x", 1, torch.arange(5))
+    other = kind(tmp_path)
+    assert other.outlives_process and other.holds("x", [0]) and torch.equal(other.get("x", 0), torch.arange(5))
+    assert other.holds("x", [1]) == store.holds("x", [1]) == (kind is DiskStore)
+    assert not MemoryStore().outlives_process
+
+
+def test_what_is_spared_can_be_gone_on_from(store):
+    """Where chunks outlive the process; else they are given up."""
+    for number in range(2):
+        store.put("x", number, torch.tensor(number), lasting=True)
+    store.spare("x", iter([0]))
+    assert store.holds("x", [1]) and store.get("x", 1) == 1
+    assert store.holds("x", [0]) == store.outlives_process
+    if store.outlives_process:
+        assert store.get("x", 0) == 0
 
 
 @pytest.mark.parametrize("tensor", [torch.arange(6.0).view(2, 3), torch.empty(0, 5), torch.tensor(7)], ids=repr)

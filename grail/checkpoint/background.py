@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from ..distributed import Group
 from ..profile import Profile
 from .reader import SafetensorsFolder
 from .writer import OutputFolder, Piece
@@ -27,11 +28,12 @@ class _Pending:
 class Background:
     """A context manager. With enabled=False everything happens at once, in the main thread.
 
-    When the block is left by an error, what was being written is still waited for and committed: it is whole.
+    When the block is left by an error, what was being written is still waited for and, where there is one process,
+    committed: it is whole. Of several, others may not have done their part of it.
     """
 
-    def __init__(self, out: OutputFolder, profile: Profile, *, enabled: bool = True):
-        self.out, self.profile, self.enabled = out, profile, enabled
+    def __init__(self, out: OutputFolder, group: Group, profile: Profile, *, enabled: bool = True):
+        self.out, self.group, self.profile, self.enabled = out, group, profile, enabled
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="grail-background")
         self._pending: _Pending | None = None
         self._then: Callable[[], None] | None = None
@@ -40,7 +42,7 @@ class Background:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is not None:
+        if kind is not None and self.group.size == 1:
             with contextlib.suppress(Exception):
                 self._commit()
         self._pool.shutdown(cancel_futures=True)
@@ -60,12 +62,16 @@ class Background:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for what is being written, and commit it."""
-        with self.profile.phase("wait for the writer"):
-            self._commit()
+        """Wait for what is being written, and commit it once every process has done its part. All processes call it at
+        the same point."""
         then, self._then = self._then, None
-        if then is not None:
-            then()
+        if then is None:
+            return
+        with self.profile.phase("wait for the writer"):
+            self.group.barrier()
+            self._commit()
+            self.group.barrier()
+        then()
 
     def _commit(self) -> None:
         pending, self._pending = self._pending, None

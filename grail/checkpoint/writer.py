@@ -163,8 +163,9 @@ class OutputFolder:
 
     @property
     def kept(self) -> bool:
-        """Whether this run leaves work that another one can go on with."""
-        return self.keep and self._entered and self.partial.exists() and self.journal.committed
+        """Whether this run leaves work that another one can go on with: what lies on disk decides, since an
+        interruption may come between a journal line and what this process knows of it."""
+        return self.keep and self._entered and Journal(self.partial / JOURNAL).committed
 
     def __exit__(self, kind, error, trace) -> None:
         refused = isinstance(error, GrailError) and not isinstance(error, Circumstance)
