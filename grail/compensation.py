@@ -23,7 +23,7 @@ from grail_kernels.ridge import MatrixRows, ridge_solve_
 
 from .errors import GrailError
 from .moments import PairStatistics
-from .reduction import Reduction
+from .reduction import Reduction, Selection
 from .statistics import SiteStatistics
 
 FORMS = ("anchored", "paper")
@@ -58,7 +58,7 @@ def reconstruction_errors(
 ) -> list[float]:
     """Σ‖W x − W' R x‖² / Σ‖W x‖² over the rows behind the Gram matrix, for each candidate W' [O, K]; 0 where the
     consumer's output is all zero. With the scatter in the Gram matrix's place: both about their means."""
-    return _errors(weight_OH, [weight_OK.__getitem__ for weight_OK in candidates], reduction, gram)
+    return _errors(weight_OH, [weight_OK.__getitem__ for weight_OK in candidates], reduction, gram)[1]
 
 
 @isolated
@@ -94,7 +94,11 @@ def compensate(
         return reduction.lift_consumer(weight_OH[outputs].double()).to(dtype)
 
     candidates = [lifted, found.weight.__getitem__]
-    found.error_before, found.error_after = _errors(weight_OH, candidates, reduction, gram)
+    if isinstance(reduction, Selection) and dtype == weight_OH.dtype:
+        # W − W B0 R is W's removed columns, so that the anchor's error needs only their part of G
+        found.error_before, (found.error_after,) = _errors(weight_OH, candidates[1:], reduction, gram, pruned=True)
+    else:
+        found.error_before, found.error_after = _errors(weight_OH, candidates, reduction, gram)[1]
     return found
 
 
@@ -216,17 +220,28 @@ def _gathered(gram: PackedSymmetric, reduction: Reduction, form: str) -> Iterato
 
 
 def _errors(
-    weight_OH: Tensor, candidates: list[Callable[[slice], Tensor]], reduction: Reduction, gram: PackedSymmetric
-) -> list[float]:
-    """`reconstruction_errors` of candidates that give some of their rows [B, K] when asked."""
-    total, energies = 0.0, [0.0 for _ in candidates]
+    weight_OH: Tensor,
+    candidates: list[Callable[[slice], Tensor]],
+    reduction: Reduction,
+    gram: PackedSymmetric,
+    pruned: bool = False,
+) -> tuple[float, list[float]]:
+    """(With `pruned` the error of a plain selection, `reconstruction_errors` of candidates that give some of their rows
+    [B, K] when asked)."""
+    total, plain, energies = 0.0, 0.0, [0.0 for _ in candidates]
+    gone = reduction.removed_channels.to(weight_OH.device) if pruned else None
+    gram_QQ = gram.gather(gone, gone) if pruned else None
     for outputs in _blocks(weight_OH):
         weight_BH = weight_OH[outputs].float()
         total += gram.quadratic_trace(weight_BH)
+        if pruned:
+            weight_BQ = weight_BH[:, gone]
+            plain += torch.sum((weight_BQ @ gram_QQ) * weight_BQ, dtype=torch.float64).item()
         for i, candidate in enumerate(candidates):
             wide_BH = reduction.expand_consumer(candidate(outputs).float())
             energies[i] += gram.quadratic_trace(torch.sub(weight_BH, wide_BH, out=wide_BH))
-    return [max(energy / total, 0.0) if total > 0 else 0.0 for energy in energies]
+    shares = [max(energy / total, 0.0) if total > 0 else 0.0 for energy in (plain, *energies)]
+    return shares[0], shares[1:]
 
 
 def _judge_pairs(found: Compensation, anchor_OK: Tensor, pairs: PairStatistics) -> None:

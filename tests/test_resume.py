@@ -55,7 +55,7 @@ def cases(tmp_path_factory):
     def case_of(method: str) -> tuple[Case, dict[str, bytes]]:
         if method not in made:
             case = Case(method, tmp_path_factory.mktemp(method))
-            case.compress(case.work / "reference")
+            case.probe = case.compress(case.work / "reference")["probe"]
             made[method] = case, files_of(case.work / "reference")
         return made[method]
 
@@ -279,7 +279,8 @@ def test_perplexities_are_not_measured_twice(cases, tmp_path, monkeypatch):
     measured = []
     original = grail.finish.perplexity
     monkeypatch.setattr(grail.finish, "perplexity", lambda *a, **k: measured.append(1) or original(*a, **k))
-    assert case.compress(tmp_path / "out", resume=True)["first"] == 3
+    found = case.compress(tmp_path / "out", resume=True)
+    assert (found["first"], found["probe"]) == (3, case.probe), "the pruned network's states were taken for these"
     assert len(measured) == 1 and files_of(tmp_path / "out") == files
 
 
