@@ -94,8 +94,10 @@ def compensate(
         return reduction.lift_consumer(weight_OH[outputs].double()).to(dtype)
 
     candidates = [lifted, found.weight.__getitem__]
-    if isinstance(reduction, Selection) and dtype == weight_OH.dtype:
-        # W − W B0 R is W's removed columns, so that the anchor's error needs only their part of G
+    few = reduction.residual_rows <= reduction.kept_width
+    if isinstance(reduction, Selection) and dtype == weight_OH.dtype and few:
+        # W − W B0 R is W's removed columns, so that the anchor's error needs only their part of G; [Q, Q] float32 fits
+        # where A was, but with many removed it would be the largest matrix of all
         found.error_before, (found.error_after,) = _errors(weight_OH, candidates[1:], reduction, gram, pruned=True)
     else:
         found.error_before, found.error_after = _errors(weight_OH, candidates, reduction, gram)[1]

@@ -135,8 +135,13 @@ class Costs:
         width, kept = site.units.width, self._kept(site)
         outputs = self._part(site)[1] // width
         needed = 0
-        if self.job.recipe.compensate or self.job.selector.updates_weights():
+        if self.job.selector.folds(site.kind):
+            # pairs: their moments, the dense consumer and its anchor in float32, then the solve and its right-hand side
+            needed = 4 * (kept**2 // 2 + 2 * kept * outputs + width * outputs) + 8 * kept**2 + 16 * kept * outputs
+        elif self.job.recipe.compensate or self.job.selector.updates_weights():
             needed = solve_bytes(outputs, width, kept)
+            if self.job.recipe.ridge_form == "paper":
+                needed += 8 * kept * max(outputs - (width - kept), 0)
         if GRAM in self.job.selector.needs_of(site.kind):
             needed = max(needed, 8 * ELIMINATION_COPIES * width**2)
         return needed + self._stored(site) * outputs * width
