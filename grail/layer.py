@@ -18,6 +18,7 @@ from .errors import GrailError
 from .families.base import Site
 from .families.decoder import LAYERS, Block
 from .job import Job
+from .machine import trim_memory
 from .regional import gradient_squares
 from .statistics import GRAM, SiteStatistics
 from .workspace import Workspace
@@ -178,6 +179,7 @@ class LayerPass:
         """The layer is done: the outputs of its branches are given up."""
         for part in self._known:
             self.work.store.drop(self._named(part), self.chunks.all)
+        trim_memory()
 
     def gradient(self, site: Site) -> Tensor:
         """RMS over all windows of the dense block's regional gradient for the site's consumer (Wanda++), float32

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import GrailError
 from ..families.decoder import LOGIT_ROWS, Decoder
+from ..machine import trim_memory
 from ..workspace import Workspace
 
 SERIES = "evaluation"
@@ -39,6 +40,7 @@ def perplexity(
     block = None
     for index in track(range(model.layer_count)):
         del block  # before the next layer is read
+        trim_memory()
         block = model.block(index)
         for number in mine:
             work.store.put(SERIES, number, block.run(work.store.get(SERIES, number, model.device)))
@@ -71,5 +73,6 @@ def logits(model: Decoder, ids_BL: Tensor) -> Tensor:
     x_BLD = model.embed(ids_BL)
     for index in range(model.layer_count):
         x_BLD = model.block(index).run(x_BLD)
+        trim_memory()
     with torch.no_grad():
         return model.tail()(x_BLD)
