@@ -56,8 +56,18 @@ class Costs:
         source = self.job.model.source
         return {name: math.prod(source.info(name).shape) for name in source.names()}
 
+    @cached_property
+    def _by_prefix(self) -> dict[str, int]:
+        """Parameters of all tensors whose names begin with a prefix that ends in a dot."""
+        found: Counter[str] = Counter()
+        for name, size in self._sizes.items():
+            parts = name.split(".")
+            for end in range(1, len(parts)):
+                found[".".join(parts[:end]) + "."] += size
+        return dict(found)
+
     def _numel(self, prefix: str) -> int:
-        return sum(size for name, size in self._sizes.items() if name.startswith(prefix))
+        return self._by_prefix.get(prefix, 0)
 
     @property
     def _item(self) -> int:

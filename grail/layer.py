@@ -11,19 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from .errors import GrailError
 from .families.base import Site
 from .families.decoder import LAYERS, Block
 from .job import Job
-from .machine import trim_memory
+from .machine import all_finite, trim_memory
 from .regional import gradient_squares
 from .statistics import GRAM, SiteStatistics
 from .workspace import Workspace
 
 HIDDEN = "hidden"
+TRIMMED = 2**25
+"""After layers of so many stored bytes freed memory is given back; below it is not worth the time."""
 
 
 @dataclass
@@ -161,7 +162,7 @@ class LayerPass:
 
     def finish(self, number: int, out_BLD: Tensor) -> None:
         """Store a chunk's hidden states after the layer. Raises GrailError when they are not finite."""
-        if not torch.isfinite(out_BLD).all():
+        if not all_finite(out_BLD):
             raise GrailError(
                 f"{LAYERS}{self.layer}: its output holds NaN or infinity; check the checkpoint, or use --dtype float32 "
                 f"where a narrower one overflows"
@@ -179,7 +180,13 @@ class LayerPass:
         """The layer is done: the outputs of its branches are given up."""
         for part in self._known:
             self.work.store.drop(self._named(part), self.chunks.all)
-        trim_memory()
+        if self._bytes > TRIMMED:
+            trim_memory()
+
+    @property
+    def _bytes(self) -> int:
+        source = self.job.model.source
+        return sum(source.info(name).nbytes for name in source.names() if name.startswith(self.prefix))
 
     def gradient(self, site: Site) -> Tensor:
         """RMS over all windows of the dense block's regional gradient for the site's consumer (Wanda++), float32

@@ -12,6 +12,7 @@ from .compensation import compensate, compensate_pairs, mean_bias
 from .errors import GrailError
 from .families.base import Site
 from .layer import HIDDEN, LayerPass
+from .machine import all_finite
 from .moments import PairStatistics
 from .reduction import Reduction
 from .result import SiteResult, from_main
@@ -134,7 +135,7 @@ def _folded(run: LayerPass, site: Site, number: int, narrow: dict[str, Tensor]) 
     """What the narrowed producers emit for a chunk. Raises GrailError when it is not finite."""
     with run.block.with_tensors(narrow):
         z_BLK = run.hidden(site, number)
-    if not torch.isfinite(z_BLK).all():
+    if not all_finite(z_BLK):
         raise GrailError(
             f"{site.name}: the folded channels carry NaN or infinite activations; check the checkpoint, or use --dtype "
             f"float32 where a narrower one overflows"

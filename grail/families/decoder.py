@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
+from ..machine import all_finite
 from ..reduction import Reduction
 from .base import OutputFormat, Site
 from .block import Block, Part
@@ -148,7 +149,7 @@ class Decoder(ABC):
         return self._finite(name, tensor.to(self.written_as or tensor.dtype)).to(self.device, self.dtype)
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise GrailError(
                 f"{self.source.path}: {name} holds NaN or infinite weights (as {tensor.dtype}); fetch or save it again"
             )
