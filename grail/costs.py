@@ -18,6 +18,7 @@ from .job import Job
 from .selectors.base import BLOCK_GRADIENTS
 from .statistics import GRAM
 
+PROBE_TOKENS = 64
 LOGIT_COPIES = 3
 """Logits of one block of rows, their exponentials and their softmax."""
 ATTENTION_COPIES = 4
@@ -34,9 +35,9 @@ TRAINING_COPIES = 6
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a run. windows, length: of the calibration text (0, 0 without); evaluated: tokens of the evaluation text
-    (0 without); chunk_tokens, spill: as in Workspace; evaluations: how many networks are evaluated; passes: how often
-    the calibration text goes through the whole network."""
+    """Costs of a run. windows, length: of the calibration text (0, 0 without); evaluated, evaluated_length: tokens of
+    the evaluation text and of one of its windows (0, 0 without); chunk_tokens, spill: as in Workspace; surveyed: the
+    dense network is scored in a pass of its own; pruned_too: the pruned network is made and evaluated beside."""
 
     job: Job
     windows: int
@@ -46,6 +47,7 @@ class Costs:
     spill: bool
     surveyed: bool = False
     pruned_too: bool = False
+    evaluated_length: int = 0
 
     @property
     def tokens(self) -> int:
@@ -86,11 +88,19 @@ class Costs:
 
     @property
     def chunk(self) -> int:
-        """Tokens of the largest chunk."""
-        windows = min(max(self.chunk_tokens // max(self.length, 1), 1), max(self.windows, 1))
-        return max(windows * self.length, 1)
+        """Tokens of the largest chunk of calibration text (or of the probe)."""
+        return max(self._chunk(self.windows, self.length), PROBE_TOKENS)
 
-    def activations(self, site: Site) -> int:
+    @property
+    def evaluation_chunk(self) -> int:
+        """Tokens of the largest chunk of evaluation text; 0 without."""
+        length = self.evaluated_length
+        return self._chunk(self.evaluated // length, length) if length else 0
+
+    def _chunk(self, windows: int, length: int) -> int:
+        return min(max(self.chunk_tokens // max(length, 1), 1), windows) * length
+
+    def activations(self, site: Site, chunk: int) -> int:
         """Bytes alive at once while a chunk goes through a branch up to its consumer's input."""
         hidden = self.job.model.config.hidden_size
         rows = self._part(site)[0] // hidden
@@ -98,7 +108,7 @@ class Costs:
             inner = ATTENTION_COPIES * max(rows, site.units.width)
         else:
             inner = MLP_COPIES * site.units.width
-        return self._item * self.chunk * (3 * hidden + inner)
+        return self._item * chunk * (3 * hidden + inner)
 
     def statistics(self, site: Site) -> int:
         """Bytes of what is accumulated at a site."""
@@ -125,7 +135,7 @@ class Costs:
                 changed = self.job.changes(site)
                 gathers = bool(self.windows) and (changed or self.surveyed)
                 statistics = self.statistics(site) if gathers else 0
-                at_least(f"{name}: forward", weights + self.activations(site) + statistics + narrow)
+                at_least(f"{name}: forward", weights + self.activations(site, self.chunk) + statistics + narrow)
                 if changed:
                     held = 0 if self.spill else weights
                     at_least(f"{name}: solve", self._solve(site) + statistics + held + narrow)
@@ -165,7 +175,7 @@ class Costs:
         options = self.job.selector.regional_options()
         windows = min(options.windows, self.windows) if options else 0
         hidden = self.job.model.config.hidden_size
-        graph = 4 * self.length * max(self.activations(s) // (self._item * self.chunk) for s in self.job.sites) * 2
+        graph = 4 * self.length * max(self.activations(s, 1) // self._item for s in self.job.sites) * 2
         copies = 4 * TRAINING_COPIES * self._numel(self.job.model.prefix(layer))
         return copies + 2 * self._item * windows * self.length * hidden + graph
 
@@ -178,7 +188,7 @@ class Costs:
     def _evaluation(self) -> int:
         config = self.job.model.config
         layer = max(self._numel(self.job.model.prefix(i)) for i in range(self.job.model.layer_count))
-        run = self._item * layer + max(map(self.activations, self.job.sites))
+        run = self._item * layer + max(self.activations(site, self.evaluation_chunk) for site in self.job.sites)
         logits = 4 * LOGIT_COPIES * 512 * config.vocab_size + self._head()
         return max(run, logits)
 

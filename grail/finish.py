@@ -98,7 +98,7 @@ def _pruned_perplexity(session: Session, work: Workspace, out: OutputFolder) -> 
         session.group.barrier()
         with session.phase("pruned only"):
             windows = session.windows.ids if job.needs_data else None
-            stream(job, work, windows, session.probe, pruned, session.progress.layers("pruning only"))
+            stream(job, work, windows, session.probe, pruned, session.progress.layers("pruning only"), "pruned")
         if session.group.main:
             write_rest(session, job, pruned)
         found = _perplexity(session, work, "evaluating pruned", pruned.partial)

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,8 +39,9 @@ def high_water() -> int:
 def reset_peak_memory() -> None:
     """Start `high_water` of this process anew (Linux)."""
     refs = Path("/proc/self/clear_refs")
-    if refs.exists():
-        refs.write_text("5")
+    with suppress(OSError):
+        if refs.exists():
+            refs.write_text("5")
 
 
 def _status(key: str) -> int | None:

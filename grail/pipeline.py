@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,14 +74,16 @@ def stream(
     probe_1L: Tensor,
     out: OutputFolder,
     track: Track = lambda layers: layers,
+    name: str = "stream",
 ) -> Streamed:
     """Compress every site in order, writing one shard per layer and one for the rest. windows_NL [N, L] token ids;
     None when `job.needs_data` is false. The probe window runs through the result beside the calibration data.
 
     Layers that `out` holds already, committed by an earlier run, are taken from there. Only the main process writes.
+    name: of the pass in the workspace's store; what lies there under another pass's name is not touched.
     """
     model, streamed = job.model, Streamed()
-    chunks = _chunks(work, "stream", windows_NL, probe=True)
+    chunks = _chunks(work, name, windows_NL, probe=True)
     last = max((site.layer for site in job.sites if job.changes(site)), default=-1)
     first = _recalled(job, chunks, out, streamed, last)
     if first == 0:
@@ -141,7 +144,7 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
     background.write(
         _shard_name(run.layer + 1, job),
         _layer_pieces(job, run.layer, tensors, streamed.reductions) if group.main else None,
-        lambda: run.work.store.drop(chunks.series(run.layer), numbers),
+        partial(run.work.store.drop, chunks.series(run.layer), numbers),  # and nothing that holds the layer itself
         layer=run.layer,
         sites=[result.to_json() for result in results],
         trained=training and vars(training.outcome),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def make_plan(session: Session) -> Plan:
         session.spill,
         session.widths.needs_scores,
         session.recipe.compare_pruned and session.recipe.compensate,
+        session.evaluated.ids.shape[1] if session.evaluated else 0,
     )
     base = resident_memory() + PROCESS_GROWTH
     store, kept = _store(session, costs, base)
@@ -141,15 +143,15 @@ def _within_budget(session: Session, costs: Costs, base: int) -> Costs:
     budget = session.recipe.memory
     if budget is None:
         return costs
-    chunk = costs.chunk
-    while base + max(costs.memory().values()) > budget and chunk > max(costs.length, 1):
-        chunk = max(chunk // 2, costs.length)
+    chunk, least = max(costs.chunk, costs.evaluation_chunk), max(costs.length, costs.evaluated_length, 1)
+    while base + max(costs.memory().values()) > budget and chunk > least:
+        chunk = max(chunk // 2, least)
         costs = replace(costs, chunk_tokens=chunk)
     memory = costs.memory()
     largest = max(memory, key=memory.__getitem__)
     if base + memory[largest] > budget:
         raise GrailError(
-            f"--memory {budget / 1e9:.2f} GB cannot be kept: with one window of {costs.length} tokens at a time this "
+            f"--memory {budget / 1e9:.2f} GB cannot be kept: with one window of {least} tokens at a time this "
             f"run needs {(base + memory[largest]) / 1e9:.2f} GB ({largest}; {base / 1e9:.2f} GB before any work)"
         )
     return costs
@@ -188,7 +190,11 @@ def _parameters_after(session: Session) -> int:
 
 
 def _bytes_after(session: Session) -> int:
-    return math.ceil(session.source_bytes * _parameters_after(session) / session.parameters)
+    """Each tensor in the dtype it is written in, the share of the parameters that stays."""
+    source, job = session.model.source, session.job
+    infos = [source.info(name) for name in source.names()]
+    wide = sum(math.prod(info.shape) * job.written_dtype(info.dtype).itemsize for info in infos)
+    return math.ceil(wide * _parameters_after(session) / session.parameters)
 
 
 def _site_kinds(session: Session) -> dict[str, dict[str, int]]:
@@ -205,7 +211,8 @@ def _site_kinds(session: Session) -> dict[str, dict[str, int]]:
 
 def warn_if_tight(plan: Plan) -> str | None:
     """A sentence when more memory will be needed than there is."""
-    free = available_memory() + resident_memory()
-    if plan.peak <= free:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, free = plan.peak * here, available_memory() + resident_memory() * here
+    if needed <= free:
         return None
-    return f"about {plan.peak / 1e9:.1f} GB of memory will be needed, {free / 1e9:.1f} GB are there"
+    return f"about {needed / 1e9:.1f} GB of memory will be needed, {free / 1e9:.1f} GB are there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -47,6 +48,8 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
         if not flags.get("output"):
             raise GrailError("compress needs output=FOLDER: where to write the smaller checkpoint")
         return run(Recipe(model=str(model), **flags), progress or Progress())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GrailError("compress of a module works in one process: save it to a folder and compress that")
     with tempfile.TemporaryDirectory(prefix="grail-") as work:
         source, output = Path(work) / "source", flags.pop("output", None)
         flags["called"] = type(model).__name__
@@ -94,13 +97,19 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
         progress = progress if group.main else Progress()
         plan = make_plan(Session(recipe, progress, group))
         out = plan.session.out
+        out.keep = plan.store != "memory"  # nobody could go on with activations that died with this process
         check_disk(plan, out.path)
         for line in (headline(plan), *plan.session.notes()):
             progress.say(line)
         if tight := warn_if_tight(plan):
             progress.warn(tight)
-        with _telling_what_is_kept(out), out if group.main else nullcontext():
-            report = _carry_out(plan, out)
+        threads = torch.get_num_threads()
+        try:
+            # the inner guard: the others must know before the folder in which they write is taken away
+            with _telling_what_is_kept(out), out if group.main else nullcontext(), group.guard():
+                report = _carry_out(plan, out)
+        finally:
+            torch.set_num_threads(threads)
     group.close()
     return report
 
@@ -167,20 +176,30 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
 def _workspace(plan: Plan, out: OutputFolder) -> Workspace:
     """How the passes are carried out: as an earlier run did whose work is gone on with, else as planned."""
     session, group = plan.session, plan.session.group
-    chunk_tokens, threads = plan.costs.chunk_tokens, torch.get_num_threads()
-    asked = {"identity": session.identity(), "chunk_tokens": chunk_tokens, "threads": threads}
-    started = out.journal.find(START) if group.main else None
-    begun = group.broadcast(started[0] if started else None)
-    if begun is None and group.main:
-        out.journal.append({"step": START, **asked})
-    elif begun is not None:
-        _check_same(begun["identity"], asked["identity"])
-        asked = begun
+    asked = group.broadcast(_begun(plan, out) if group.main else None)  # the same chunks and threads for all
     torch.set_num_threads(asked["threads"])
-    group.barrier()
     store = MemoryStore() if plan.store == "memory" else STORES[plan.store](out.partial / STORE)
     profile = Profile(watch_memory=session.recipe.profile)
     return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill, profile=profile)
+
+
+def _begun(plan: Plan, out: OutputFolder) -> dict:
+    """The journal's first line, written now or by an earlier run. Raises Circumstance when that asked for something
+    else or does not fit the memory that there is now."""
+    chunk_tokens = plan.costs.chunk_tokens
+    asked = {"identity": plan.session.identity(), "chunk_tokens": chunk_tokens, "threads": torch.get_num_threads()}
+    started = out.journal.find(START)
+    if not started:
+        out.journal.append({"step": START, **asked})
+        return asked
+    _check_same(started[0]["identity"], asked["identity"])
+    budget = plan.session.recipe.memory
+    if budget is not None and started[0]["chunk_tokens"] > chunk_tokens:
+        raise Circumstance(
+            f"--memory {budget / 1e9:.2f} GB: the run was begun with {started[0]['chunk_tokens']} tokens at a time and "
+            f"must go on so, which needs more; give more, or start over with --overwrite and not --resume"
+        )
+    return started[0]
 
 
 def _check_same(begun: dict, asked: dict) -> None:

@@ -129,6 +129,8 @@ class Session:
         return {
             "recipe": self.recipe.to_json(),
             "versions": versions(),
+            "compute dtype": str(self.model.dtype).removeprefix("torch."),
+            "compute device": self.model.device.type,
             "model": self.source_entry()["sha256"],
             "calibration": self.windows and self.windows.sha256,
             "evaluation": self.evaluated and self.evaluated.sha256,

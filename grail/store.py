@@ -84,6 +84,7 @@ class DiskStore(ChunkStore):
 
     def __init__(self, folder: Path):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
 
     def put(self, series: str, number: int, tensor: Tensor, *, lasting: bool = False) -> None:
         path = self._path(series, number)
@@ -92,15 +93,19 @@ class DiskStore(ChunkStore):
         header = len(text).to_bytes(4, "little") + text
         start = MAGIC + zlib.crc32(raw, zlib.crc32(header)).to_bytes(4, "little") + header
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with open(path, "wb", buffering=0) as file:
                 for part in (start, raw):
                     _write_all(file, memoryview(part))
+        except FileNotFoundError as error:
+            raise Circumstance(self._gone) from error
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
     def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
         path = self._path(series, number)
+        if not self.folder.exists():
+            raise Circumstance(self._gone)
         if not path.exists():
             raise KeyError((series, number))
         found = _read(path)
@@ -118,6 +123,10 @@ class DiskStore(ChunkStore):
     def holds(self, series: str, numbers: Iterable[int]) -> bool:
         paths = [self._path(series, number) for number in numbers]
         return all(path.exists() for path in paths) and all(_read(path) is not None for path in paths)
+
+    @property
+    def _gone(self) -> str:
+        return f"{self.folder} is gone: it was removed, or another process of this run ended"
 
     def _path(self, series: str, number: int) -> Path:
         return self.folder / series / f"{number:06d}"

@@ -111,7 +111,7 @@ def test_a_budget_makes_chunks_smaller_down_to_one_window(tmp_path):
     """Widths for which the activations of a chunk are most of the memory."""
     source = tiny_checkpoint(tmp_path / "source", intermediate_size=4096, num_hidden_layers=1)
     options = {"model": str(source), "calibration": str(tiny_calibration(tmp_path / "ids.safetensors", 128, 64))}
-    options |= {"output": str(tmp_path / "out"), "method": "mag-sp", "bias": True, "compensate": False}
+    options |= {"output": str(tmp_path / "out"), "method": "mag-sp", "bias": True, "compensate": False, "store": "disk"}
     free = plan(Recipe(**options), Progress())
     assert free.costs.chunk == 4096
     budget = free.memory["process"] + (free.peak - free.memory["process"]) // 3

@@ -74,9 +74,11 @@ class Background:
         then()
 
     def _commit(self) -> None:
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
-            self.out.commit_shard(pending.file, pending.pieces, pending.written.result(), **pending.said)
+            checksum = pending.written.result()
+            self._pending = None  # only now: an interruption while waiting must not lose it
+            self.out.commit_shard(pending.file, pending.pieces, checksum, **pending.said)
 
     def _write(self, file: str, pieces: list[Piece]) -> int:
         with self.profile.phase("write", bytes=sum(piece.nbytes for piece in pieces)):

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from .reader import DTYPES, INDEX, read_json
 
 LOCK, JOURNAL, STORE, REPLACED = "lock", "journal.jsonl", "store", "replaced"
 SHARD = "shard"
+REMOVALS = 10
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
@@ -170,7 +172,7 @@ class OutputFolder:
     def __exit__(self, kind, error, trace) -> None:
         refused = isinstance(error, GrailError) and not isinstance(error, Circumstance)
         if self.partial.exists() and (refused or not self.kept):
-            shutil.rmtree(self.partial)
+            _remove(self.partial)
             self._unmake()
         self._lock.close()
 
@@ -288,6 +290,15 @@ def _locked(path: Path) -> IO | None:
         pass
     file.close()
     return None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a working folder, while another process of a run that failed may still put a last chunk there."""
+    for _ in range(REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.2)
 
 
 def data_files(source: Path) -> Iterator[Path]:
