@@ -284,11 +284,19 @@ def test_perplexities_are_not_measured_twice(cases, tmp_path, monkeypatch):
     assert len(measured) == 1 and files_of(tmp_path / "out") == files
 
 
-@pytest.mark.parametrize(("begun", "then"), [("memory", "memory"), ("memory", "disk"), ("disk", "memory")])
-def test_without_a_disk_store_the_run_starts_over(cases, tmp_path, begun, then):
+def test_a_run_whose_activations_died_with_it_keeps_nothing(cases, tmp_path):
     case, files = cases("flap")
-    interrupted(case, tmp_path / "out", 4, store=begun)
-    assert case.compress(tmp_path / "out", resume=True, store=then)["first"] == 0
+    with Events(4, False, interrupt, only=LINES).watching(), pytest.raises(KeyboardInterrupt):
+        case.compress(tmp_path / "out", store="memory")
+    assert not list(tmp_path.iterdir())
+    assert case.compress(tmp_path / "out", resume=True, store="memory")["first"] == 0
+    assert files_of(tmp_path / "out") == files
+
+
+def test_without_a_disk_store_the_run_starts_over(cases, tmp_path):
+    case, files = cases("flap")
+    interrupted(case, tmp_path / "out", 4, store="disk")
+    assert case.compress(tmp_path / "out", resume=True, store="memory")["first"] == 0
     assert files_of(tmp_path / "out") == files
 
 
@@ -300,7 +308,7 @@ def test_chunks_and_threads_stay_as_they_were_begun_with(cases, tmp_path, monkey
     torch.set_num_threads(2)
     try:
         assert case.compress(tmp_path / "out", resume=True)["first"] == 2
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2, "the caller's own setting is not given back"
     finally:
         torch.set_num_threads(1)
     assert files_of(tmp_path / "out") == files

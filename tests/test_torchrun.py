@@ -28,6 +28,7 @@ CASES = {
     "no data": {"method": "mag-sp", "compensate": False},
     "one window": {"method": "wanda-sp", "samples": 1, "eval": "none"},
     "memory": {"method": "wanda-sp", "store": "memory"},
+    "uneven chunks": {"method": "wanda-sp", "chunks": [64, 32, 128]},
 }
 
 

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m tests.torchrun_script WORK '[{"method": "wanda-sp"}, ...]'
 
 Each writes WORK/out-RANKS-NUMBER, or `output` of its entry. The reopening check runs in the main process itself,
-without the seconds of imports. An entry with "die": [rank, layer] has that process killed before it does that layer.
+without the seconds of imports. An entry with "die": [rank, layer] has that process killed before it does that layer; "chunks" are
+the tokens of a chunk that each process would choose for itself.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def main() -> None:
     torch.set_num_threads(1)
     work, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     reopen.verify = verify_in_this_process(lambda name: Path(tempfile.mkdtemp(prefix=name, dir=work)))
-    Session.chunk_tokens = 64
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     for number, case in enumerate(cases):
+        Session.chunk_tokens = case.pop("chunks", [64] * ranks)[int(os.environ.get("RANK", "0"))]
         if rank_and_layer := case.pop("die", None):
             die_before(*rank_and_layer)
         options = {"calibration": str(work / "ids.safetensors"), "eval": str(work / "held.safetensors")}
