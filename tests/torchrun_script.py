@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m tests.torchrun_script WORK '[{"method": "wanda-sp"}, ...]'
 
 Each writes WORK/out-RANKS-NUMBER, or `output` of its entry. The reopening check runs in the main process itself,
-without the seconds of imports. An entry with "die": [rank, layer] has that process killed before it does that layer; "chunks" are
-the tokens of a chunk that each process would choose for itself.
+without the seconds of imports. An entry with "die": [rank, layer] has that process killed before it does that layer;
+"chunks" are the tokens of a chunk that each process would choose for itself.
 """
 
 from __future__ import annotations
