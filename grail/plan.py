@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,13 +115,16 @@ def headline(plan: Plan) -> str:
     )
 
 
-def check_disk(plan: Plan, folder: Path) -> None:
-    """Raise GrailError when the disk of `folder` has no room for the run."""
-    free = free_space(folder)
-    if plan.disk * SPARE_DISK > free:
+def check_disk(plan: Plan) -> None:
+    """Raise GrailError when the output's disk has no room for what is still to be written."""
+    out = plan.session.out
+    there = sum(file.stat().st_size for file in out.partial.rglob("*") if file.is_file()) if out.resume else 0
+    needed, free = max(plan.disk * SPARE_DISK - there, 0), free_space(out.path)
+    if needed > free:
+        instead = "" if plan.store == "memory" else ", or use --store memory"
         raise GrailError(
-            f"--output {folder}: the run needs about {plan.disk / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
-            f"make room, choose another folder, or use --store memory"
+            f"--output {out.path}: the run needs about {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            f"make room, choose another folder{instead}"
         )
 
 

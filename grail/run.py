@@ -98,7 +98,7 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
         plan = make_plan(Session(recipe, progress, group))
         out = plan.session.out
         out.keep = plan.store != "memory"  # nobody could go on with activations that died with this process
-        check_disk(plan, out.path)
+        check_disk(plan)
         for line in (headline(plan), *plan.session.notes()):
             progress.say(line)
         if tight := warn_if_tight(plan):

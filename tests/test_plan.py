@@ -164,3 +164,19 @@ def test_stores_give_the_same_bytes_and_so_does_computing_twice(tiny, tmp_path, 
         for file in sorted(path.name for path in outputs[0].iterdir()):
             if file != "run.json":
                 assert len({(output / file).read_bytes() for output in outputs}) == 1, f"{method}: {file}"
+
+
+def test_what_is_there_already_is_not_asked_for_again(tiny, tmp_path, monkeypatch):
+    """After a full disk it is enough to make room for the rest."""
+    needed = planned(**tiny)["disk_bytes"]
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / "lock").touch()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, needed // 2))
+    with pytest.raises(grail.errors.GrailError, match="of disk"):
+        grail.compress(**tiny, resume=True)
+    left.mkdir(exist_ok=True)
+    (left / "lock").touch()
+    (left / "chunk").write_bytes(bytes(needed))
+    assert grail.compress(**tiny, resume=True).output

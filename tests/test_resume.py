@@ -300,6 +300,16 @@ def test_without_a_disk_store_the_run_starts_over(cases, tmp_path):
     assert files_of(tmp_path / "out") == files
 
 
+def test_a_budget_that_the_begun_chunks_do_not_fit_is_refused_and_nothing_is_lost(cases, tmp_path, monkeypatch):
+    case, files = cases("fold")
+    interrupted(case, tmp_path / "out")
+    with monkeypatch.context() as tight, pytest.raises(GrailError, match="--memory 100.00 GB: the run was begun with"):
+        tight.setattr(grail.workspace, "CHUNK_TOKENS", 16)
+        case.compress(tmp_path / "out", resume=True, memory="100GB")
+    assert case.compress(tmp_path / "out", resume=True, memory="100GB")["first"] == 2
+    assert files_of(tmp_path / "out") == files
+
+
 def test_chunks_and_threads_stay_as_they_were_begun_with(cases, tmp_path, monkeypatch):
     """The bits depend on both."""
     case, files = cases("fold")
