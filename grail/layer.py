@@ -31,13 +31,14 @@ TRIMMED = 2**25
 class Chunks:
     """The chunks of one pass that this process computes: `counted` enter the statistics, the `probe` (or None) only
     passes through. `windows` counts the calibration windows of all processes. The hidden states before layer k are the
-    store's series `name-k`."""
+    store's series `name-k`; lasting: a later run may go on from them."""
 
     work: Workspace
     name: str
     counted: list[int] = field(default_factory=list)
     windows: int = 0
     probe: int | None = None
+    lasting: bool = False
 
     @property
     def all(self) -> list[int]:
@@ -167,7 +168,7 @@ class LayerPass:
                 f"{LAYERS}{self.layer}: its output holds NaN or infinity; check the checkpoint, or use --dtype float32 "
                 f"where a narrower one overflows"
             )
-        self._put(self.chunks.series(self.layer + 1), number, out_BLD, lasting=True)
+        self._put(self.chunks.series(self.layer + 1), number, out_BLD, lasting=self.chunks.lasting)
         self.work.store.spare(self.chunks.series(self.layer), [number])
 
     def close(self, part: str) -> None:

@@ -84,6 +84,7 @@ def stream(
     """
     model, streamed = job.model, Streamed()
     chunks = _chunks(work, name, windows_NL, probe=True)
+    chunks.lasting = out.keep
     last = max((site.layer for site in job.sites if job.changes(site)), default=-1)
     first = _recalled(job, chunks, out, streamed, last)
     if first == 0:
@@ -112,7 +113,7 @@ def _embed(job: Job, chunks: Chunks, windows_NL: Tensor | None, probe_1L: Tensor
     split = [] if windows_NL is None else chunks.work.split(windows_NL)
     for number in chunks.all:
         ids_BL = probe_1L if number == chunks.probe else split[number]
-        chunks.work.store.put(chunks.series(0), number, job.model.embed(ids_BL), lasting=True)
+        chunks.work.store.put(chunks.series(0), number, job.model.embed(ids_BL), lasting=chunks.lasting)
 
 
 def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) -> None:

