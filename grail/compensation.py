@@ -116,6 +116,12 @@ def solve_bytes(outputs: int, width: int, kept: int) -> int:
     return solution + max(solve, write) + ALLOCATOR
 
 
+def solve_flops(outputs: int, width: int, kept: int) -> float:
+    """Arithmetic of `compensate`: Cholesky, two triangular solves, and the product with what was removed."""
+    gone = width - kept
+    return kept**3 / 3 + 2.0 * kept**2 * min(outputs, gone) + 2.0 * outputs * gone * kept
+
+
 @isolated
 def compensate_pairs(
     anchor_OK: Tensor,

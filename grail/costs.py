@@ -12,7 +12,7 @@ from functools import cached_property
 
 from grail_kernels.packed import default_tile, packed_size
 
-from .compensation import solve_bytes
+from .compensation import solve_bytes, solve_flops
 from .families.base import Site
 from .job import Job
 from .selectors.base import BLOCK_GRADIENTS
@@ -216,9 +216,8 @@ class Costs:
         if not (self.job.changes(site) and self.job.recipe.compensate):
             return 0.0
         width, kept = site.units.width, self._kept(site)
-        outputs, gone = self._part(site)[1] // width, width - kept
         own = 2.0 * width**3 if GRAM in self.job.selector.needs_of(site.kind) else 0.0
-        return kept**3 / 3 + 2.0 * kept**2 * min(outputs, gone) + 2.0 * outputs * gone * kept + own
+        return solve_flops(self._part(site)[1] // width, width, kept) + own
 
     def _training_flops(self, layer_flops: float) -> float:
         options = self.job.selector.regional_options()

@@ -41,7 +41,7 @@ def guarded(command: Callable) -> Callable:
         except Interrupted as stop:
             fail(str(stop), 75)
         except KeyboardInterrupt:
-            fail("interrupted; nothing was kept", 130)
+            fail("interrupted; nothing new was kept", 130)
         except OSError as error:
             if error.errno not in CIRCUMSTANCES:
                 _bug(error, kwargs)

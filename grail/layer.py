@@ -7,24 +7,27 @@ workspace's store.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
+from grail_kernels.inputs import all_finite
+
 from .errors import GrailError
 from .families.base import Site
 from .families.decoder import LAYERS, Block
 from .job import Job
-from .machine import all_finite, trim_memory
+from .machine import trim_memory
 from .regional import gradient_squares
 from .statistics import GRAM, SiteStatistics
 from .workspace import Workspace
 
 HIDDEN = "hidden"
-TRIMMED = 2**25
-"""After layers of so many stored bytes freed memory is given back; below it is not worth the time."""
+TRIMMED = 2**24
+"""After layers of so many numbers freed memory is given back; below it is not worth the time."""
 
 
 @dataclass
@@ -66,7 +69,7 @@ class LayerPass:
         """The layer itself, read as it is run."""
         return self.job.model.block(self.layer)
 
-    @property
+    @cached_property
     def sites(self) -> list[Site]:
         """The layer's sites in execution order."""
         return [site for site in self.job.sites if site.layer == self.layer]
@@ -133,8 +136,8 @@ class LayerPass:
     def hidden(self, site: Site, number: int) -> Tensor:
         """The site's hidden vectors of a chunk, computed from the layer's input."""
         x_BLD, known = self.state(number), self._branches(number)
-        rows = sum(self.job.model.source.info(f"{p.name}.weight").shape[0] for p in site.producers)
-        with self.work.profile.phase("forward", flops=2 * x_BLD.numel() * rows):
+        tokens = x_BLD.shape[0] * x_BLD.shape[1]
+        with self.work.profile.phase("forward", flops=2 * tokens * self._before_consumer(site)):
             return self.block.hidden(self.part_of(site), x_BLD, known)
 
     def hidden_again(self, site: Site, number: int) -> Tensor:
@@ -181,13 +184,23 @@ class LayerPass:
         """The layer is done: the outputs of its branches are given up."""
         for part in self._known:
             self.work.store.drop(self._named(part), self.chunks.all)
-        if self._bytes > TRIMMED:
+        if sum(self._numel.values()) > TRIMMED:
             trim_memory()
 
-    @property
-    def _bytes(self) -> int:
+    @cached_property
+    def _numel(self) -> dict[str, int]:
+        """Numbers of each of the layer's tensors, by the name within the layer."""
         source = self.job.model.source
-        return sum(source.info(name).nbytes for name in source.names() if name.startswith(self.prefix))
+        return {
+            self.local(name): math.prod(source.info(name).shape)
+            for name in source.names()
+            if name.startswith(self.prefix)
+        }
+
+    def _before_consumer(self, site: Site) -> int:
+        """Numbers of the weights that a token meets in the site's branch up to its consumer."""
+        part, consumer = f"{self.part_of(site)}.", f"{self.local(site.consumer)}."
+        return sum(n for name, n in self._numel.items() if name.startswith(part) and not name.startswith(consumer))
 
     def gradient(self, site: Site) -> Tensor:
         """RMS over all windows of the dense block's regional gradient for the site's consumer (Wanda++), float32

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .errors import GrailError
 
@@ -50,13 +49,6 @@ def _status(key: str) -> int | None:
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     return None
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether nothing is NaN or infinity. One pass in the usual case: the sum of finite numbers is finite, unless they
-    are so large that a look at each is worth its time."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
 
 
 def trim_memory() -> None:

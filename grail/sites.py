@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compensation import compensate, compensate_pairs, mean_bias
+from grail_kernels.inputs import all_finite
+
+from .compensation import compensate, compensate_pairs, mean_bias, solve_flops
 from .errors import GrailError
 from .families.base import Site
 from .layer import HIDDEN, LayerPass
-from .machine import all_finite
 from .moments import PairStatistics
 from .reduction import Reduction
 from .result import SiteResult, from_main
@@ -74,7 +75,8 @@ def _select_and_repair(run: LayerPass, site: Site, view: SiteView) -> SiteResult
     compensation = bias_O = None
     if recipe.compensate or lam is not None:
         options = {"ridge": recipe.ridge, "form": recipe.ridge_form} if recipe.compensate else {"lam": lam}
-        with run.work.profile.phase("solve", flops=_solve_flops(len(view.weight_OH), reduction)):
+        flops = solve_flops(len(view.weight_OH), reduction.width, reduction.kept_width)
+        with run.work.profile.phase("solve", flops=flops):
             compensation = compensate(view.weight_OH, view.matrix, reduction, name=site.name, dtype=dtype, **options)
         weight_OK = compensation.weight
     else:
@@ -83,12 +85,6 @@ def _select_and_repair(run: LayerPass, site: Site, view: SiteView) -> SiteResult
         own_O = job.consumer_bias(site)
         bias_O = mean_bias(view.weight_OH, weight_OK, reduction, view.statistics, own_O).to(dtype)
     return SiteResult(site, reduction, compensation, weight_OK, bias_O)
-
-
-def _solve_flops(outputs: int, reduction: Reduction) -> float:
-    """Cholesky and two triangular solves, and the product with what was removed."""
-    kept, gone = reduction.kept_width, reduction.width - reduction.kept_width
-    return kept**3 / 3 + 2 * kept**2 * min(outputs, gone) + 2 * outputs * gone * kept
 
 
 def _fold(run: LayerPass, site: Site) -> tuple[SiteResult, dict[str, Tensor]]:

@@ -28,3 +28,15 @@ def reopen_here(monkeypatch, tmp_path_factory):
     from tests.tiny import verify_in_this_process
 
     monkeypatch.setattr(reopen, "verify", verify_in_this_process(tmp_path_factory.mktemp))
+
+
+@pytest.fixture(scope="module")
+def small_runs_on_one_thread():
+    """Runs in this process that give the same bits as those of tests/killed_runs.py."""
+    from tests.killed_runs import small_runs
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with small_runs():
+        yield
+    torch.set_num_threads(before)

@@ -594,8 +594,10 @@ class TestOutput:
     def test_overwrite_keeps_the_old_folder_when_the_run_fails(self, bench):
         bench.output.mkdir()
         (bench.output / "mine.txt").write_text("mine")
+        (bench.output / "config.json").write_text("{}")
         bench.edit(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
-        bench.refuse("--overwrite")
+        assert "up_proj" in bench.refuse("--overwrite")
+        assert sorted(file.name for file in bench.output.iterdir()) == ["config.json", "mine.txt"]
 
     @pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["plain", "overwrite"])
     def test_a_file_is_refused(self, bench, more):

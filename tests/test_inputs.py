@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grail_kernels import CrossAccumulator, GramAccumulator
+from grail_kernels.inputs import all_finite
 
 
 def activations(rows: int, width: int, *, seed: int = 0) -> torch.Tensor:
@@ -105,3 +106,16 @@ def test_sums_are_copies():
     accumulator.sum.zero_()
     accumulator.mean.zero_()
     assert torch.equal(accumulator.sum, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 5), (0, 4), (2000, 700)])
+def test_all_finite_finds_one_bad_number_anywhere(shape, dtype):
+    x = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)  # whose sum overflows, though each number is finite
+    assert all_finite(x)
+    for bad in (float("nan"), float("inf"), float("-inf")) if x.numel() else ():
+        for place in {0, x.numel() // 2, x.numel() - 1}:
+            spoilt = x.clone()
+            spoilt.view(-1)[place] = bad
+            assert not all_finite(spoilt)
+            assert x.dim() != 2 or not all_finite(spoilt.mT)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from grail_kernels.inputs import all_finite
+
 from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
-from ..machine import all_finite
 from ..reduction import Reduction
 from .base import OutputFormat, Site
 from .block import Block, Part

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .inputs import all_finite
+
 FIRST_RAISE = 1e-8
 REFINEMENTS = 2
 BLOCK_ROWS, BLOCK_NUMBERS = 128, 1 << 19
@@ -123,11 +125,6 @@ def subtract_product(out_KM: Tensor, a: MatrixRows, x_KM: Tensor) -> None:
     """out −= A x in float64."""
     for rows, block_RK in a.blocks():
         out_KM[rows] -= block_RK.double() @ x_KM
-
-
-def all_finite(matrix: Tensor) -> bool:
-    """Whether nothing is NaN or infinity, without isfinite's copy of the whole."""
-    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(block_rows(matrix.shape[1])))
 
 
 def factorise(a: MatrixRows, lam: float, dtype: torch.dtype) -> Factor:
