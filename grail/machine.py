@@ -17,6 +17,9 @@ import torch
 from .errors import GrailError
 
 GUESSED_DISK_RATE = 500e6
+CPU_PRODUCT, GPU_PRODUCT = 896, 4096
+"""Widths of the products that are measured: large enough for the rate, small enough to cost a CPU a tenth of a
+second."""
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -115,8 +118,9 @@ def disk_rate(folder: Path, size: int = 64 * 2**20) -> float:
     return 2 * size / (time.perf_counter() - start)
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1536) -> float:
-    """Measured FLOP/s of a matrix product, best of three."""
+def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int | None = None) -> float:
+    """Measured FLOP/s of a square matrix product, best of three."""
+    size = size or (CPU_PRODUCT if device.type == "cpu" else GPU_PRODUCT)
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(3):

