@@ -23,7 +23,7 @@ demo: install
 	@$(BIN)/grail eval demo-output --against smollm2-135m --speed --prompt "The capital of France is"
 
 test: install
-	@echo "grail test: lint, then the whole test suite (about 13 minutes, 2 cores)"
+	@echo "grail test: lint, then the whole test suite (about 20 minutes, 2 cores)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q --durations=10
 
