@@ -12,10 +12,12 @@ from ..reduction import Reduction, Units
 
 @dataclass(frozen=True)
 class Producer:
-    """A layer whose output rows make the hidden vector; `rows_per_unit` of its rows belong to each unit."""
+    """A layer whose output rows make the hidden vector; `rows_per_unit` of its rows belong to each unit. Its rows may
+    be several `sections` of equal size one after another (queries, keys and values), each with rows of every unit."""
 
     name: str
     rows_per_unit: int
+    sections: int = 1
 
 
 @dataclass(frozen=True)
