@@ -11,14 +11,24 @@ from .errors import GrailError
 from .registration import install as _install
 
 __version__ = "0.1.0"
-__all__ = ["GrailError", "Recipe", "Report", "compress", "load"]
+__all__ = ["GrailError", "Preprocessing", "Recipe", "Report", "channels", "compress", "heads", "load"]
 
 if TYPE_CHECKING:
+    from .calibration.preprocessing import Preprocessing
+    from .families.network import channels, heads
     from .recipe import Recipe
     from .report import Report
     from .run import compress, load
 
-_HOME = {"compress": "run", "load": "run", "Recipe": "recipe", "Report": "report"}
+_HOME = {
+    "compress": "run",
+    "load": "run",
+    "Recipe": "recipe",
+    "Report": "report",
+    "Preprocessing": "calibration.preprocessing",
+    "channels": "families.network",
+    "heads": "families.network",
+}
 
 
 _install()

@@ -18,6 +18,7 @@ from rich.console import Console
 from . import __version__
 from .errors import GrailError
 from .guard import OneSentence, guarded, start
+from .modules.terminal import show_accuracy, show_network
 from .terminal import show_evaluation, show_plan, show_profile, show_report
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ _ask = typer.Option
 _widths = functools.partial(typer.Option, rich_help_panel="What goes")
 _data = functools.partial(typer.Option, rich_help_panel="Calibration and evaluation text")
 _repair = functools.partial(typer.Option, rich_help_panel="Repair")
+_vision = functools.partial(typer.Option, rich_help_panel="Vision")
 _machine = functools.partial(typer.Option, rich_help_panel="Machine and files")
 
 
@@ -63,7 +65,9 @@ def main_options(
 @app.command()
 @guarded
 def compress(
-    model: Annotated[str, _ask("--model", help="A folder, an alias (llama-2-7b, smollm2-135m, ...) or a hub name.")],
+    model: Annotated[
+        str, _ask("--model", help="A folder, an alias (llama-2-7b, ...), a hub name, timm/NAME, torchvision/NAME.")
+    ],
     output: Annotated[str, _ask("--output", "-o", help="Folder for the smaller checkpoint.")],
     method: Annotated[str, _ask("--method", help="How units are chosen; see `grail methods`.")] = "wanda-sp",
     ratio: Annotated[float, _ask("--ratio", help="Share of each site's heads and MLP channels to remove.")] = 0.3,
@@ -82,7 +86,11 @@ def compress(
     ] = 1,
     set: Annotated[list[str], _widths("--set", help="A method's own option, key=value; repeatable.")] = [],  # noqa: B006
     calibration: Annotated[
-        str, _data("--calibration", help="builtin, wikitext2, c4, or a .txt, .jsonl, .safetensors file.")
+        str,
+        _data(
+            "--calibration",
+            help="builtin, wikitext2, c4, a .txt, .jsonl, .safetensors file; images: a folder, idx, .npz, hf:NAME.",
+        ),
     ] = "builtin",
     samples: Annotated[int, _data("--samples", help="Calibration windows, at random offsets.")] = 128,
     seq_len: Annotated[int | None, _data("--seq-len", help="Tokens per window (2048; builtin: 512).")] = None,
@@ -128,6 +136,18 @@ def compress(
         str | None, _machine("--memory", help="Budget of resident memory, such as 4GB; refused if it cannot be kept.")
     ] = None,
     profile: Annotated[bool, _machine("--profile", help="Also print where time and memory went.")] = False,
+    weights: Annotated[
+        str | None, _vision("--weights", help="Weights of timm/NAME or torchvision/NAME, a .safetensors file.")
+    ] = None,
+    model_option: Annotated[
+        list[str], _vision("--model-option", help="For the library's factory, such as img_size=98; repeatable.")
+    ] = [],  # noqa: B006
+    repair: Annotated[bool, _vision("--repair", help="Estimate BatchNorm statistics anew afterwards.")] = False,
+    target: Annotated[
+        str, _vision("--target", help="Repair towards the dense network's hidden vectors, or the network's own.")
+    ] = "dense",
+    one_shot: Annotated[bool, _vision("--one-shot", help="Look at the dense network alone.")] = False,
+    batch: Annotated[int, _vision("--batch", help="Images at once.")] = 64,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -136,12 +156,21 @@ def compress(
 
     Example: grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned --output small
     """
-    asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set"}}
+    asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set", "model_option"}}
     progress = start(quiet, verbose)
     settings = _pairs(set)
+    from .modules.command import compress_network, for_text, is_network
+
+    if is_network(model):
+        report = compress_network(asked | {"set": settings}, model_option, progress)
+        if as_json:
+            _json(report.to_json() | {"output": report.output, "run": report.run_json()})
+        else:
+            show_network(report, Console(highlight=False, soft_wrap=True))
+        return
     from .recipe import Recipe
 
-    recipe = Recipe(**asked, set=settings)
+    recipe = Recipe(**for_text(asked, model_option), set=settings)
     from .run import run
 
     report = run(recipe, progress)
@@ -184,7 +213,9 @@ def plan_command(**options: object) -> None:
     from .recipe import Recipe
 
     output = options.pop("output") or UNNAMED
-    recipe = Recipe(**options, output=output, set=settings)
+    from .modules.command import for_text
+
+    recipe = Recipe(**for_text(options, options.pop("model_option")), output=output, set=settings)
     from .run import plan
 
     found = plan(recipe, progress)
@@ -206,13 +237,25 @@ def evaluate_command(
     prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, a .safetensors file.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure perplexity, one layer in memory at a time; --speed and --prompt load whole models."""
+    """Measure perplexity, one layer in memory at a time (--speed and --prompt load whole models), or accuracy."""
     asked = {k: v for k, v in locals().items() if k not in {"path", "as_json", "quiet", "verbose"}}
     progress = start(quiet, verbose)
+    from .modules.command import evaluate_network, is_network
+
+    if is_network(path):
+        found = evaluate_network(path, asked)
+        if as_json:
+            _json(found)
+        else:
+            show_accuracy(found, Console(highlight=False, soft_wrap=True))
+        return
+    if asked.pop("weights") is not None:
+        raise GrailError("--weights is for timm/NAME and torchvision/NAME")
     from .evaluate import evaluate
 
     found = evaluate(path, **asked, progress=progress)
@@ -243,6 +286,29 @@ def convert_command(
     else:
         for key in ("format", "parameters", "loads_with", "output"):
             typer.echo(f"{key.replace('_', ' '):12} {found[key]}")
+
+
+@app.command("export")
+@guarded
+def export_command(
+    path: Annotated[str, typer.Argument(help="A folder that grail compress wrote for a vision network.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")],
+    to: Annotated[str, typer.Option("--to", help="onnx or torch-export.")] = "onnx",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a compressed vision network as ONNX or as a torch.export program, and compare its outputs."""
+    start(quiet, verbose)
+    from .modules.export import export_folder
+
+    found = export_folder(path, to, output, overwrite=overwrite)
+    if as_json:
+        _json({"schema_version": 1} | found)
+    else:
+        for key, value in found.items():
+            typer.echo(f"{key:12} {value}")
 
 
 @app.command("methods")

@@ -75,6 +75,10 @@ class Job:
             rows[producer.name] = weight
         return rows
 
+    def biased_producers(self, site: Site) -> frozenset[str]:
+        """Those of them with such a column."""
+        return frozenset(p.name for p in site.producers if f"{p.name}.bias" in self.model.source)
+
     def narrow_producers(self, site: Site, reduction: Reduction) -> dict[str, Tensor]:
         """The producers' tensors after a reduction, by full name, rounded to what is written."""
         lifted_OK = reduction.lift_consumer(self.consumer_weight(site))

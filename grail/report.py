@@ -50,7 +50,7 @@ class Report:
         """One entry per site, in execution order (CONTRACTS, grail.json); `trained`: the layer was trained afterwards,
         so that the error is that of the weights it started from."""
         trained = {training.layer for training in self.trained}
-        return [_site_entry(result, result.site.layer in trained) for result in self.results]
+        return [site_entry(result, result.site.layer in trained) for result in self.results]
 
     @property
     def ratio(self) -> dict[str, dict[str, float]]:
@@ -105,17 +105,23 @@ class Report:
 
     def run_json(self) -> dict:
         """run.json: what differs between equal runs."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "host": socket.gethostname(),
-            "platform": platform.platform(),
-            "argv": sys.argv,
+        return machine_json() | {
             "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
             "profile": self.profile.to_json(),
             "planned": self.planned,
             "peak_memory_bytes": max(self.profile.peak, peak_memory()),
             "reopened": self.reopened,
         }
+
+
+def machine_json() -> dict:
+    """Where a run took place."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "argv": sys.argv,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -129,7 +135,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _site_entry(result: SiteResult, trained: bool) -> dict:
+def site_entry(result: SiteResult, trained: bool) -> dict:
+    """A site as grail.json has it."""
     width = result.site.units.width
     entry = {"name": result.site.name, "before": width, "after": width}
     if result.reduction is not None:

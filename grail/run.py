@@ -17,6 +17,11 @@ from .checkpoint.writer import STORE, OutputFolder
 from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
+from .modules.command import is_module_folder
+from .modules.folder import load as load_module
+from .modules.recipe import ModuleRecipe
+from .modules.report import ModuleReport
+from .modules.run import compress_module
 from .pipeline import stream
 from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
 from .profile import Profile
@@ -33,14 +38,17 @@ HASHED = ("model", "calibration", "evaluation")
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
-def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report:
-    """Compress a model; flags are those of `grail compress` with underscores (see Recipe).
+def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report | ModuleReport:
+    """Compress a model; flags are those of `grail compress` with underscores (see Recipe, for other modules than those
+    of transformers ModuleRecipe).
 
     model: a folder, alias or hub name; or a loaded transformers module, which is not modified: then
     `report.model` is the narrower module, and `output` may be left out. A module needs calibration data that is
     tokenised already (a tensor [N, L], a list of tensors, an iterable of batches, or a .safetensors file).
     Raises GrailError for bad input.
     """
+    if isinstance(model, torch.nn.Module) and not hasattr(model, "save_pretrained"):
+        return _compress_in_memory(model, progress or Progress(), **flags)
     unknown = set(flags) - {f.name for f in fields(Recipe)}
     if unknown:
         raise GrailError(f"compress has no option {', '.join(sorted(unknown))}")
@@ -63,8 +71,20 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
         return report
 
 
-def load(path: str | Path) -> torch.nn.Module:
-    """Open an output of GRAIL as a module, in the dtype it is stored in, ready for inference."""
+def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: Any) -> ModuleReport:
+    own = {name: flags.pop(name) for name in ("sites", "preprocessing") if name in flags}
+    unknown = set(flags) - {f.name for f in fields(ModuleRecipe)}
+    if unknown:
+        raise GrailError(f"compress of a module has no option {', '.join(sorted(unknown))}")
+    recipe = ModuleRecipe(model=None, **{"called": type(module).__name__} | flags)
+    return compress_module(module, recipe, progress, **own)
+
+
+def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Module:
+    """Open an output of GRAIL as a module, in the dtype it is stored in, ready for inference. module: for a network of
+    your own class, one of the original widths (it is not modified)."""
+    if is_module_folder(Path(path)):
+        return load_module(path, module)
     from transformers import AutoModelForCausalLM
 
     from .registration import register

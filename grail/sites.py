@@ -52,6 +52,7 @@ def view_of(run: LayerPass, site: Site, statistics: SiteStatistics) -> SiteView:
         gradients_OH=run.gradient(site) if BLOCK_GRADIENTS in needs else None,
         windows=run.chunks.windows,
         affine=job.affine,
+        biased=job.biased_producers(site),
     )
 
 

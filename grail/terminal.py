@@ -68,8 +68,8 @@ def set_logging(verbosity: int) -> None:
 def show_report(report: Report, console: Console) -> None:
     """The closing lines of `grail compress`."""
     lines = {
-        "parameters": _before_after(*report.parameters, 1e6, "M"),
-        "size on disk": _before_after(*report.bytes, 1e6, "MB"),
+        "parameters": before_after(*report.parameters, 1e6, "M"),
+        "size on disk": before_after(*report.bytes, 1e6, "MB"),
         "ratio": ", ".join(
             f"{kind} {shares['reached']:.3f}" + ("" if shares["asked"] is None else f" (asked {shares['asked']:g})")
             for kind, shares in report.ratio.items()
@@ -77,7 +77,7 @@ def show_report(report: Report, console: Console) -> None:
     }
     compensated = [site for site in report.sites if site["error_after"] is not None]
     if compensated:
-        pruned, repaired = (_mean(compensated, key) for key in ("error_before", "error_after"))
+        pruned, repaired = (mean(compensated, key) for key in ("error_before", "error_after"))
         lines["output error"] = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}"
         raised = sum(site["retries"] > 0 for site in compensated)
         if raised:
@@ -110,8 +110,8 @@ def show_plan(found: dict, console: Console) -> None:
         "model": f"{found['model']}, {found['layers']} layers",
         "method": f"{found['method']}, allocation {found['allocation']}, passes over the text: {found['passes']}",
         "widths": kinds + (" (before the network is scored)" if found["allocation"] == "global" else ""),
-        "parameters": _before_after(found["parameters"]["before"], found["parameters"]["after"], 1e6, "M"),
-        "size on disk": _before_after(found["bytes"]["before"], found["bytes"]["after"], 1e6, "MB"),
+        "parameters": before_after(found["parameters"]["before"], found["parameters"]["after"], 1e6, "M"),
+        "size on disk": before_after(found["bytes"]["before"], found["bytes"]["after"], 1e6, "MB"),
         "text": f"{found['calibration_tokens']:,} calibration tokens, {found['chunk_tokens']:,} at a time; "
         f"{found['evaluation_tokens']:,} for evaluation",
         "activations": f"in the {found['store']} store, hidden vectors {found['hidden_states']}, "
@@ -168,9 +168,11 @@ def show_evaluation(found: dict, console: Console) -> None:
             console.print(f"{label} says: {found['models'][label]['sample']!r}", markup=False)
 
 
-def _before_after(before: int, after: int, unit: float, name: str) -> str:
+def before_after(before: int, after: int, unit: float, name: str) -> str:
+    """Two sizes and their relation."""
     return f"{before / unit:.1f} {name} -> {after / unit:.1f} {name} ({(after - before) / before:+.1%})"
 
 
-def _mean(entries: list[dict], key: str) -> float:
+def mean(entries: list[dict], key: str) -> float:
+    """Of one value of all entries."""
     return sum(entry[key] for entry in entries) / len(entries)

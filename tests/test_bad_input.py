@@ -181,7 +181,7 @@ class TestNames:
         message = bench.refuse(model=name)
         assert f"--model {name}" in message and "smollm2-135m" in message
 
-    @pytest.mark.parametrize("name", ["wanda", "WANDA-SP", "no-such-method", ""])
+    @pytest.mark.parametrize("name", ["wandas", "WANDA-SP", "no-such-method", ""])
     def test_unknown_method_lists_the_known(self, bench, name):
         message = bench.refuse(method=name)
         assert f"--method {name}" in message

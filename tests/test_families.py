@@ -130,7 +130,7 @@ def test_output_dtype_converts_every_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("compensate", [True, False], ids=["compensated", "pruned"])
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", sorted(methods()))
 def test_ratio_0_reproduces_every_tensor_byte_for_byte(tmp_path, method, compensate):
     source = tiny_checkpoint(tmp_path / "source", "llama", dtype=torch.bfloat16, shard="20KB", attention_bias=True)
     compress_tiny(tmp_path, source, method=method, ratio=0.0, compensate=compensate)

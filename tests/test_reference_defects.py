@@ -198,7 +198,7 @@ def test_head_cost_is_not_truncated(tmp_path, ratio):
 
 
 @pytest.mark.parametrize("allocation", [None, "global"])
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", sorted(methods()))
 def test_ratio_0_removes_nothing(tmp_path, method, allocation):
     allocation = "log" if allocation and method == "fold" else allocation  # folding gives no scores to compare
     source = tiny_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
@@ -206,7 +206,7 @@ def test_ratio_0_removes_nothing(tmp_path, method, allocation):
     assert_same_bytes(source, tmp_path / "out", "")
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", sorted(methods()))
 def test_a_site_with_ratio_0_is_left_alone(tmp_path, method):
     source = tiny_checkpoint(tmp_path / "source", num_hidden_layers=1, mlp_bias=True)
     compress(source, tmp_path / "out", random_windows(), method=method, attn_ratio=0.0, mlp_ratio=0.5)
@@ -270,7 +270,7 @@ def test_a_layer_is_not_run_once_per_site(tmp_path, linears):
     assert len(shapes) == 3 * 2 * 7, "seven per layer and chunk, the probe's head, not the last one's calibration"
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", sorted(methods()))
 def test_a_nan_in_a_gram_matrix_names_the_site(tmp_path, method):
     """Finite weights whose product overflows in the second layer's MLP."""
     model = tiny_model(num_hidden_layers=2)

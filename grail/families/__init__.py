@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..modeling_grail import PREFIX
 from ..registration import register
-from . import llama
+from . import llama, resnet, vit
 from .base import Producer, Site
+from .network import Network
 
-__all__ = ["Producer", "Site", "open_family", "register"]
+__all__ = ["Producer", "Site", "describe", "open_family", "register"]
 
 FAMILIES = (llama,)
+IN_MEMORY = (resnet, vit)
+
+
+def describe(module: nn.Module) -> Network:
+    """The sites of a network in memory; raises GrailError where no family knows its blocks."""
+    for family in IN_MEMORY:
+        network = family.describe(module)
+        if network is not None:
+            return network
+    raise GrailError(
+        f"{type(module).__name__} has no blocks that a family knows (conv1, conv2 or attn, mlp): describe its sites by "
+        f"hand, grail.compress(module, sites=[grail.channels(...), ...])"
+    )
 
 
 def open_family(folder: Path, **options):

@@ -26,9 +26,10 @@ class SiteView:
     """Everything a selector may look at. Shapes: O outputs, H width, D inputs of a producer.
 
     weight_OH: the consumer's weight; producers: name -> [rows, D], a bias as one more column, filled for selectors that
-    need "producers"; gradients_OH: for those that need "block_gradients", RMS over calibration windows of
-    ∂‖f(X)‖₂/∂weight for the block f; kept: units to keep in each group; windows: number of calibration windows;
-    affine: whether the repair fits a bias too, so that the exact objective is the centred one.
+    need "producers"; biased: the names of those that have such a column; gradients_OH: for those that need
+    "block_gradients", RMS over calibration windows of ∂‖f(X)‖₂/∂weight for the block f; kept: units to keep in each
+    group; windows: number of calibration windows; affine: whether the repair fits a bias too, so that the exact
+    objective is the centred one.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SiteView:
     gradients_OH: Tensor | None = None
     windows: int = 1
     affine: bool = False
+    biased: frozenset[str] = frozenset()
 
     @property
     def matrix(self) -> PackedSymmetric:

@@ -18,3 +18,10 @@ class WandaSP(ScoreSelector):
     def scores(self, site: SiteView) -> Tensor:
         mean_H = column_sums(site.weight_OH, torch.abs) / len(site.weight_OH)
         return mean_H * site.statistics.mean_square().sqrt()
+
+
+class Wanda(WandaSP):
+    """The same under the name it has for vision."""
+
+    name = "wanda"
+    summary = "another name of wanda-sp"

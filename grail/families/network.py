@@ -1,0 +1,183 @@
+"""A network held in memory, described by its sites: what a vision family gives, and what anyone can write by hand.
+
+    Network(module, [channels("fc1", "fc2", width=64), channels("conv1", "conv2", width=32, norms=["bn1"])])
+
+Names are those of `module.named_modules()`. Sites stand in execution order. `blocks` name modules that run one after
+another, each on the output of the one before; without them the whole network is one block, and every site costs
+forwards of all of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from ..errors import GrailError
+from ..reduction import Units
+from .base import Producer, Site
+
+LAYERS = (nn.Linear, _ConvNd)
+
+
+@dataclass(frozen=True)
+class ModuleSite(Site):
+    """A site of a network in memory. norms: BatchNorms between producers and consumer, one for each producer that has
+    one, in the producers' order; counts: (module, attribute) pairs that hold the number of units (`num_heads`), widths:
+    those that hold the width."""
+
+    norms: tuple[str, ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
+    widths: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict:
+        """For config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict) -> ModuleSite:
+        """The inverse."""
+        pairs = {key: tuple(tuple(pair) for pair in found[key]) for key in ("counts", "widths")}
+        producers = tuple(Producer(**producer) for producer in found["producers"])
+        parts = {"producers": producers, "units": Units(**found["units"]), "norms": tuple(found["norms"])}
+        return cls(**found | parts | pairs)
+
+
+@dataclass
+class Network:
+    """A module in evaluation mode, its sites in execution order, and the blocks it is run by."""
+
+    module: nn.Module
+    sites: list[ModuleSite]
+    blocks: list[str] = field(default_factory=list)
+
+    def layer(self, name: str) -> nn.Module:
+        """A module by name."""
+        return self.module.get_submodule(name)
+
+    def clone(self) -> Network:
+        """The same description of a copy of the module."""
+        return Network(copy.deepcopy(self.module), self.sites, self.blocks)
+
+    def block_of(self, site: ModuleSite) -> str:
+        """The block a site lies in ("": the whole network)."""
+        return next((block for block in self.blocks if site.consumer.startswith(f"{block}.")), "")
+
+
+def channels(
+    producer: str | Sequence[str],
+    consumer: str,
+    *,
+    width: int,
+    norms: Sequence[str] = (),
+    size: int = 1,
+    sections: int = 1,
+    name: str | None = None,
+    layer: int = 0,
+) -> ModuleSite:
+    """A site of `width` channels between producers and a consumer, each read by `size` consecutive inputs of the
+    consumer (more than one: a linear layer behind a flattened map). All producers' channels are multiplied or added
+    element by element on the way (gate and up)."""
+    producers = (producer,) if isinstance(producer, str) else tuple(producer)
+    made = tuple(Producer(each, 1, sections) for each in producers)
+    units = Units(1, width, size)
+    return ModuleSite(name or producers[0], "channels", layer, made, consumer, units, tuple(norms))
+
+
+def heads(
+    producer: str | Sequence[str],
+    consumer: str,
+    *,
+    count: int,
+    size: int,
+    sections: int = 1,
+    counts: Iterable[tuple[str, str]] = (),
+    widths: Iterable[tuple[str, str]] = (),
+    name: str | None = None,
+    layer: int = 0,
+) -> ModuleSite:
+    """A site of `count` attention heads of `size` channels; `sections` is 3 for a fused projection to queries, keys and
+    values."""
+    producers = (producer,) if isinstance(producer, str) else tuple(producer)
+    made = tuple(Producer(each, size, sections) for each in producers)
+    units = Units(1, count, size)
+    pairs = tuple(map(tuple, counts)), tuple(map(tuple, widths))
+    return ModuleSite(name or consumer, "heads", layer, made, consumer, units, (), *pairs)
+
+
+def check(network: Network) -> None:
+    """Raises GrailError naming the site where layers are missing, of another kind or do not fit together."""
+    known = dict(network.module.named_modules())
+    names = [site.name for site in network.sites]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise GrailError(f"{name}: two sites have this name")
+    for site in network.sites:
+        for name in (*(p.name for p in site.producers), *site.norms, site.consumer):
+            if name not in known:
+                raise GrailError(f"{site.name}: the network has no module {name}")
+        for producer in site.producers:
+            _check_layer(site, producer.name, known[producer.name])
+            rows, wanted = known[producer.name].weight.shape[0], producer.sections * producer.rows_per_unit
+            if rows != wanted * site.units.count:
+                raise GrailError(
+                    f"{site.name}: {producer.name} has {rows} rows, {site.units.count} units need {wanted} each"
+                )
+        _check_layer(site, site.consumer, known[site.consumer])
+        columns = known[site.consumer].weight.shape[1]
+        if columns != site.units.width:
+            raise GrailError(f"{site.name}: {site.consumer} reads {columns} channels, the site has {site.units.width}")
+        for name in site.norms:
+            norm = known[name]
+            if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+                raise GrailError(
+                    f"{site.name}: {name} is a {type(norm).__name__}, which mixes channels or keeps no statistics; "
+                    f"only BatchNorm can stand between a producer and its consumer"
+                )
+            if norm.num_features != site.units.count:
+                raise GrailError(f"{site.name}: {name} has {norm.num_features} channels, the site {site.units.count}")
+
+
+def _check_layer(site: ModuleSite, name: str, layer: nn.Module) -> None:
+    if not isinstance(layer, LAYERS) or getattr(layer, "transposed", False):
+        raise GrailError(f"{site.name}: {name} is a {type(layer).__name__}; a linear or convolution layer is needed")
+    if getattr(layer, "groups", 1) != 1:
+        raise GrailError(f"{site.name}: {name} is a convolution in {layer.groups} groups, which cannot be narrowed")
+
+
+@torch.no_grad()
+def verify(network: Network, example: Tensor, permuted: Callable[[Network, ModuleSite, Tensor], None]) -> None:
+    """A description is right only if the order of a site's units means nothing: permute each site's, and the output
+    must stay. Raises GrailError naming the first site where it does not. example: one input batch."""
+    expected = _output(network.module, example)
+    generator = torch.Generator().manual_seed(0)
+
+    def differs(sites: list[ModuleSite]) -> bool:
+        other = network.clone()
+        for site in sites:
+            permuted(other, site, torch.randperm(site.units.count, generator=generator))
+        found = _output(other.module, example)
+        return not torch.linalg.vector_norm(found - expected) <= TOLERANCE * torch.linalg.vector_norm(expected)
+
+    if not differs(network.sites):
+        return
+    for site in network.sites:
+        if differs([site]):
+            raise GrailError(
+                f"{site.name}: the order of its units changes the network's output, so something else reads or makes "
+                f"them than {', '.join(p.name for p in site.producers)} and {site.consumer}; describe the site anew or "
+                f"leave it out"
+            )
+    raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
+
+
+TOLERANCE = 1e-3
+
+
+def _output(module: nn.Module, example: Tensor) -> Tensor:
+    found = module(example)
+    return found.double() if isinstance(found, Tensor) else torch.cat([t.double().flatten() for t in found])

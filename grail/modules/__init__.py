@@ -1,0 +1,1 @@
+"""Networks that are held in memory: narrowed in place, block by block."""

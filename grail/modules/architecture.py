@@ -1,0 +1,164 @@
+"""Networks by name, `timm/NAME` and `torchvision/NAME`, with weights from a safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from ..calibration.preprocessing import Preprocessing, imported
+from ..errors import GrailError
+from .command import LIBRARIES
+
+OPTIONS = {
+    "num_classes": int, "in_chans": int, "img_size": (int, list), "patch_size": int, "global_pool": str,
+    "embed_dim": int, "depth": int, "num_heads": int, "mlp_ratio": (int, float), "dynamic_img_size": bool,
+}  # fmt: skip
+"""What a factory may be given: config.json is data from anywhere, and some of timm's options name files to unpickle."""
+HEADS = {"torchvision": ("fc.weight", "classifier.weight", "heads.head.weight")}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """library: timm or torchvision; options: what its factory is given (num_classes, img_size, ...)."""
+
+    library: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, model: str) -> Architecture | None:
+        """That of `timm/NAME` or `torchvision/NAME`; None for anything else."""
+        library, _, name = model.partition("/")
+        return cls(library, name) if library in LIBRARIES and name and not Path(model).exists() else None
+
+    def __post_init__(self):
+        for name, value in self.options.items():
+            if name not in OPTIONS or not isinstance(value, OPTIONS[name]):
+                known = ", ".join(OPTIONS)
+                raise GrailError(
+                    f"{self.library}/{self.name}: option {name}={value} is not one of {known}, or no such value"
+                )
+
+    def _is_known(self) -> bool:
+        if self.library == "timm":
+            return bool(imported("timm").is_model(self.name.partition(".")[0])) and ":" not in self.name
+        models = imported("torchvision").models
+        return self.library == "torchvision" and self.name in models.list_models(module=models)
+
+    def build(self) -> nn.Module:
+        """The network with random weights, in evaluation mode. Raises GrailError for a name the library does not
+        know."""
+        if not self._is_known():
+            raise GrailError(f"--model {self.library}/{self.name}: {self.library} has no such network")
+        try:
+            if self.library == "timm":
+                module = imported("timm").create_model(self.name, pretrained=False, **self.options)
+            else:
+                module = imported("torchvision").models.get_model(self.name, weights=None, **self.options)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise GrailError(f"--model {self.library}/{self.name}: {_first_line(error)}") from error
+        return module.eval()
+
+    def preprocessing(self, module: nn.Module) -> Preprocessing:
+        """How images become its inputs."""
+        if self.library == "timm":
+            return Preprocessing.from_timm(module)
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return Preprocessing((224, 224), 3, mean, std, 0.875, "bilinear")
+
+    def to_json(self) -> dict:
+        """For config.json."""
+        return asdict(self)
+
+
+def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tuple[nn.Module, Architecture, dict]:
+    """(the network with its weights, what builds it, where they came from). Number of classes and input channels follow
+    the weights unless `options` say otherwise. Raises GrailError naming the file and what does not fit."""
+    found = Architecture.parse(model)
+    file, revision = _weights_file(found, weights)
+    shapes = _shapes(file)
+    found = Architecture(found.library, found.name, _inferred(found, shapes) | options)
+    module = found.build()
+    tensors = load_file(file)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing = [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")]
+    other = [name for name in tensors if name not in wanted or tuple(tensors[name].shape) != wanted[name]]
+    for what, names in (("lacks", missing), ("holds another", other)):
+        if names:
+            raise GrailError(f"{file} {what} {names[0]} ({len(names)} such tensors): these are not weights of {model}")
+    module.load_state_dict(tensors, strict=False, assign=True)
+    return module.eval(), found, {"id": model, "revision": revision, "sha256": _sha256(file)}
+
+
+def _weights_file(found: Architecture, weights: str | None) -> tuple[Path, str | None]:
+    if weights is None:
+        return _downloaded(found)
+    file = Path(weights)
+    if not file.is_file():
+        raise GrailError(f"--weights {weights}: no such file")
+    if file.suffix != ".safetensors":
+        raise GrailError(f"--weights {weights}: only .safetensors is read; save the state dict with safetensors.torch")
+    return file, None
+
+
+def _downloaded(found: Architecture) -> tuple[Path, str | None]:
+    """The hub's weights of a timm network, without timm's own loader, which may unpickle."""
+    name = f"{found.library}/{found.name}"
+    if found.library != "timm":
+        raise GrailError(f"--model {name}: name a file with --weights FILE.safetensors (the library's own is a pickle)")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    tagged = imported("timm").models.get_pretrained_cfg(found.name)
+    repository = (tagged.hf_hub_id if tagged and tagged.hf_hub_id else None) or name
+    repository = f"{repository}{found.name}" if repository.endswith("/") else repository
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors")), None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = _first_line(error)
+        raise GrailError(f"--model {name}: no weights from {repository} ({reason}); name --weights FILE") from error
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise GrailError(f"{file} is no safetensors file ({_first_line(error)}); fetch or save it again") from error
+
+
+def _inferred(found: Architecture, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if found.library == "timm":
+        known = imported("timm").models.get_pretrained_cfg(found.name)
+        if known is None:
+            return options
+        heads = [f"{name}.weight" for name in _names(known.classifier)]
+        options["num_classes"] = next((shapes[head][0] for head in heads if head in shapes), 0)
+        first = next(
+            (shapes[f"{name}.weight"] for name in _names(known.first_conv) if f"{name}.weight" in shapes), None
+        )
+        if first is not None and first[1] != 3:
+            options["in_chans"] = first[1]
+        return options
+    heads = [shapes[head][0] for head in HEADS[found.library] if head in shapes]
+    return {"num_classes": heads[0]} if heads else options
+
+
+def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,185 @@
+"""Every site of a network in memory: gather, select, narrow the producers, repair the consumer, go on.
+
+Closed loop (the default): statistics are those of the network as compressed so far; the target is what the dense
+network's consumer reads ("dense") or what the compressed one's would have read ("own"). One-shot: all statistics come
+from the dense network. Shapes as in narrow.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..compensation import Compensation, compensate
+from ..errors import GrailError
+from ..families.network import ModuleSite, Network
+from ..progress import Progress
+from ..reduction import Folding, Reduction
+from ..result import SiteResult
+from ..selectors import Selector, SiteView
+from ..selectors.base import BLOCK_GRADIENTS, PRODUCERS
+from ..statistics import GRAM, MOMENTS, SiteStatistics
+from . import narrow
+from .pairs import HiddenPairs
+from .recipe import ModuleRecipe
+from .stream import Stream, watched
+
+
+@dataclass
+class ModulePass:
+    """dense: the network as it was given; work: the one that is narrowed, a copy; batches: calibration inputs, of which
+    there may be none where nothing needs them; kept: units by site name."""
+
+    dense: Network
+    work: Network
+    batches: list[Tensor]
+    kept: dict[str, int]
+    selector: Selector
+    recipe: ModuleRecipe
+
+    def __post_init__(self):
+        if self.selector.regional_options() is not None or BLOCK_GRADIENTS in self.selector.needs:
+            raise GrailError(f"--method {self.selector.name} trains decoder layers: it is for language models")
+        self.affine = self.selector.bias if self.recipe.bias is None else self.recipe.bias
+        self.reads_dense = self.recipe.one_shot or self.recipe.target == "dense"
+
+    def run(self, progress: Progress) -> list[SiteResult]:
+        """Narrow `work` site by site. Raises GrailError naming a site that cannot be repaired."""
+        self.dense_stream = Stream(self.dense, self.batches) if self.reads_dense else None
+        self.work_stream = None if self.recipe.one_shot else Stream(self.work, self.batches)
+        results: dict[str, SiteResult] = {}
+        blocks = self.work.blocks or [""]
+        for number in progress.layers("compressing")(range(len(blocks))):
+            for site in (s for s in self.work.sites if self.work.block_of(s) == blocks[number]):
+                changes = self.kept[site.name] < site.units.count
+                results[site.name] = self._compress(site) if changes else SiteResult(site)
+            for stream in filter(None, (self.dense_stream, self.work_stream)):
+                stream.advance(blocks[number])
+        return [results[site.name] for site in self.work.sites]
+
+    def scores(self) -> dict[str, Tensor]:
+        """Unit scores of the dense network, for an allocation over all of it: a pass of its own."""
+        self.work_stream, self.dense_stream = None, Stream(self.dense, self.batches)
+        found = {}
+        for block in self.dense.blocks or [""]:
+            for site in (s for s in self.dense.sites if self.dense.block_of(s) == block):
+                statistics = self._gather(site, self.dense.layer(site.consumer))
+                found[site.name] = self.selector.global_scores(self._view(site, statistics))
+            self.dense_stream.advance(block)
+        return found
+
+    def _compress(self, site: ModuleSite) -> SiteResult:
+        consumer = self.work.layer(site.consumer)
+        view = self._view(site, self._gather(site, consumer))
+        reduction = self.selector.select(view)
+        target = self.dense_stream or self.work_stream.at(self.work.clone())
+        emitted = self._narrowed(site, reduction)
+        if isinstance(reduction, Folding):
+            self._settle_norms(site, emitted)
+        found = self._repaired(view, reduction, site, target, emitted)
+        weight_OK = reduction.lift_consumer(view.weight_OH) if found is None else found.weight
+        old = _Frozen(consumer)
+        narrow.set_consumer(consumer, weight_OK)
+        if self.affine:
+            self._fit_bias(site, old, consumer, target, emitted)
+        if found is not None:
+            found.weight = None
+        return SiteResult(site, reduction, found)
+
+    def _gather(self, site: ModuleSite, consumer: nn.Module) -> SiteStatistics:
+        needs = self.selector.needs_of(site.kind) - {PRODUCERS}
+        folds = self.selector.folds(site.kind)
+        if not folds and (self.recipe.compensate or self.selector.updates_weights()):
+            needs = needs | {GRAM}
+        if self.affine and not folds:
+            needs = needs | {MOMENTS}
+        statistics = SiteStatistics(site.units.width, needs, device=consumer.weight.device, affine=self.affine)
+        if needs:
+            for hidden in (self.work_stream or self.dense_stream).hidden(site):
+                statistics.update(narrow.rows_of(consumer, hidden))
+            statistics.check_finite(site.name)
+        return statistics
+
+    def _view(self, site: ModuleSite, statistics: SiteStatistics) -> SiteView:
+        rows = narrow.fused_rows(self.work, site) if PRODUCERS in self.selector.needs_of(site.kind) else {}
+        return SiteView(
+            name=site.name,
+            kind=site.kind,
+            units=site.units,
+            weight_OH=narrow.consumer_matrix(self.work.layer(site.consumer)),
+            producers=rows,
+            statistics=statistics,
+            kept=self.kept[site.name],
+            seed=self.recipe.seed,
+            windows=sum(map(len, self.batches)),
+            affine=self.affine,
+            biased=frozenset(rows),
+        )
+
+    def _narrowed(self, site: ModuleSite, reduction: Reduction) -> Stream:
+        """Narrow the producers, and the stream in which the compressed hidden vector can be seen."""
+        narrow.narrow_producers(self.work, site, reduction)
+        if self.work_stream is not None:
+            return self.work_stream
+        shadow = self.dense.clone()
+        narrow.narrow_producers(shadow, site, reduction)
+        return self.dense_stream.at(shadow)
+
+    def _settle_norms(self, site: ModuleSite, emitted: Stream) -> None:
+        """Give BatchNorms that were fused into averaged rows the statistics of their inputs."""
+        if not site.norms or not self.batches:
+            return
+        norms = [emitted.network.layer(name) for name in site.norms]
+        seen = [SiteStatistics(norm.num_features, frozenset({MOMENTS}), device=norm.bias.device) for norm in norms]
+        with watched(norms, lambda i, x: seen[i].update(x.movedim(1, -1))):
+            for _ in emitted.hidden(site):
+                pass
+        for name, statistics in zip(site.norms, seen, strict=True):
+            narrow.settle_norm(self.work.layer(name), statistics.mean(), statistics.variance())
+
+    def _repaired(
+        self, view: SiteView, reduction: Reduction, site: ModuleSite, target: Stream, emitted: Stream
+    ) -> Compensation | None:
+        """The consumer's new weight, or None where it is only pruned or folded."""
+        recipe = self.recipe
+        lam = None if recipe.compensate else self.selector.own_ridge(view)
+        if not recipe.compensate and lam is None:
+            return None
+        options = {"form": recipe.ridge_form, "name": site.name}
+        folded = isinstance(reduction, Folding)
+        if not folded and (lam is not None or recipe.one_shot or not self.reads_dense):
+            # the compressed vector is a slice of the target: their Gram matrix says all
+            ridge = {"ridge": recipe.ridge} if lam is None else {"lam": lam}
+            return compensate(view.weight_OH, view.matrix, reduction, **options, **ridge)
+        pairs = HiddenPairs(reduction, device=view.weight_OH.device, affine=self.affine)
+        consumer = self.work.layer(site.consumer)
+        for target_BXH, z_BXK in zip(target.hidden(site), emitted.hidden(site), strict=True):
+            pairs.update(narrow.rows_of(consumer, z_BXK), narrow.rows_of(consumer, target_BXH))
+        return pairs.repair(view.weight_OH, ridge=recipe.ridge, **options)
+
+    @torch.no_grad()
+    def _fit_bias(self, site: ModuleSite, old: _Frozen, new: nn.Module, target: Stream, emitted: Stream) -> None:
+        """The bias that keeps the mean output. From outputs, not from means of inputs: where a convolution pads with
+        zeros, its output's mean is not the weight's product with its input's."""
+        total_O, count = 0.0, 0
+        for target_BXH, z_BXK in zip(target.hidden(site), emitted.hidden(site), strict=True):
+            left = (old(target_BXH) - new(z_BXK)).double()
+            rows_TO = (left if isinstance(new, nn.Linear) else left.movedim(1, -1)).flatten(0, -2)
+            total_O, count = total_O + rows_TO.sum(0), count + len(rows_TO)
+        if count:
+            added_O = total_O / count
+            bias_O = added_O if new.bias is None else added_O + new.bias.double()
+            narrow.set_bias(new, bias_O)
+
+
+class _Frozen:
+    """A layer as it is now, whatever becomes of it."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.tensors = {name: tensor.detach() for name, tensor in layer.named_parameters()}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.layer, self.tensors, (x,))

@@ -1,0 +1,78 @@
+"""`grail export`: a network in memory as ONNX or as a torch.export program, its outputs compared before it counts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.preprocessing import imported
+from ..checkpoint.reader import read_json
+from ..errors import GrailError
+from .command import is_module_folder
+from .folder import load
+
+KINDS = {"onnx": ".onnx", "torch-export": ".pt2"}
+TOLERANCE = 1e-4
+
+
+def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite: bool = False) -> dict:
+    """Write a file for one input shape, whose first axis may differ; {file, to, difference}. Raises GrailError where
+    the outputs of what was written differ from the module's."""
+    if to not in KINDS:
+        raise GrailError(f"--to {to}: choose one of {', '.join(KINDS)}")
+    if file.exists() and not overwrite:
+        raise GrailError(f"--output {file} exists; choose another, or add --overwrite")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{os.getpid()}.partial{KINDS[to]}")
+    with torch.no_grad():
+        wanted = module(example)
+    try:
+        found = (_onnx if to == "onnx" else _program)(module, example, temporary)
+        scale = torch.linalg.vector_norm(wanted.double()).item() or 1.0
+        difference = torch.linalg.vector_norm(found.double() - wanted.double()).item() / scale
+        if not difference <= TOLERANCE:
+            raise GrailError(f"--to {to}: the exported network computes something else (relative {difference:.1e})")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"file": str(file), "to": to, "difference": difference, "bytes": file.stat().st_size}
+
+
+def export_folder(path: str, to: str, output: str, *, overwrite: bool = False) -> dict:
+    """The same for a folder that grail wrote, with an example of its recorded input size. Raises GrailError for another
+    folder."""
+    if not is_module_folder(Path(path)):
+        raise GrailError(f"{path} is no folder of a compressed vision network")
+    calibration = read_json(Path(path) / "grail.json").get("calibration")
+    size = calibration.get("size") if isinstance(calibration, dict) else None
+    if not size:
+        raise GrailError(f"{Path(path) / 'grail.json'} records no input size (it was compressed without images)")
+    example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    return export(load(path), example, to, Path(output), overwrite=overwrite)
+
+
+def _batch() -> dict:
+    return {0: torch.export.Dim("batch", min=1, max=4096)}
+
+
+def _onnx(module: nn.Module, example: Tensor, file: Path) -> Tensor:
+    runtime = imported("onnxruntime")
+    imported("onnxscript")
+    wide = torch.cat([example, example])  # an axis of length one would be taken for a constant
+    torch.onnx.export(
+        module, (wide,), file, dynamo=True, dynamic_shapes=(_batch(),), external_data=False, verbose=False
+    )
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    answer = session.run(None, {session.get_inputs()[0].name: example.numpy()})[0]
+    return torch.from_numpy(answer)
+
+
+def _program(module: nn.Module, example: Tensor, file: Path) -> Tensor:
+    wide = torch.cat([example, example])
+    program = torch.export.export(module, (wide,), dynamic_shapes=(_batch(),))
+    torch.export.save(program, file)
+    with torch.no_grad():
+        return torch.export.load(file).module()(example)

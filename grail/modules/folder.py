@@ -1,0 +1,161 @@
+"""A narrowed network on disk: model.safetensors, and a config.json from which its module is built anew.
+
+config.json holds the architecture (or null for a class of the user's own), every site with the units it keeps, the
+preprocessing and the class names. Nothing in it is code, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..calibration.preprocessing import Preprocessing
+from ..checkpoint.reader import read_json
+from ..checkpoint.writer import OutputFolder, Piece
+from ..errors import GrailError
+from ..families.network import ModuleSite, Network, check
+from ..reduction import Selection
+from ..result import SiteResult
+from . import narrow
+from .architecture import Architecture
+from .command import KEY
+
+WEIGHTS, VERSION = "model.safetensors", 1
+TOLERANCE = 1e-5
+
+
+def config_of(
+    architecture: Architecture | None,
+    results: list[SiteResult],
+    preprocessing: Preprocessing | None,
+    classes: list[str] | None,
+) -> dict:
+    """What config.json holds."""
+    sites = []
+    for result in results:
+        units = result.site.units
+        kept = units.count if result.reduction is None else result.reduction.kept_width // units.size
+        sites.append(result.site.to_json() | {"kept": kept})
+    return {
+        KEY: VERSION,
+        "architecture": architecture and architecture.to_json(),
+        "sites": sites,
+        "preprocessing": preprocessing and preprocessing.to_json(),
+        "classes": classes,
+    }
+
+
+def write(out: OutputFolder, module: nn.Module, config: dict) -> int:
+    """Weights and configuration into an open output folder; bytes of the weights."""
+    tensors = module.state_dict()
+    pieces = [Piece.of(name, tensor) for name, tensor in tensors.items()]
+    out.write_file(WEIGHTS, pieces)
+    out.write_json("config.json", config)
+    return sum(piece.nbytes for piece in pieces)
+
+
+def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
+    """The network in a folder, in evaluation mode. module: one of the original widths, for a class that no library
+    makes (it is not modified). Raises GrailError naming what is missing or does not fit."""
+    folder = Path(path)
+    config = read_json(folder / "config.json")
+    if module is None:
+        if config.get("architecture") is None:
+            raise GrailError(
+                f"{folder} is a network of its user's own class: grail.load(path, module=THE_ORIGINAL_MODULE)"
+            )
+        module = _built(folder / "config.json", config["architecture"])
+    try:
+        sites = [ModuleSite.from_json({k: v for k, v in site.items() if k != "kept"}) for site in config["sites"]]
+        kept = [int(site["kept"]) for site in config["sites"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise GrailError(f"{folder / 'config.json'} describes no sites that grail can read ({error})") from error
+    network = Network(module, sites).clone()
+    check(network)
+    for site, count in zip(sites, kept, strict=True):
+        _narrow(network, site, count)
+    return _filled(network.module, folder / WEIGHTS)
+
+
+def _built(file: Path, found: Any) -> nn.Module:
+    try:
+        return Architecture(str(found["library"]), str(found["name"]), dict(found["options"])).build()
+    except (KeyError, TypeError, ValueError) as error:
+        raise GrailError(f"{file} names no architecture that grail can read") from error
+
+
+def _narrow(network: Network, site: ModuleSite, count: int) -> None:
+    """To the widths alone: which units stay does not matter for what is filled in afterwards."""
+    if count == site.units.count:
+        return
+    reduction = Selection(torch.arange(count), site.units.size, site.units.width)
+    narrow.narrow_producers(network, site, reduction)
+    consumer = network.layer(site.consumer)
+    narrow.set_consumer(consumer, reduction.lift_consumer(narrow.consumer_matrix(consumer)))
+
+
+def _filled(module: nn.Module, file: Path) -> nn.Module:
+    if not file.is_file():
+        raise GrailError(f"{file} is missing")
+    tensors = load_file(file)
+    for name in tensors:
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        if leaf in ("weight", "bias") and getattr(parent, leaf, "") is None:
+            setattr(parent, leaf, nn.Parameter(tensors[name], requires_grad=False))
+    try:
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise GrailError(f"{file} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
+    return module.eval().requires_grad_(False)
+
+
+def reopen_here(folder: Path, expected: nn.Module, example: Tensor, module: nn.Module) -> float:
+    """The same in this process, for a class that only its user can make: from a module of the original widths."""
+    with torch.no_grad():
+        return _judged(folder, _difference(load(folder, module).to(example.device)(example), expected(example)))
+
+
+def reopen(folder: Path, expected: nn.Module, example: Tensor) -> float:
+    """Load a folder in a fresh process and compare outputs on an example: the relative difference. Raises GrailError
+    where it is above rounding."""
+    with torch.no_grad():
+        wanted = expected(example)
+    with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
+        probe = Path(work) / "probe.safetensors"
+        save_file({"example": example.cpu().contiguous(), "wanted": wanted.cpu().contiguous()}, probe)
+        command = [sys.executable, "-m", __name__, str(folder), str(probe)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise GrailError(f"{folder} cannot be opened again: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
+    return _judged(folder, float(json.loads(done.stdout)["difference"]))
+
+
+def _judged(folder: Path, difference: float) -> float:
+    if not difference <= TOLERANCE:
+        raise GrailError(f"{folder} gives other outputs when it is opened again (relative difference {difference:.1e})")
+    return difference
+
+
+@torch.no_grad()
+def _answer(folder: str, probe: str) -> dict[str, Any]:
+    tensors = load_file(probe)
+    module = load(folder)
+    return {"difference": _difference(module(tensors["example"]), tensors["wanted"])}
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    scale = torch.linalg.vector_norm(wanted.double()).item() or 1.0
+    return torch.linalg.vector_norm(found.double() - wanted.double()).item() / scale
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_answer(*sys.argv[1:])))

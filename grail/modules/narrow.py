@@ -1,0 +1,181 @@
+"""Narrow the layers of one site in place: producers, the BatchNorms behind them, the consumer.
+
+Shapes: U units, H width, K kept, D inputs of a producer (a convolution's taps counted), O outputs of the consumer, each
+tap of a convolution for itself: its weight [o, H, ...] stands as [o · taps, H] (DESIGN section 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..families.base import Producer
+from ..families.network import ModuleSite, Network
+from ..reduction import Folding, Reduction, Selection
+
+
+def consumer_matrix(layer: nn.Module) -> Tensor:
+    """[O, H], a copy where the layer is a convolution."""
+    weight = layer.weight.detach()
+    return weight if weight.dim() == 2 else weight.movedim(1, -1).reshape(-1, weight.shape[1])
+
+
+def rows_of(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The consumer's input as rows [..., H]: tokens, or the positions of a map that it reads at all."""
+    if isinstance(layer, nn.Linear):
+        return hidden
+    if all(k == 1 for k in layer.kernel_size) and not any(_paddings(layer)):
+        hidden = hidden[(..., *(slice(None, None, step) for step in layer.stride))]
+    return hidden.movedim(1, -1)
+
+
+def _paddings(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(layer.padding) if not isinstance(layer.padding, str) else (layer.padding == "same",)
+
+
+def fused_rows(network: Network, site: ModuleSite) -> dict[str, Tensor]:
+    """Each producer's rows [U · rows_per_unit, D + 1], its BatchNorm multiplied in, the shift as one more column; the
+    sections of a fused producer under names of their own. float32."""
+    found = {}
+    for producer, norm in _with_norms(network, site):
+        layer = network.layer(producer.name)
+        rows, shift = _fused(layer, norm)
+        parts = torch.cat([rows.flatten(1), shift[:, None]], 1).chunk(producer.sections)
+        found |= {f"{producer.name}[{i}]" if len(parts) > 1 else producer.name: part for i, part in enumerate(parts)}
+    return found
+
+
+def _with_norms(network: Network, site: ModuleSite) -> list[tuple[Producer, nn.Module | None]]:
+    norms = [network.layer(name) for name in site.norms]
+    return list(zip(site.producers, norms or [None] * len(site.producers), strict=True))
+
+
+def _fused(layer: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """(weight, shift [rows]) of the layer with its BatchNorm in evaluation mode."""
+    weight = layer.weight.detach().float()
+    shift = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
+    if norm is None:
+        return weight, shift
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    moved = (shift - norm.running_mean).double() * scale
+    if norm.bias is not None:
+        moved = moved + norm.bias.detach().double()
+    return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).float(), moved.float()
+
+
+def narrow_producers(network: Network, site: ModuleSite, reduction: Reduction) -> None:
+    """Rows of the kept units, or the means of clusters of fused rows; counts and widths of the modules around."""
+    for producer, norm in _with_norms(network, site):
+        layer = network.layer(producer.name)
+        if isinstance(reduction, Selection):
+            _slice_rows(layer, producer, reduction)
+            if norm is not None:
+                _slice_norm(norm, reduction)
+        else:
+            _average(layer, producer, norm, reduction)
+        _set_outputs(layer)
+    for name, attribute in site.counts:
+        setattr(network.layer(name), attribute, reduction.kept_width // site.units.size)
+    for name, attribute in site.widths:
+        setattr(network.layer(name), attribute, reduction.kept_width)
+
+
+def _slice_rows(layer: nn.Module, producer: Producer, reduction: Selection) -> None:
+    for name in ("weight", "bias"):
+        tensor = getattr(layer, name)
+        if tensor is not None:
+            parts = tensor.detach().chunk(producer.sections)
+            rows = [reduction.narrow_producer(part, producer.rows_per_unit) for part in parts]
+            setattr(layer, name, _parameter(torch.cat(rows)))
+
+
+def _slice_norm(norm: nn.Module, reduction: Selection) -> None:
+    for name in ("weight", "bias"):
+        tensor = getattr(norm, name)
+        if tensor is not None:
+            setattr(norm, name, _parameter(reduction.narrow_producer(tensor.detach(), 1)))
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, reduction.narrow_producer(getattr(norm, name), 1))
+    norm.num_features = len(norm.running_mean)
+
+
+def _average(layer: nn.Module, producer: Producer, norm: nn.Module | None, reduction: Folding) -> None:
+    """Fused rows averaged over clusters. A BatchNorm is left as the identity but for the shift: its statistics are
+    those of nothing yet (`settle_norm`)."""
+    rows, shift = _fused(layer, norm)
+    dtype = layer.weight.dtype
+    parts = [
+        torch.cat([reduction.narrow_producer(part, 1) for part in tensor.chunk(producer.sections)]).to(dtype)
+        for tensor in (rows, shift)
+    ]
+    layer.weight = _parameter(parts[0])
+    if norm is None:
+        layer.bias = None if layer.bias is None else _parameter(parts[1])
+        return
+    if layer.bias is not None:
+        layer.bias = _parameter(torch.zeros_like(parts[1]))
+    norm.num_features = reduction.kept_width
+    norm.weight = _parameter(torch.ones_like(parts[1]))
+    norm.bias = _parameter(parts[1])
+    norm.affine = True
+    norm.running_mean = torch.zeros_like(parts[1])
+    norm.running_var = torch.ones_like(parts[1]) - norm.eps
+
+
+def settle_norm(norm: nn.Module, mean_K: Tensor, variance_K: Tensor) -> None:
+    """Give an identity BatchNorm the statistics m, v of its inputs without changing what it computes: γ = sqrt(v + eps)
+    and β = m + shift. What REPAIR estimates anew has then something to be measured against."""
+    shift = norm.bias.detach() + (0 - norm.running_mean) * norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    norm.running_mean, norm.running_var = mean_K.to(shift), variance_K.to(shift)
+    norm.weight = _parameter((norm.running_var + norm.eps).sqrt())
+    norm.bias = _parameter(norm.running_mean + shift)
+
+
+def set_consumer(layer: nn.Module, weight_OK: Tensor) -> None:
+    """A new weight in the layout of `consumer_matrix`."""
+    old = layer.weight
+    taps = old.shape[2:]
+    weight = weight_OK if not taps else weight_OK.reshape(old.shape[0], *taps, -1).movedim(-1, 1)
+    layer.weight = _parameter(weight.to(old.dtype).contiguous())
+    width = layer.weight.shape[1]
+    setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", width)
+
+
+def set_bias(layer: nn.Module, bias: Tensor) -> None:
+    """A bias [o] in place of the old one, if there is one."""
+    layer.bias = _parameter(bias.to(layer.weight.dtype))
+
+
+def _set_outputs(layer: nn.Module) -> None:
+    setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", layer.weight.shape[0])
+
+
+def permute(network: Network, site: ModuleSite, order_U: Tensor) -> None:
+    """Reorder a site's units everywhere: the network computes the same."""
+    rearranged = _Order(order_U, site.units.size)
+    for producer, norm in _with_norms(network, site):
+        _slice_rows(network.layer(producer.name), producer, rearranged)
+        if norm is not None:
+            _slice_norm(norm, rearranged)
+    consumer = network.layer(site.consumer)
+    set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
+
+
+class _Order:
+    """All units in another order: as much of a selection as slicing needs."""
+
+    def __init__(self, order_U: Tensor, size: int):
+        self.order, self.size = order_U, size
+
+    @property
+    def channels(self) -> Tensor:
+        return (self.order[:, None] * self.size + torch.arange(self.size)).flatten()
+
+    def narrow_producer(self, rows: Tensor, rows_per_unit: int) -> Tensor:
+        return rows[(self.order[:, None] * rows_per_unit + torch.arange(rows_per_unit)).flatten().to(rows.device)]
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,41 @@
+"""What was asked of `grail compress` for a network in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import GrailError
+from ..recipe import Recipe
+
+ELSEWHERE = ("gqa", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len")
+
+
+@dataclass
+class ModuleRecipe(Recipe):
+    """weights: a .safetensors file for a named architecture; repair: estimate BatchNorm statistics anew afterwards;
+    target: what compressed hidden vectors should stand for, the dense network's ("dense") or those that the network as
+    compressed so far would have ("own"); one_shot: look at the dense network alone; batch: images at once."""
+
+    weights: Any = None
+    repair: bool = False
+    target: str = "dense"
+    one_shot: bool = False
+    batch: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target not in ("dense", "own"):
+            raise GrailError(f"--target {self.target}: choose dense or own")
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise GrailError(f"--batch must be a whole number, 1 or more; got {self.batch}")
+        plain = Recipe(model=None)
+        for option in ELSEWHERE:
+            if getattr(self, option) != getattr(plain, option):
+                raise GrailError(f"--{option.replace('_', '-')} is for language models")
+
+    def to_json(self) -> dict:
+        """Without what is for language models only."""
+        return {name: value for name, value in super().to_json().items() if name not in ELSEWHERE} | {
+            "weights": None if self.weights is None else str(self.weights)
+        }

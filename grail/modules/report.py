@@ -1,0 +1,78 @@
+"""What was done to a network in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..machine import peak_memory
+from ..report import SCHEMA_VERSION, machine_json, site_entry, versions
+from ..result import SiteResult
+from .recipe import ModuleRecipe
+
+
+@dataclass
+class ModuleReport:
+    """`model` is the narrower module; `output` the folder it was written to, if any. parameters and macs (for one
+    input) are (before, after); repaired_norms: how many BatchNorms were estimated anew; evaluation: accuracies by
+    name."""
+
+    recipe: ModuleRecipe
+    model: nn.Module
+    results: list[SiteResult]
+    calibration: dict | None
+    source: dict
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+    allocation: str
+    affine: bool
+    repaired_norms: int = 0
+    classes: list[str] | None = None
+    example: Tensor | None = None
+    bytes: int | None = None
+    evaluation: dict | None = None
+    output: str | None = None
+    latency: dict | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[dict]:
+        """One entry per site, in execution order (CONTRACTS, grail.json). For convolutions of more than one tap the
+        errors are estimates: the correlation between taps is left out."""
+        return [site_entry(result, trained=False) for result in self.results]
+
+    @property
+    def ratio(self) -> dict[str, float]:
+        """The share of widths that went, by kind of site."""
+        found = {}
+        for kind in sorted({r.site.kind for r in self.results}):
+            entries = [e for e, r in zip(self.sites, self.results, strict=True) if r.site.kind == kind]
+            found[kind] = 1 - sum(e["after"] for e in entries) / sum(e["before"] for e in entries)
+        return found
+
+    def run_json(self) -> dict[str, Any]:
+        """run.json: what differs between equal runs."""
+        seconds = {name: round(value, 3) for name, value in self.phases.items()}
+        return machine_json() | {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+
+    def to_json(self) -> dict[str, Any]:
+        """grail.json: equal for equal runs."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "recipe": self.recipe.to_json(),
+            "versions": versions(),
+            "source": self.source,
+            "calibration": self.calibration,
+            "sites": self.sites,
+            "allocation": self.allocation,
+            "bias": self.affine,
+            "ratio": self.ratio,
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "macs": self.macs and {"before": self.macs[0], "after": self.macs[1]},
+            "repaired_norms": self.repaired_norms,
+            "evaluation": self.evaluation,
+            "format": "module",
+            "loads_with": "grail.load",
+        }

@@ -1,0 +1,54 @@
+"""What a person sees of vision networks: the closing lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..terminal import before_after, mean
+
+if TYPE_CHECKING:
+    from .report import ModuleReport
+
+
+def show_network(report: ModuleReport, console: Console) -> None:
+    """The closing lines of `grail compress` for a vision network."""
+    lines = {
+        "parameters": before_after(*report.parameters, 1e6, "M"),
+        "ratio": ", ".join(f"{kind} {share:.3f}" for kind, share in report.ratio.items()),
+    }
+    if report.macs:
+        lines["arithmetic"] = before_after(*report.macs, 1e6, "M multiply-adds")
+    repaired = [site for site in report.sites if site["error_after"] is not None]
+    if repaired:
+        before, after = (mean(repaired, key) for key in ("error_before", "error_after"))
+        lines["output error"] = f"mean of {len(repaired)} sites: without repair {before:.4f}, with it {after:.4f}"
+    if report.repaired_norms:
+        lines["BatchNorms"] = f"{report.repaired_norms} estimated anew"
+    if report.evaluation:
+        found = report.evaluation
+        shown = ", ".join(f"{name} {value['top1']:.2%}" for name, value in found["accuracy"].items())
+        lines["accuracy"] = f"{shown}  ({found['data']}, {found['images']} images)"
+    lines["written to"] = str(report.output)
+    lines["loads with"] = f"grail.load({report.output!r})"
+    for key, value in lines.items():
+        console.print(f"{key:14} {value}", markup=False)
+
+
+def show_accuracy(found: dict, console: Console) -> None:
+    """The closing lines of `grail eval` for vision networks."""
+    table = Table("", box=None, pad_edge=False, header_style="")
+    labels = list(found["models"])
+    for label in labels:
+        table.add_column(escape(label), justify="right")
+    rows = {"top1": "{:.2%}", "top5": "{:.2%}", "parameters": "{:,}", "macs": "{:,}", "milliseconds": "{}"}
+    for key, form in rows.items():
+        values = [found["models"][label].get(key) for label in labels]
+        if None not in values:
+            values = [value["p50"] if isinstance(value, dict) else value for value in values]
+            table.add_row(key, *(form.format(value) for value in values))
+    console.print(f"{found['data']}: {found['images']} images", markup=False)
+    console.print(table)
