@@ -87,9 +87,10 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
 
 def _built(file: Path, found: Any) -> nn.Module:
     try:
-        return Architecture(str(found["library"]), str(found["name"]), dict(found["options"])).build()
+        architecture = str(found["library"]), str(found["name"]), dict(found["options"])
     except (KeyError, TypeError, ValueError) as error:
         raise GrailError(f"{file} names no architecture that grail can read") from error
+    return Architecture(*architecture).build()
 
 
 def _narrow(network: Network, site: ModuleSite, count: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..calibration.images import open_images
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
@@ -27,6 +26,7 @@ from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, held_out
 from .folder import config_of, reopen, reopen_here, write
+from .inputs import calibration_inputs
 from .narrow import permute
 from .recipe import ModuleRecipe
 from .repair import repair
@@ -170,22 +170,9 @@ def _calibration(
         if recipe.compensate or selector.needs - {"producers"} or recipe.repair or recipe.bias:
             raise GrailError(f"--method {recipe.method} with these options needs calibration images")
         return [], None, None
-    images = open_images(recipe.calibration, limit=recipe.samples)
-    chosen = images.choose(recipe.samples, recipe.seed)
-    ready = preprocessing or _passed
+    batches, told, classes = calibration_inputs(recipe, preprocessing)
     dtype = next(network.module.parameters()).dtype
-    batches = [batch.to(device, dtype) for batch in images.batches(ready, recipe.batch, chosen)]
-    told = {"source": images.name, "sha256": images.sha256(chosen), "images": len(chosen)}
-    return batches, told | {"size": list(batches[0].shape[1:])}, images.classes
-
-
-def _passed(images: Tensor) -> Tensor:
-    if not images.is_floating_point():
-        raise GrailError(
-            "calibration images of whole numbers need preprocessing=grail.Preprocessing(...); or give floats as the "
-            "network reads them"
-        )
-    return images
+    return [batch.to(device, dtype) for batch in batches], told, classes
 
 
 class _Info(NamedTuple):

@@ -1,0 +1,55 @@
+"""Calibration inputs of a network in memory: images from anywhere, or a tensor of any shape as the network reads it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from grail_kernels.inputs import all_finite
+
+from ..calibration.images import open_images
+from ..calibration.preprocessing import Preprocessing
+from ..errors import GrailError
+from .recipe import ModuleRecipe
+
+
+def calibration_inputs(
+    recipe: ModuleRecipe, preprocessing: Preprocessing | None
+) -> tuple[list[Tensor], dict, list[str] | None]:
+    """`samples` inputs drawn with the seed, in batches; what they are; names of classes where images have some. Raises
+    GrailError naming what cannot be read."""
+    given = recipe.calibration
+    if (
+        isinstance(given, (list, tuple))
+        and given
+        and all(isinstance(t, Tensor) and t.is_floating_point() for t in given)
+    ):
+        given = torch.cat(list(given))
+    if isinstance(given, Tensor) and given.is_floating_point():
+        return _tensors(given, recipe)
+    images = open_images(given, limit=recipe.samples)
+    chosen = images.choose(recipe.samples, recipe.seed)
+    batches = list(images.batches(preprocessing or _not_prepared, recipe.batch, chosen))
+    told = {"source": images.name, "sha256": images.sha256(chosen), "images": len(chosen)}
+    return batches, told | {"size": list(batches[0].shape[1:])}, images.classes
+
+
+def _tensors(given: Tensor, recipe: ModuleRecipe) -> tuple[list[Tensor], dict, None]:
+    if given.dim() < 2 or not len(given):
+        raise GrailError(f"calibration: inputs are stacked along the first axis, got a tensor of {list(given.shape)}")
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(recipe.seed))
+    chosen = given.detach()[order[: recipe.samples].sort().values.to(given.device)]
+    if not all_finite(chosen):
+        raise GrailError("calibration: the inputs given in Python hold NaN or infinity")
+    content = chosen.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    told = {"source": "given in Python", "sha256": hashlib.sha256(content).hexdigest(), "images": len(chosen)}
+    return list(chosen.split(recipe.batch)), told | {"size": list(chosen.shape[1:])}, None
+
+
+def _not_prepared(_: Tensor) -> Tensor:
+    raise GrailError(
+        "calibration images of whole numbers need preprocessing=grail.Preprocessing(...); or give floats as the "
+        "network reads them"
+    )

@@ -1,0 +1,227 @@
+"""Vision networks from the command line to a folder, back, and out again: real processes, real files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import grail
+from grail.cli import app
+from grail.errors import GrailError
+
+RESNET = {"num_classes": 10, "in_chans": 1}
+
+
+def run(*arguments, code=0):
+    """In a process of its own where it is to succeed; a refusal is one sentence from wherever it comes."""
+    if code:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == code, done.stderr
+        return done
+    command = [sys.executable, "-m", "grail", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Weights of a small ViT (98 of 224 pixels' worth would be slow) and 40 labelled images in an .npz."""
+    folder = tmp_path_factory.mktemp("vision")
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t", **RESNET).state_dict(), folder / "weights.safetensors")
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 255, (40, 32, 32), dtype=np.uint8)
+    np.savez(folder / "images.npz", x_train=pixels, x_test=pixels[:20], y_test=np.arange(20) % 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(home):
+    """What one compression wrote, and what it said."""
+    asked = ["--model", "timm/resnet10t", "--weights", home / "weights.safetensors", "--method", "fold", "--ratio", 0.5]
+    done = run(
+        "compress",
+        *asked,
+        "--calibration",
+        home / "images.npz",
+        "--samples",
+        8,
+        "--repair",
+        "-o",
+        home / "out",
+        "--json",
+    )
+    return home / "out", json.loads(done.stdout)
+
+
+def test_the_folder_opens_again_with_the_narrow_widths_and_says_what_was_done(written):
+    folder, told = written
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "grail.json",
+        "model.safetensors",
+        "run.json",
+    ]
+    module = grail.load(folder)
+    assert module.layer1[0].conv1.out_channels == 32
+    assert module.layer1[0].conv2.weight.shape[1] == 32
+    assert not module.training
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, stored[name])
+    assert told["parameters"]["after"] == sum(p.numel() for p in module.parameters()) < told["parameters"]["before"]
+    assert told["macs"]["after"] < told["macs"]["before"]
+    assert told["repaired_norms"] == sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+    assert set(told["evaluation"]["accuracy"]) == {"dense", "compressed"}
+    assert json.loads((folder / "grail.json").read_text())["recipe"]["method"] == "fold"
+    assert "weights.safetensors" in told["recipe"]["weights"]
+
+
+def test_equal_runs_write_equal_bytes(home, written):
+    folder, _ = written
+    asked = ["--model", "timm/resnet10t", "--weights", home / "weights.safetensors", "--method", "fold", "--ratio", 0.5]
+    run(
+        "compress", *asked, "--calibration", home / "images.npz", "--samples", 8, "--repair", "-o", home / "again", "-q"
+    )
+    for name in ("config.json", "grail.json", "model.safetensors"):
+        assert (home / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_eval_measures_accuracy_size_and_speed_of_two_networks(home, written):
+    folder, told = written
+    done = run("eval", folder, "--data", home / "images.npz", "--speed", "--json")
+    found = json.loads(done.stdout)["models"][str(folder)]
+    assert found["top1"] == told["evaluation"]["accuracy"]["compressed"]["top1"]
+    assert found["macs"] == told["macs"]["after"]
+    assert 0 < found["milliseconds"]["p20"] <= found["milliseconds"]["p80"]
+
+
+@pytest.mark.parametrize(("to", "name"), [("onnx", "net.onnx"), ("torch-export", "net.pt2")])
+def test_exports_compute_the_same(written, tmp_path, to, name):
+    folder, _ = written
+    told = json.loads(run("export", folder, "--to", to, "-o", tmp_path / name, "--json").stdout)
+    assert told["difference"] < 1e-5
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    x = torch.randn(3, 1, *json.loads((folder / "grail.json").read_text())["calibration"]["size"][1:])
+    expected = grail.load(folder)(x)
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(tmp_path / name)
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        found = torch.export.load(tmp_path / name).module()(x)
+    assert torch.linalg.vector_norm(found - expected) < 1e-4 * torch.linalg.vector_norm(expected)
+    assert "exists" in run("export", folder, "--to", to, "-o", tmp_path / name, code=2).stderr
+
+
+class Own(nn.Module):
+    """A class that no library makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5, bias=False)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_network_of_ones_own_class_opens_with_a_module_of_the_original_widths(tmp_path, bias):
+    torch.manual_seed(0)
+    own, x = Own(), torch.randn(64, 8)
+    site = grail.channels("fc1", "fc2", width=32)
+    report = grail.compress(
+        own, method="wanda", ratio=0.5, calibration=x, sites=[site], bias=bias, output=tmp_path / "out"
+    )
+    assert report.output == str(tmp_path / "out")
+    loaded = grail.load(tmp_path / "out", module=own)
+    assert torch.equal(loaded(x), report.model(x))
+    assert (loaded.fc2.bias is not None) is bias
+    assert own.fc1.out_features == 32
+    with pytest.raises(GrailError, match="module="):
+        grail.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ({"library": "timm", "name": "resnet10t", "options": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
+        ({"library": "timm", "name": "hf-hub:owner/name", "options": {}}, "no such network"),
+        ({"library": "os", "name": "system", "options": {}}, "no such network"),
+        ({"library": "torchvision", "name": "resnet18", "options": {"weights": "DEFAULT"}}, "weights"),
+        ({"name": "resnet18"}, "no architecture"),
+        (3, "no architecture"),
+    ],
+)
+def test_a_hostile_config_names_no_code_and_no_file(written, tmp_path, architecture, said):
+    folder, _ = written
+    (tmp_path / "bad").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "bad" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config | {"architecture": architecture}))
+    with pytest.raises(GrailError, match=said):
+        grail.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("damage", ["kept", "sites", "weights"])
+def test_a_damaged_folder_is_refused_in_a_sentence(written, tmp_path, damage):
+    folder, _ = written
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    if damage == "kept":
+        config["sites"][0]["kept"] = 7
+    elif damage == "sites":
+        del config["sites"][0]["consumer"]
+    else:
+        del tensors["conv1.0.weight"]
+    (bad / "config.json").write_text(json.dumps(config))
+    save_file(tensors, bad / "model.safetensors")
+    with pytest.raises(GrailError, match=r"config\.json|model\.safetensors"):
+        grail.load(bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"--weights": "{home}/missing.safetensors"}, "no such file"),
+        ({"--weights": "{home}/images.npz"}, "only .safetensors"),
+        ({"--model": "timm/no-such-network"}, "no such network"),
+        ({"--model": "timm/resnet18"}, "not weights of timm/resnet18"),
+        ({"--model": "torchvision/resnet18", "--weights": None}, "--weights"),
+        ({"--method": "wanda-pp-sp"}, "language models"),
+        ({"--target": "elsewhere"}, "--target"),
+        ({"--seq-len": "64"}, "--seq-len is for language models"),
+        ({"--calibration": "{home}/nowhere"}, "nowhere"),
+        ({"--model-option": "checkpoint_path=x"}, "checkpoint_path"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(home, tmp_path, options, said):
+    given = {
+        "--model": "timm/resnet10t", "--weights": "{home}/weights.safetensors", "--method": "fold", "--ratio": "0.5",
+        "--calibration": "{home}/images.npz", "--samples": "8", "-o": str(tmp_path / "out"),
+    } | options  # fmt: skip
+    words = [word for flag, value in given.items() if value is not None for word in (flag, value.format(home=home))]
+    done = run("compress", *words, "-q", code=2)
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_vision_options_are_refused_for_language_models(tmp_path):
+    done = run("compress", "--model", "smollm2-135m", "--repair", "-o", tmp_path / "out", code=2)
+    assert "--repair is for timm/NAME" in done.stderr
+    done = run("plan", "--model", "timm/resnet18", code=2)
+    assert "language models" in done.stderr
