@@ -20,10 +20,11 @@ FAMILIES = (llama,)
 IN_MEMORY = (resnet, vit)
 
 
-def describe(module: nn.Module) -> Network:
-    """The sites of a network in memory; raises GrailError where no family knows its blocks."""
+def describe(module: nn.Module, still: frozenset[str] = frozenset()) -> Network:
+    """The sites of a network in memory; those of kinds that stay as they are may be missing where they could not be
+    narrowed. Raises GrailError where no family knows its blocks."""
     for family in IN_MEMORY:
-        network = family.describe(module)
+        network = family.describe(module, still)
         if network is not None:
             return network
     raise GrailError(

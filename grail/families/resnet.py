@@ -19,7 +19,7 @@ from .network import ModuleSite, Network, channels
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 
 
-def describe(module: nn.Module) -> Network | None:
+def describe(module: nn.Module, still: frozenset[str] = frozenset()) -> Network | None:
     """The network's sites, or None where it has no such blocks. Raises GrailError naming a block whose convolutions are
     in groups or with something else than a BatchNorm between them."""
     blocks = [name for name, child in module.named_modules() if name and _is_block(child)]

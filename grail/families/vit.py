@@ -13,14 +13,16 @@ from ..errors import GrailError
 from .network import ModuleSite, Network, channels, heads
 
 
-def describe(module: nn.Module) -> Network | None:
+def describe(module: nn.Module, still: frozenset[str] = frozenset()) -> Network | None:
     """The network's sites, or None where it has no such blocks. Raises GrailError naming a block that computes
     otherwise."""
     blocks = [name for name, child in module.named_modules() if name and _is_block(child)]
     sites: list[ModuleSite] = []
     for number, name in enumerate(blocks):
         block = module.get_submodule(name)
-        sites += [*_attention(name, block.attn, number), _mlp(name, block.mlp, number)]
+        for kind, part in (("heads", block.attn), ("channels", block.mlp)):
+            if kind not in still or not _norms(part):
+                sites.append(_attention(name, part, number) if kind == "heads" else _mlp(name, part, number))
     return Network(module, sites, blocks) if sites else None
 
 
@@ -31,30 +33,32 @@ def _is_block(module: nn.Module) -> bool:
     )
 
 
-def _attention(name: str, attention: nn.Module, number: int) -> list[ModuleSite]:
-    for child in ("norm", "gate"):
-        if not isinstance(getattr(attention, child, None), (nn.Identity, type(None))):
-            raise GrailError(f"{name}.attn has a {child} over all heads, which cannot be narrowed; use --attn-ratio 0")
+def _norms(part: nn.Module) -> list[str]:
+    """What mixes or gates all units of a site, by name."""
+    return [c for c in ("norm", "gate") if not isinstance(getattr(part, c, None), (nn.Identity, type(None)))]
+
+
+def _attention(name: str, attention: nn.Module, number: int) -> ModuleSite:
+    for child in _norms(attention):
+        raise GrailError(f"{name}.attn has a {child} over all heads, which cannot be narrowed; use --attn-ratio 0")
     size = attention.qkv.out_features // 3 // attention.num_heads
     widths = [(f"{name}.attn", "attn_dim")] if hasattr(attention, "attn_dim") else []
-    return [
-        heads(
-            f"{name}.attn.qkv",
-            f"{name}.attn.proj",
-            count=attention.num_heads,
-            size=size,
-            sections=3,
-            counts=[(f"{name}.attn", "num_heads")],
-            widths=widths,
-            name=f"{name}.attn",
-            layer=number,
-        )
-    ]
+    return heads(
+        f"{name}.attn.qkv",
+        f"{name}.attn.proj",
+        count=attention.num_heads,
+        size=size,
+        sections=3,
+        counts=[(f"{name}.attn", "num_heads")],
+        widths=widths,
+        name=f"{name}.attn",
+        layer=number,
+    )
 
 
 def _mlp(name: str, mlp: nn.Module, number: int) -> ModuleSite:
-    if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))):
-        raise GrailError(f"{name}.mlp has a norm over the hidden channels, which cannot be narrowed")
+    for child in _norms(mlp):
+        raise GrailError(f"{name}.mlp has a {child} over the hidden channels: narrowing needs --mlp-ratio 0")
     width = mlp.fc2.in_features
     gated = [child for child in ("fc1_g", "fc1_x") if hasattr(mlp, child)]
     sections = 1 if gated else mlp.fc1.out_features // width

@@ -42,6 +42,13 @@ class ModulePass:
     def __post_init__(self):
         if self.selector.regional_options() is not None or BLOCK_GRADIENTS in self.selector.needs:
             raise GrailError(f"--method {self.selector.name} trains decoder layers: it is for language models")
+        for site in self.work.sites:
+            changes = self.kept[site.name] < site.units.count
+            if changes and site.units.size > 1 and self.selector.folds(site.kind):
+                raise GrailError(
+                    f"{site.name}: {site.consumer} reads each channel {site.units.size} times, which --method "
+                    f"{self.selector.name} cannot fold; choose another method"
+                )
         self.affine = self.selector.bias if self.recipe.bias is None else self.recipe.bias
         self.reads_dense = self.recipe.one_shot or self.recipe.target == "dense"
 

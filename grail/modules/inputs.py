@@ -26,7 +26,8 @@ def calibration_inputs(
         and given
         and all(isinstance(t, Tensor) and t.is_floating_point() for t in given)
     ):
-        given = torch.cat(list(given))
+        join = torch.stack if all(t.dim() == 3 for t in given) else torch.cat  # single images [C, H, W], or batches
+        given = join(list(given))
     if isinstance(given, Tensor) and given.is_floating_point():
         return _tensors(given, recipe)
     images = open_images(given, limit=recipe.samples)

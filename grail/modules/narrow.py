@@ -163,6 +163,21 @@ def permute(network: Network, site: ModuleSite, order_U: Tensor) -> None:
     set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
 
 
+def prune(network: Network, site: ModuleSite, kept_U: Tensor) -> None:
+    """Remove all units but these, ascending, everywhere."""
+    kept = Selection(kept_U, site.units.size, site.units.width)
+    narrow_producers(network, site, kept)
+    consumer = network.layer(site.consumer)
+    set_consumer(consumer, kept.lift_consumer(consumer_matrix(consumer)))
+
+
+def silence(network: Network, site: ModuleSite, kept_U: Tensor) -> None:
+    """Let the consumer ignore all units but these."""
+    kept = Selection(kept_U, site.units.size, site.units.width)
+    consumer = network.layer(site.consumer)
+    set_consumer(consumer, kept.expand_consumer(kept.lift_consumer(consumer_matrix(consumer))))
+
+
 class _Order:
     """All units in another order: as much of a selection as slicing needs."""
 

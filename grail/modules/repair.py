@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import GrailError
+
 
 @torch.no_grad()
 def repair(module: nn.Module, batches: list[Tensor]) -> int:
@@ -25,7 +27,11 @@ def repair(module: nn.Module, batches: list[Tensor]) -> int:
             norm.momentum = None
             norm.train()
         for batch in full:
-            module(batch)
+            module(batch.clone())
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise GrailError("--repair: a BatchNorm sees one number per channel in a batch; give more images") from error
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

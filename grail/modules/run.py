@@ -12,26 +12,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..allocation import KINDS
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..evaluation.macs import macs
 from ..families import describe
-from ..families.network import ModuleSite, Network, check, verify
+from ..families.network import ModuleSite, Network, check
 from ..machine import usable_device
 from ..progress import Progress
 from ..selectors import selector_class
+from ..selectors.base import PRODUCERS
 from ..widths import WidthPlan
 from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, held_out
 from .folder import config_of, reopen, reopen_here, write
 from .inputs import calibration_inputs
-from .narrow import permute
 from .recipe import ModuleRecipe
 from .repair import repair
 from .report import ModuleReport
-from .stream import chained
+from .stream import chained, in_order
+from .verify import verify
 
 
 def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Progress) -> ModuleReport:
@@ -115,17 +117,20 @@ def _compressed(
     preprocessing: Preprocessing | None,
 ) -> ModuleReport:
     selector = selector_class(recipe.method).from_options(recipe.set)
-    dense = _described(module, sites)
+    dense = _described(module, sites, recipe)
     device = next(module.parameters()).device
     progress.say(f"{type(module).__name__}: {len(dense.sites)} sites, method {recipe.method}")
     batches, calibration, classes = _calibration(recipe, preprocessing, dense, device)
     if batches:
-        verify(dense, batches[0][:2], permute)
+        in_order(dense, batches[0][:2])
+    plan = WidthPlan.of(dense.sites, recipe, selector, _Shapes(dense.module))
+    kept = plan.before_work()
+    if batches:
+        verify(dense, [site for site in dense.sites if kept[site.name] < site.units.count], batches[0][:2])
         if dense.blocks and not chained(dense, batches[0][:2]):
             dense.blocks = []
-    plan = WidthPlan.of(dense.sites, recipe, selector, _Shapes(dense.module))
     work = dense.clone()
-    job = ModulePass(dense, work, batches, plan.before_work(), selector, recipe)
+    job = ModulePass(dense, work, batches, kept, selector, recipe)
     if plan.needs_scores:
         job.kept = plan.from_scores(job.scores())
     start = time.perf_counter()
@@ -149,9 +154,10 @@ def _compressed(
     )
 
 
-def _described(module: nn.Module, sites: Iterable[ModuleSite] | None) -> Network:
+def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: ModuleRecipe) -> Network:
     """A copy of the module in evaluation mode, and its sites. Raises GrailError where they do not fit it."""
-    found = describe(module) if sites is None else Network(module, list(sites))
+    still = frozenset(kind for kind in KINDS if recipe.ratio_of(kind) == 0)
+    found = describe(module, still) if sites is None else Network(module, list(sites))
     if not found.sites:
         raise GrailError("no sites are given: there is nothing to make narrower")
     found = found.clone()
@@ -166,8 +172,9 @@ def _calibration(
     """Batches on the network's device, what they are, and names of classes where the images have some; no batches where
     None was given and nothing needs them."""
     if recipe.calibration is None:
-        selector = selector_class(recipe.method)
-        if recipe.compensate or selector.needs - {"producers"} or recipe.repair or recipe.bias:
+        selector = selector_class(recipe.method).from_options(recipe.set)
+        needs = {need for site in network.sites if recipe.ratio_of(site.kind) for need in selector.needs_of(site.kind)}
+        if recipe.compensate or needs - {PRODUCERS} or recipe.repair or recipe.bias:
             raise GrailError(f"--method {recipe.method} with these options needs calibration images")
         return [], None, None
     batches, told, classes = calibration_inputs(recipe, preprocessing)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import GrailError
 from ..families.network import ModuleSite, Network
+from .verify import answer
 
 
 class _Reached(Exception):
@@ -29,7 +30,7 @@ def input_of(root: nn.Module, layer: nn.Module, x: Tensor, name: str) -> Tensor:
 
     handle = layer.register_forward_pre_hook(reached)
     try:
-        root(x)
+        root(x.clone())  # networks may change their input in place, and it is read again
     except _Reached as found:
         return found.hidden
     finally:
@@ -73,6 +74,28 @@ class Stream:
 
 
 @torch.no_grad()
+def in_order(network: Network, example: Tensor) -> None:
+    """Let the network's sites and blocks stand in the order in which a forward comes to them."""
+    order: dict[str, int] = {}
+
+    def note(name: str) -> Callable:
+        def hook(_: nn.Module, arguments: tuple) -> None:
+            order.setdefault(name, len(order))
+
+        return hook
+
+    names = {*network.blocks, *(site.consumer for site in network.sites)}
+    handles = [network.layer(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        answer(network.module, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    network.sites.sort(key=lambda site: order.get(site.consumer, len(order)))
+    network.blocks.sort(key=lambda block: order.get(block, len(order)))
+
+
+@torch.no_grad()
 def chained(network: Network, example: Tensor) -> bool:
     """Whether every site lies in a block, and each block is called once, with the output of the one before alone."""
     if not network.blocks or not all(network.block_of(site) for site in network.sites):
@@ -88,7 +111,7 @@ def chained(network: Network, example: Tensor) -> bool:
 
     handles = [network.layer(b).register_forward_hook(note(b), with_kwargs=True) for b in network.blocks]
     try:
-        network.module(example)
+        network.module(example.clone())
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,89 @@
+"""Proof by example that a description fits its network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import GrailError
+from ..families.network import ModuleSite, Network
+from .narrow import permute, prune, silence
+
+TOLERANCE = 1e-3
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+"""What torch raises where shapes do not fit."""
+
+
+@torch.no_grad()
+def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> None:
+    """A description is right only if the order of a site's units means nothing, and if to remove some is the same as
+    to let the consumer ignore them. Raises GrailError naming the first site of `sites` for which that is not so, or
+    where the network answers with NaN. example: one input batch; float32 arithmetic, whatever the network's."""
+    network, example = network.clone(), example.float()
+    network.module.float()
+    if not answer(network.module, example).isfinite().all():
+        raise GrailError("the network answers calibration images with NaN or infinity: check the checkpoint")
+    for wrong, why in (
+        (_order_matters, "the order of its units changes the network's output, so something else reads or makes them"),
+        (_removal_matters, "units that are removed are missed by something that mixes units or computes its weight"),
+    ):
+        if not wrong(network, sites, example):
+            continue
+        for site in sites:
+            if wrong(network, [site], example):
+                layers = f"{', '.join(p.name for p in site.producers)} and {site.consumer}"
+                raise GrailError(f"{site.name}: {why}, beside {layers}; describe the site anew or leave it out")
+        raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
+
+
+def answer(module: nn.Module, example: Tensor) -> Tensor:
+    """All tensors of a network's output, flat in float64. Raises GrailError where it cannot run on the input."""
+    try:
+        found = module(example.clone())
+    except REFUSALS as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GrailError(f"the network does not take calibration inputs {list(example.shape)}: {what}") from error
+    return torch.cat([t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)])
+
+
+def _order_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
+    random = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(site.units.count, generator=random) for site in sites]
+    return _differs(example, network, _changed(network, sites, orders, permute))
+
+
+def _removal_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
+    random = torch.Generator().manual_seed(0)
+    half = [torch.randperm(s.units.count, generator=random)[: (s.units.count + 1) // 2].sort().values for s in sites]
+    ignoring = _changed(network, sites, half, silence)
+    return _differs(example, ignoring, _changed(network, sites, half, prune))
+
+
+Change = Callable[[Network, ModuleSite, Tensor], None]
+
+
+def _changed(network: Network, sites: Sequence[ModuleSite], units: list[Tensor], change: Change) -> Network | None:
+    """A copy with a change at each site; None where a layer refuses it."""
+    other = network.clone()
+    try:
+        for site, chosen in zip(sites, units, strict=True):
+            change(other, site, chosen)
+    except REFUSALS:
+        return None
+    return other
+
+
+def _differs(example: Tensor, first: Network | None, second: Network | None) -> bool:
+    if first is None or second is None:
+        return True
+    expected = answer(first.module, example)
+    try:
+        found = answer(second.module, example)
+    except GrailError:
+        return True
+    if found.shape != expected.shape:
+        return True
+    return not torch.linalg.vector_norm(found - expected) <= TOLERANCE * torch.linalg.vector_norm(expected)
