@@ -17,11 +17,11 @@ from .checkpoint.writer import STORE, OutputFolder
 from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
-from .modules.command import is_module_folder
+from .modules.command import is_module_folder, is_network
 from .modules.folder import load as load_module
 from .modules.recipe import ModuleRecipe
 from .modules.report import ModuleReport
-from .modules.run import compress_module
+from .modules.run import compress_module, compress_named
 from .pipeline import stream
 from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
 from .profile import Profile
@@ -45,10 +45,14 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
     model: a folder, alias or hub name; or a loaded transformers module, which is not modified: then
     `report.model` is the narrower module, and `output` may be left out. A module needs calibration data that is
     tokenised already (a tensor [N, L], a list of tensors, an iterable of batches, or a .safetensors file).
-    Raises GrailError for bad input.
+    Or a vision network: any other module (`sites`: a description by hand; `preprocessing`: for images that are not
+    floats as it reads them), or timm/NAME and torchvision/NAME with `weights` (`model_options`: for the library's
+    factory). Raises GrailError for bad input.
     """
     if isinstance(model, torch.nn.Module) and not hasattr(model, "save_pretrained"):
         return _compress_in_memory(model, progress or Progress(), **flags)
+    if isinstance(model, (str, Path)) and is_network(str(model)):
+        return _compress_named(str(model), progress or Progress(), **flags)
     unknown = set(flags) - {f.name for f in fields(Recipe)}
     if unknown:
         raise GrailError(f"compress has no option {', '.join(sorted(unknown))}")
@@ -73,11 +77,22 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
 
 def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: Any) -> ModuleReport:
     own = {name: flags.pop(name) for name in ("sites", "preprocessing") if name in flags}
+    recipe = _module_recipe(None, **{"called": type(module).__name__} | flags)
+    return compress_module(module, recipe, progress, **own)
+
+
+def _compress_named(name: str, progress: Progress, **flags: Any) -> ModuleReport:
+    options = flags.pop("model_options", {})
+    if not flags.get("output"):
+        raise GrailError("compress needs output=FOLDER: where to write the smaller network")
+    return compress_named(_module_recipe(name, **flags), options, progress)
+
+
+def _module_recipe(model: str | None, **flags: Any) -> ModuleRecipe:
     unknown = set(flags) - {f.name for f in fields(ModuleRecipe)}
     if unknown:
-        raise GrailError(f"compress of a module has no option {', '.join(sorted(unknown))}")
-    recipe = ModuleRecipe(model=None, **{"called": type(module).__name__} | flags)
-    return compress_module(module, recipe, progress, **own)
+        raise GrailError(f"compress of a vision network has no option {', '.join(sorted(unknown))}")
+    return ModuleRecipe(model=model, **flags)
 
 
 def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Module:

@@ -87,12 +87,13 @@ def test_the_folder_opens_again_with_the_narrow_widths_and_says_what_was_done(wr
     assert "weights.safetensors" in told["recipe"]["weights"]
 
 
-def test_equal_runs_write_equal_bytes(home, written):
+def test_the_same_from_python_writes_equal_bytes(home, written):
     folder, _ = written
-    asked = ["--model", "timm/resnet10t", "--weights", home / "weights.safetensors", "--method", "fold", "--ratio", 0.5]
-    run(
-        "compress", *asked, "--calibration", home / "images.npz", "--samples", 8, "--repair", "-o", home / "again", "-q"
+    asked = {"method": "fold", "ratio": 0.5, "samples": 8, "repair": True, "calibration": home / "images.npz"}
+    report = grail.compress(
+        "timm/resnet10t", weights=str(home / "weights.safetensors"), output=str(home / "again"), **asked
     )
+    assert report.output == str(home / "again")
     for name in ("config.json", "grail.json", "model.safetensors"):
         assert (home / "again" / name).read_bytes() == (folder / name).read_bytes()
 
