@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -341,4 +342,6 @@ def _json(document: dict) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    # read when torch is loaded: threads that spin between two operations take the cores of whatever else runs there
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -129,3 +129,15 @@ def test_a_bug_of_ours_is_called_one(job, monkeypatch, reopen_here):
     done = runner.invoke(app, [str(a) for a in job])
     assert done.exit_code == 1
     assert "bug in grail" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(given, used):
+    code = (
+        "import atexit, os, sys; atexit.register(lambda: print('policy', os.environ.get('OMP_WAIT_POLICY')));"
+        "sys.argv = ['grail', '--version']; from grail.cli import main; assert 'torch' not in sys.modules; main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert f"policy {used}" in done.stdout
