@@ -160,7 +160,8 @@ def compress(
     asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set", "model_option"}}
     progress = start(quiet, verbose)
     settings = _pairs(set)
-    from .modules.command import compress_network, for_text, is_network
+    from .modules.command import compress_network, for_text
+    from .modules.names import is_network
 
     if is_network(model):
         report = compress_network(asked | {"set": settings}, model_option, progress)
@@ -215,7 +216,10 @@ def plan_command(**options: object) -> None:
 
     output = options.pop("output") or UNNAMED
     from .modules.command import for_text
+    from .modules.names import is_network
 
+    if is_network(options["model"]):
+        raise GrailError("grail plan is for language models; a vision network is held in memory as a whole")
     recipe = Recipe(**for_text(options, options.pop("model_option")), output=output, set=settings)
     from .run import plan
 
@@ -246,7 +250,8 @@ def evaluate_command(
     """Measure perplexity, one layer in memory at a time (--speed and --prompt load whole models), or accuracy."""
     asked = {k: v for k, v in locals().items() if k not in {"path", "as_json", "quiet", "verbose"}}
     progress = start(quiet, verbose)
-    from .modules.command import evaluate_network, is_network
+    from .modules.command import evaluate_network
+    from .modules.names import is_network
 
     if is_network(path):
         found = evaluate_network(path, asked)

@@ -17,8 +17,8 @@ from .checkpoint.writer import STORE, OutputFolder
 from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
-from .modules.command import is_module_folder, is_network
 from .modules.folder import load as load_module
+from .modules.names import is_module_folder, is_network
 from .modules.recipe import ModuleRecipe
 from .modules.report import ModuleReport
 from .modules.run import compress_module, compress_named
@@ -77,6 +77,8 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
 
 def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: Any) -> ModuleReport:
     own = {name: flags.pop(name) for name in ("sites", "preprocessing") if name in flags}
+    if flags.get("device", "auto") != "auto":
+        raise GrailError("a module is compressed where it is: move it there, and leave out device")
     recipe = _module_recipe(None, **{"called": type(module).__name__} | flags)
     return compress_module(module, recipe, progress, **own)
 

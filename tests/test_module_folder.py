@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import grail
 from grail.cli import app
 from grail.errors import GrailError
+from grail.modules.evaluate import evaluate_folders
 
 RESNET = {"num_classes": 10, "in_chans": 1}
 
@@ -154,6 +156,50 @@ def test_a_network_of_ones_own_class_opens_with_a_module_of_the_original_widths(
         grail.load(tmp_path / "out")
 
 
+class Twice(Own):
+    """One that answers with more than a tensor."""
+
+    def forward(self, x):
+        return {"scores": super().forward(x), "more": (x, None)}
+
+
+def test_a_network_with_several_outputs_is_opened_again_too(tmp_path):
+    torch.manual_seed(0)
+    own, x = Twice(), torch.randn(64, 8)
+    asked = {"method": "wanda", "ratio": 0.5, "calibration": x, "sites": [grail.channels("fc1", "fc2", width=32)]}
+    report = grail.compress(own, output=tmp_path / "out", **asked)
+    loaded = grail.load(tmp_path / "out", module=own)
+    assert torch.equal(loaded(x)["scores"], report.model(x)["scores"])
+
+
+def test_a_named_network_takes_tensors_for_calibration(home, tmp_path):
+    inputs = torch.randn(8, 1, 64, 64)
+    asked = {"method": "wanda", "ratio": 0.5, "calibration": inputs, "weights": home / "weights.safetensors"}
+    report = grail.compress("timm/resnet10t", output=tmp_path / "out", **asked)
+    assert report.calibration["images"] == 8
+    assert torch.equal(grail.load(tmp_path / "out")(inputs), report.model(inputs))
+
+
+def test_a_module_stays_where_it_is():
+    with pytest.raises(GrailError, match="leave out device"):
+        grail.compress(Own(), device="cpu", calibration=torch.randn(4, 8), sites=[])
+
+
+def test_eval_takes_some_of_a_folder_of_images_of_different_sizes(written, tmp_path):
+    folder, _ = written
+    random = np.random.default_rng(0)
+    for number in range(12):
+        size = (20 + number, 30 - number)
+        file = tmp_path / "images" / str(number % 3) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, size, dtype=np.uint8)).save(file)
+    found = evaluate_folders(str(folder), data=str(tmp_path / "images"), samples=5, against=None, speed=False)
+    assert found["images"] == found["models"][str(folder)]["count"] == 5
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "images" / "none.png")
+    with pytest.raises(GrailError, match=r"--data .* has no labels"):
+        evaluate_folders(str(folder), data=str(tmp_path / "images"), samples=5, against=None, speed=False)
+
+
 @pytest.mark.parametrize(
     ("architecture", "said"),
     [
@@ -176,7 +222,7 @@ def test_a_hostile_config_names_no_code_and_no_file(written, tmp_path, architect
         grail.load(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("damage", ["kept", "sites", "weights"])
+@pytest.mark.parametrize("damage", ["kept", "nothing kept", "more kept", "sites", "weights", "owner", "truncated"])
 def test_a_damaged_folder_is_refused_in_a_sentence(written, tmp_path, damage):
     folder, _ = written
     bad = tmp_path / "bad"
@@ -185,12 +231,20 @@ def test_a_damaged_folder_is_refused_in_a_sentence(written, tmp_path, damage):
     tensors = load_file(folder / "model.safetensors")
     if damage == "kept":
         config["sites"][0]["kept"] = 7
+    elif damage == "nothing kept":
+        config["sites"][0]["kept"] = 0
+    elif damage == "more kept":
+        config["sites"][0]["kept"] = 10**6
+    elif damage == "owner":
+        tensors["nowhere.bias"] = torch.zeros(1)
     elif damage == "sites":
         del config["sites"][0]["consumer"]
-    else:
+    elif damage == "weights":
         del tensors["conv1.0.weight"]
     (bad / "config.json").write_text(json.dumps(config))
     save_file(tensors, bad / "model.safetensors")
+    if damage == "truncated":
+        (bad / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(GrailError, match=r"config\.json|model\.safetensors"):
         grail.load(bad)
 
@@ -206,6 +260,7 @@ def test_a_damaged_folder_is_refused_in_a_sentence(written, tmp_path, damage):
         ({"--method": "wanda-pp-sp"}, "language models"),
         ({"--target": "elsewhere"}, "--target"),
         ({"--seq-len": "64"}, "--seq-len is for language models"),
+        ({"--dtype": "bfloat16"}, "--dtype is for language models"),
         ({"--calibration": "{home}/nowhere"}, "nowhere"),
         ({"--model-option": "checkpoint_path=x"}, "checkpoint_path"),
     ],

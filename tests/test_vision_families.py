@@ -261,6 +261,11 @@ class TestDuplicates:
         assert channels and all(entry["after"] == entry["before"] // 2 for entry in channels)
         assert relative(output(report.model, unseen), output(module, unseen)) < 1e-5
 
+    def test_folding_keeps_the_precision_of_float64(self):
+        module, x = duplicated("cifar").double(), images(8).double()
+        report = compress(module, x, method="fold", ratio=0.5, compensate=False)
+        assert relative(output(report.model, x), output(module, x)) < 1e-12
+
     @each_kind
     def test_without_duplicates_folding_loses_something(self, kind):
         """Else the test above could not fail."""

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ..calibration.preprocessing import Preprocessing, imported
+from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
-from .command import LIBRARIES
+from .names import LIBRARIES
 
 OPTIONS = {
     "num_classes": int, "in_chans": int, "img_size": (int, list), "patch_size": int, "global_pool": str,
     "embed_dim": int, "depth": int, "num_heads": int, "mlp_ratio": (int, float), "dynamic_img_size": bool,
 }  # fmt: skip
 """What a factory may be given: config.json is data from anywhere, and some of timm's options name files to unpickle."""
-HEADS = {"torchvision": ("fc.weight", "classifier.weight", "heads.head.weight")}
+TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
 
 
 @dataclass(frozen=True)
@@ -81,22 +79,22 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
     """(the network with its weights, what builds it, where they came from). Number of classes and input channels follow
     the weights unless `options` say otherwise. Raises GrailError naming the file and what does not fit."""
     found = Architecture.parse(model)
-    file, revision = _weights_file(found, weights)
-    shapes = _shapes(file)
+    source = SafetensorsFolder(_weights_file(found, weights))
+    shapes = {name: source.info(name).shape for name in source.names()}
     found = Architecture(found.library, found.name, _inferred(found, shapes) | options)
     module = found.build()
-    tensors = load_file(file)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    missing = [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")]
-    other = [name for name in tensors if name not in wanted or tuple(tensors[name].shape) != wanted[name]]
+    missing = [name for name in wanted if name not in shapes and not name.endswith("num_batches_tracked")]
+    other = [name for name in shapes if shapes[name] != wanted.get(name)]
     for what, names in (("lacks", missing), ("holds another", other)):
         if names:
-            raise GrailError(f"{file} {what} {names[0]} ({len(names)} such tensors): these are not weights of {model}")
-    module.load_state_dict(tensors, strict=False, assign=True)
-    return module.eval(), found, {"id": model, "revision": revision, "sha256": _sha256(file)}
+            few = f"{names[0]} ({len(names)} such tensors)"
+            raise GrailError(f"{source.path} {what} {few}: these are not weights of {model}")
+    module.load_state_dict({name: source.get(name) for name in shapes}, strict=False, assign=True)
+    return module.eval(), found, {"id": model, "revision": None, "sha256": source.sha256()}
 
 
-def _weights_file(found: Architecture, weights: str | None) -> tuple[Path, str | None]:
+def _weights_file(found: Architecture, weights: str | None) -> Path:
     if weights is None:
         return _downloaded(found)
     file = Path(weights)
@@ -104,10 +102,10 @@ def _weights_file(found: Architecture, weights: str | None) -> tuple[Path, str |
         raise GrailError(f"--weights {weights}: no such file")
     if file.suffix != ".safetensors":
         raise GrailError(f"--weights {weights}: only .safetensors is read; save the state dict with safetensors.torch")
-    return file, None
+    return file
 
 
-def _downloaded(found: Architecture) -> tuple[Path, str | None]:
+def _downloaded(found: Architecture) -> Path:
     """The hub's weights of a timm network, without timm's own loader, which may unpickle."""
     name = f"{found.library}/{found.name}"
     if found.library != "timm":
@@ -119,18 +117,10 @@ def _downloaded(found: Architecture) -> tuple[Path, str | None]:
     repository = (tagged.hf_hub_id if tagged and tagged.hf_hub_id else None) or name
     repository = f"{repository}{found.name}" if repository.endswith("/") else repository
     try:
-        return Path(hf_hub_download(repository, "model.safetensors")), None
+        return Path(hf_hub_download(repository, "model.safetensors"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = _first_line(error)
         raise GrailError(f"--model {name}: no weights from {repository} ({reason}); name --weights FILE") from error
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise GrailError(f"{file} is no safetensors file ({_first_line(error)}); fetch or save it again") from error
 
 
 def _inferred(found: Architecture, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -147,17 +137,12 @@ def _inferred(found: Architecture, shapes: dict[str, tuple[int, ...]]) -> dict[s
         if first is not None and first[1] != 3:
             options["in_chans"] = first[1]
         return options
-    heads = [shapes[head][0] for head in HEADS[found.library] if head in shapes]
+    heads = [shapes[head][0] for head in TORCHVISION_HEADS if head in shapes]
     return {"num_classes": heads[0]} if heads else options
 
 
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

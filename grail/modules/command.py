@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..progress import Progress
 
 if TYPE_CHECKING:
     from .report import ModuleReport
 
-LIBRARIES = ("timm", "torchvision")
 DEFAULTS = {"weights": None, "repair": False, "target": "dense", "one_shot": False, "batch": 64}
 EVALUATED = ("data", "samples", "against", "speed", "weights", "device")
-KEY = "grail_module"
-
-
-def is_module_folder(path: Path) -> bool:
-    """Whether a folder holds a network of this kind."""
-    file = path / "config.json"
-    return file.is_file() and KEY in read_json(file)
-
-
-def is_network(model: str) -> bool:
-    """Whether a name or folder is a network of this kind."""
-    path = Path(model)
-    return is_module_folder(path) if path.exists() else model.partition("/")[0] in LIBRARIES
 
 
 def for_text(asked: dict, model_option: list[str]) -> dict:
     """Without the options for vision. Raises GrailError for one that was given to a language model."""
-    if is_network(asked["model"]):
-        raise GrailError("grail plan is for language models; a vision network is held in memory as a whole")
     for name, default in DEFAULTS.items():
         if asked[name] != default:
             raise GrailError(f"--{name.replace('_', '-')} is for timm/NAME and torchvision/NAME")

@@ -17,14 +17,14 @@ from ..evaluation.macs import latency, macs
 from ..machine import usable_device
 from ..report import SCHEMA_VERSION
 from .architecture import Architecture, open_network
-from .command import is_module_folder
 from .folder import load
+from .names import is_module_folder
 
 BATCH = 64
 ROUNDS = 20
 
 
-def held_out(source: Any, asked: str | None) -> ImageSet | None:
+def held_out(source: Any, asked: str | None, option: str = "--eval") -> ImageSet | None:
     """The labelled images to evaluate on: those asked for, else the test part of the calibration source, if it has one;
     None for "none". Raises GrailError for images without labels that were asked for."""
     if asked == "none":
@@ -35,19 +35,25 @@ def held_out(source: Any, asked: str | None) -> ImageSet | None:
     images = open_images(asked, split="test")
     if images.labels is None:
         raise GrailError(
-            f"--eval {asked} has no labels: name a folder with one sub-folder for each class, or idx files"
+            f"{option} {asked} has no labels: name a folder with one sub-folder for each class, or idx files"
         )
     return images
 
 
 def accuracies(
-    modules: dict[str, nn.Module], images: ImageSet, preprocessing: Preprocessing | None, device: torch.device
+    modules: dict[str, nn.Module],
+    images: ImageSet,
+    preprocessing: Preprocessing | None,
+    device: torch.device,
+    samples: int | None = None,
 ) -> dict:
-    """{data, images, accuracy: {label: {top1, ...}}}."""
+    """{data, images, accuracy: {label: {top1, ...}}}, on at most `samples` images."""
+    chosen = torch.arange(images.count) if samples is None else images.choose(samples, seed=0)
     found = {}
     for label, module in modules.items():
-        found[label] = accuracy(module, images.batches(preprocessing, BATCH), images.labels, device)
-    return {"data": images.name, "images": images.count, "accuracy": found}
+        batches = images.batches(preprocessing, BATCH, chosen)
+        found[label] = accuracy(module, batches, images.labels[chosen], device)
+    return {"data": images.name, "images": len(chosen), "accuracy": found}
 
 
 def evaluate_folders(
@@ -68,11 +74,9 @@ def evaluate_folders(
         modules[label] = _opened(label, weights).to(where)
     preprocessing = _preprocessing(model, modules[model])
     source = data or _recorded(model) or "builtin"
-    images = held_out(None, source)
+    images = held_out(None, source, "--data")
     example = next(images.batches(preprocessing, 1)).to(where)
-    if samples is not None:
-        images = _first(images, samples)
-    told = accuracies(modules, images, preprocessing, where)
+    told = accuracies(modules, images, preprocessing, where, samples)
     found = {}
     for label, module in modules.items():
         found[label] = told["accuracy"][label] | {
@@ -82,7 +86,7 @@ def evaluate_folders(
     if speed:
         for label, seconds in latency(modules, example, ROUNDS).items():
             found[label]["milliseconds"] = {name: round(1e3 * value, 3) for name, value in seconds.items()}
-    return {"schema_version": SCHEMA_VERSION, "data": images.name, "images": images.count, "models": found}
+    return {"schema_version": SCHEMA_VERSION, "data": told["data"], "images": told["images"], "models": found}
 
 
 def _opened(model: str, weights: str | None) -> nn.Module:
@@ -104,13 +108,3 @@ def _recorded(model: str) -> str | None:
     file = Path(model) / "grail.json"
     evaluation = read_json(file).get("evaluation") if file.is_file() else None
     return evaluation.get("data") if isinstance(evaluation, dict) else None
-
-
-def _first(images: ImageSet, samples: int) -> ImageSet:
-    chosen = images.choose(samples, seed=0)
-    taken = images.pictures.take(chosen.tolist())
-    labels = images.labels[chosen]
-    stacked = taken if isinstance(taken, torch.Tensor) else list(taken)
-    found = open_images((stacked, labels))
-    found.name = f"{samples} of {images.name}"
-    return found

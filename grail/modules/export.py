@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..calibration.preprocessing import imported
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
-from .command import is_module_folder
-from .folder import load
+from .folder import load, relative_difference
+from .names import is_module_folder
 
 KINDS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-4
@@ -31,8 +31,7 @@ def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite
         wanted = module(example)
     try:
         found = (_onnx if to == "onnx" else _program)(module, example, temporary)
-        scale = torch.linalg.vector_norm(wanted.double()).item() or 1.0
-        difference = torch.linalg.vector_norm(found.double() - wanted.double()).item() / scale
+        difference = relative_difference(found, wanted)
         if not difference <= TOLERANCE:
             raise GrailError(f"--to {to}: the exported network computes something else (relative {difference:.1e})")
         os.replace(temporary, file)

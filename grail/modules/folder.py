@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..calibration.preprocessing import Preprocessing
-from ..checkpoint.reader import read_json
+from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..checkpoint.writer import OutputFolder, Piece
 from ..errors import GrailError
 from ..families.network import ModuleSite, Network, check
@@ -26,7 +26,8 @@ from ..reduction import Selection
 from ..result import SiteResult
 from . import narrow
 from .architecture import Architecture
-from .command import KEY
+from .names import KEY
+from .verify import answer
 
 WEIGHTS, VERSION = "model.safetensors", 1
 TOLERANCE = 1e-5
@@ -76,6 +77,8 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
     try:
         sites = [ModuleSite.from_json({k: v for k, v in site.items() if k != "kept"}) for site in config["sites"]]
         kept = [int(site["kept"]) for site in config["sites"]]
+        if not all(1 <= count <= site.units.count for site, count in zip(sites, kept, strict=True)):
+            raise ValueError("a site keeps more than it has, or nothing")
     except (KeyError, TypeError, ValueError) as error:
         raise GrailError(f"{folder / 'config.json'} describes no sites that grail can read ({error})") from error
     network = Network(module, sites).clone()
@@ -104,14 +107,13 @@ def _narrow(network: Network, site: ModuleSite, count: int) -> None:
 
 
 def _filled(module: nn.Module, file: Path) -> nn.Module:
-    if not file.is_file():
-        raise GrailError(f"{file} is missing")
-    tensors = load_file(file)
+    source = SafetensorsFolder(file)
+    tensors = {name: source.get(name) for name in source.names()}
+    layers = dict(module.named_modules())
     for name in tensors:
         owner, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(owner)
-        if leaf in ("weight", "bias") and getattr(parent, leaf, "") is None:
-            setattr(parent, leaf, nn.Parameter(tensors[name], requires_grad=False))
+        if leaf in ("weight", "bias") and getattr(layers.get(owner), leaf, "") is None:
+            setattr(layers[owner], leaf, nn.Parameter(tensors[name], requires_grad=False))
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
@@ -122,14 +124,15 @@ def _filled(module: nn.Module, file: Path) -> nn.Module:
 def reopen_here(folder: Path, expected: nn.Module, example: Tensor, module: nn.Module) -> float:
     """The same in this process, for a class that only its user can make: from a module of the original widths."""
     with torch.no_grad():
-        return _judged(folder, _difference(load(folder, module).to(example.device)(example), expected(example)))
+        found = answer(load(folder, module).to(example.device), example)
+        return _judged(folder, relative_difference(found, answer(expected, example)))
 
 
 def reopen(folder: Path, expected: nn.Module, example: Tensor) -> float:
     """Load a folder in a fresh process and compare outputs on an example: the relative difference. Raises GrailError
     where it is above rounding."""
     with torch.no_grad():
-        wanted = expected(example)
+        wanted = answer(expected, example)
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
         probe = Path(work) / "probe.safetensors"
         save_file({"example": example.cpu().contiguous(), "wanted": wanted.cpu().contiguous()}, probe)
@@ -149,11 +152,11 @@ def _judged(folder: Path, difference: float) -> float:
 @torch.no_grad()
 def _answer(folder: str, probe: str) -> dict[str, Any]:
     tensors = load_file(probe)
-    module = load(folder)
-    return {"difference": _difference(module(tensors["example"]), tensors["wanted"])}
+    return {"difference": relative_difference(answer(load(folder), tensors["example"]), tensors["wanted"])}
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖ in float64, over 1 where all is zero."""
     scale = torch.linalg.vector_norm(wanted.double()).item() or 1.0
     return torch.linalg.vector_norm(found.double() - wanted.double()).item() / scale
 

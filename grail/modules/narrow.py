@@ -35,7 +35,7 @@ def _paddings(layer: nn.Module) -> tuple[int, ...]:
 
 def fused_rows(network: Network, site: ModuleSite) -> dict[str, Tensor]:
     """Each producer's rows [U · rows_per_unit, D + 1], its BatchNorm multiplied in, the shift as one more column; the
-    sections of a fused producer under names of their own. float32."""
+    sections of a fused producer under names of their own. float32 or float64."""
     found = {}
     for producer, norm in _with_norms(network, site):
         layer = network.layer(producer.name)
@@ -51,9 +51,10 @@ def _with_norms(network: Network, site: ModuleSite) -> list[tuple[Producer, nn.M
 
 
 def _fused(layer: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """(weight, shift [rows]) of the layer with its BatchNorm in evaluation mode."""
-    weight = layer.weight.detach().float()
-    shift = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
+    """(weight, shift [rows]) of the layer with its BatchNorm in evaluation mode, in at least float32."""
+    weight = layer.weight.detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    shift = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().to(weight)
     if norm is None:
         return weight, shift
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -62,7 +63,7 @@ def _fused(layer: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     moved = (shift - norm.running_mean).double() * scale
     if norm.bias is not None:
         moved = moved + norm.bias.detach().double()
-    return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).float(), moved.float()
+    return (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight), moved.to(weight)
 
 
 def narrow_producers(network: Network, site: ModuleSite, reduction: Reduction) -> None:

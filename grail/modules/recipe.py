@@ -8,7 +8,9 @@ from typing import Any
 from ..errors import GrailError
 from ..recipe import Recipe
 
-ELSEWHERE = ("gqa", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len")
+ELSEWHERE = (
+    "gqa", "dtype", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len", "profile",
+)  # fmt: skip
 
 
 @dataclass

@@ -34,7 +34,6 @@ class ModuleReport:
     bytes: int | None = None
     evaluation: dict | None = None
     output: str | None = None
-    latency: dict | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -70,6 +69,7 @@ class ModuleReport:
             "bias": self.affine,
             "ratio": self.ratio,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "bytes": self.bytes and {"after": self.bytes},
             "macs": self.macs and {"before": self.macs[0], "after": self.macs[1]},
             "repaired_norms": self.repaired_norms,
             "evaluation": self.evaluation,

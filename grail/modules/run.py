@@ -40,7 +40,8 @@ def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Prog
     """Compress `timm/NAME` or `torchvision/NAME` with weights from a file; options go to the library's factory. Raises
     GrailError for bad input."""
     out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
-    out.check(*(Path(path) for path in (recipe.weights, recipe.calibration) if path and Path(path).exists()))
+    named = (path for path in (recipe.weights, recipe.calibration) if isinstance(path, (str, Path)))
+    out.check(*(Path(path) for path in named if Path(path).exists()))
     module, architecture, source = open_network(recipe.model, recipe.weights, options)
     module.to(usable_device(recipe.device))
     ready = architecture.preprocessing(module)
@@ -136,6 +137,7 @@ def _compressed(
     start = time.perf_counter()
     results = job.run(progress)
     repaired = repair(work.module, batches) if recipe.repair else 0
+    seconds = time.perf_counter() - start
     example = batches[0][:1] if batches else None
     return ModuleReport(
         recipe=recipe,
@@ -150,7 +152,7 @@ def _compressed(
         repaired_norms=repaired,
         classes=classes,
         example=example,
-        phases={"compress": time.perf_counter() - start},
+        phases={"compress": seconds},
     )
 
 

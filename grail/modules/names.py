@@ -1,0 +1,23 @@
+"""Which names and folders are networks in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.reader import read_json
+
+LIBRARIES = ("timm", "torchvision")
+KEY = "grail_module"
+"""What marks the config.json of such a folder."""
+
+
+def is_module_folder(path: Path) -> bool:
+    """Whether a folder holds a network of this kind."""
+    file = path / "config.json"
+    return file.is_file() and KEY in read_json(file)
+
+
+def is_network(model: str) -> bool:
+    """Whether a name or folder is a network of this kind."""
+    path = Path(model)
+    return is_module_folder(path) if path.exists() else model.partition("/")[0] in LIBRARIES
