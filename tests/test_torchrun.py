@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.test_distributed import endings, free_port
 from tests.tiny import tiny_calibration, tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +39,22 @@ def several(ranks: int, module: str, *arguments: str) -> subprocess.CompletedPro
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*launcher, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+
+
+def by_hand(ranks: int, module: str, *arguments: str) -> list[tuple[int, str]]:
+    """Exit code and last words of processes that nobody ends when one dies, as torchrun's agent does within 0.1 s."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=ROOT,
+            env=ENVIRONMENT | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    return endings(running)
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +103,17 @@ def test_the_weights_are_nearly_those_of_one_process(work, case):
 
 
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_death_ends_all_and_the_run_goes_on_with_any_number_of_processes(work, tmp_path, dead):
+def test_a_death_ends_all_and_the_run_goes_on_with_any_number_of_processes(work, dead):
     """With as many processes bit by bit as if nothing had happened, with one or three within the tolerances."""
     kept = work / f"dead-{dead}"
     case = CASES["wanda-sp"] | {"output": kept.name}
-    died = several(2, "tests.torchrun_script", str(work), json.dumps([case | {"die": [dead, 2]}]))
-    assert died.returncode != 0
+    asked = "tests.torchrun_script", str(work), json.dumps([case | {"die": [dead, 2]}])
     if dead:
-        assert "another one ended" in died.stderr and "--resume" in died.stderr, died.stderr[-3000:]
+        (code, said), (killed, _) = by_hand(2, *asked)
+        assert code != 0 and killed == -signal.SIGKILL
+        assert "another one ended" in said and "--resume" in said, said[-3000:]
+    else:
+        assert several(2, *asked).returncode != 0
     partial = kept.with_name(kept.name + ".partial")
     shards = [json.loads(line) for line in (partial / "journal.jsonl").read_text().splitlines()[1:]]
     assert [step["layer"] for step in shards] == [0, 1][: len(shards)] and shards
