@@ -90,6 +90,7 @@ def run(dtype: str) -> dict:
         root = Path(__file__).parents[1]
         environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "TQDM_DISABLE": "1"}
         environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "2")
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `grail` does
         done = subprocess.run(script, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
