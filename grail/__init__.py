@@ -11,11 +11,11 @@ from .errors import GrailError
 from .registration import install as _install
 
 __version__ = "0.1.0"
-__all__ = ["GrailError", "Preprocessing", "Recipe", "Report", "channels", "compress", "heads", "load"]
+__all__ = ["GrailError", "Preprocessing", "Recipe", "Report", "channels", "compress", "heads", "load", "residual"]
 
 if TYPE_CHECKING:
     from .calibration.preprocessing import Preprocessing
-    from .families.network import channels, heads
+    from .families.network import channels, heads, residual
     from .recipe import Recipe
     from .report import Report
     from .run import compress, load
@@ -28,6 +28,7 @@ _HOME = {
     "Preprocessing": "calibration.preprocessing",
     "channels": "families.network",
     "heads": "families.network",
+    "residual": "families.network",
 }
 
 

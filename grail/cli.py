@@ -149,6 +149,9 @@ def compress(
     ] = "dense",
     one_shot: Annotated[bool, _vision("--one-shot", help="Look at the dense network alone.")] = False,
     batch: Annotated[int, _vision("--batch", help="Images at once.")] = 64,
+    residual_ratio: Annotated[
+        float, _vision("--residual-ratio", help="The share for residual streams (ResNets), 0 by default.")
+    ] = 0.0,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,

@@ -12,7 +12,7 @@ from ..modeling_grail import PREFIX
 from ..registration import register
 from . import llama, resnet, vit
 from .base import Producer, Site
-from .network import Network
+from .network import STILL, Network
 
 __all__ = ["Producer", "Site", "describe", "open_family", "register"]
 
@@ -20,7 +20,7 @@ FAMILIES = (llama,)
 IN_MEMORY = (resnet, vit)
 
 
-def describe(module: nn.Module, still: frozenset[str] = frozenset()) -> Network:
+def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network:
     """The sites of a network in memory; those of kinds that stay as they are may be missing where they could not be
     narrowed. Raises GrailError where no family knows its blocks."""
     for family in IN_MEMORY:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,17 +22,38 @@ from ..reduction import Units
 from .base import Producer, Site
 
 LAYERS = (nn.Linear, _ConvNd)
+RESIDUAL = "residual"
+"""The kind of sites that are residual streams."""
+STILL = frozenset({RESIDUAL})
+"""Kinds that stay as they are where nothing else is said."""
 
 
 @dataclass(frozen=True)
 class ModuleSite(Site):
     """A site of a network in memory. norms: BatchNorms between producers and consumer, one for each producer that has
     one, in the producers' order; counts: (module, attribute) pairs that hold the number of units (`num_heads`), widths:
-    those that hold the width."""
+    those that hold the width. A residual stream (kind "residual") has all that write into it as producers, and
+    `readers` beside the consumer."""
 
     norms: tuple[str, ...] = ()
     counts: tuple[tuple[str, str], ...] = ()
     widths: tuple[tuple[str, str], ...] = ()
+    readers: tuple[str, ...] = ()
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """All that read the hidden vector."""
+        return (self.consumer, *self.readers)
+
+    @property
+    def role(self) -> str:
+        """What it is to a selector: heads or channels."""
+        return "heads" if self.kind == "heads" else "channels"
+
+    def read_in(self, order: dict[str, int]) -> ModuleSite:
+        """The same with the consumers in the order of these numbers."""
+        first, *others = sorted(self.consumers, key=lambda name: order.get(name, len(order)))
+        return replace(self, consumer=first, readers=tuple(others))
 
     def to_json(self) -> dict:
         """For config.json."""
@@ -43,17 +64,18 @@ class ModuleSite(Site):
         """The inverse."""
         pairs = {key: tuple(tuple(pair) for pair in found[key]) for key in ("counts", "widths")}
         producers = tuple(Producer(**producer) for producer in found["producers"])
-        parts = {"producers": producers, "units": Units(**found["units"]), "norms": tuple(found["norms"])}
-        return cls(**found | parts | pairs)
+        names = {key: tuple(found.get(key, ())) for key in ("norms", "readers")}
+        return cls(**found | {"producers": producers, "units": Units(**found["units"])} | names | pairs)
 
 
 @dataclass
 class Network:
-    """A module in evaluation mode, its sites in execution order, and the blocks it is run by."""
+    """A module in evaluation mode, its sites in execution order, the blocks it is run by, and its residual streams."""
 
     module: nn.Module
     sites: list[ModuleSite]
     blocks: list[str] = field(default_factory=list)
+    residual: list[ModuleSite] = field(default_factory=list)
 
     def layer(self, name: str) -> nn.Module:
         """A module by name."""
@@ -61,11 +83,11 @@ class Network:
 
     def clone(self) -> Network:
         """The same description of a copy of the module."""
-        return Network(copy.deepcopy(self.module), self.sites, self.blocks)
+        return replace(self, module=copy.deepcopy(self.module))
 
-    def block_of(self, site: ModuleSite) -> str:
-        """The block a site lies in ("": the whole network)."""
-        return next((block for block in self.blocks if site.consumer.startswith(f"{block}.")), "")
+    def block_of(self, consumer: str) -> str:
+        """The block a site's consumer lies in ("": the whole network)."""
+        return next((block for block in self.blocks if consumer.startswith(f"{block}.")), "")
 
 
 def channels(
@@ -109,14 +131,25 @@ def heads(
     return ModuleSite(name or consumer, "heads", layer, made, consumer, units, (), *pairs)
 
 
+def residual(
+    writers: Sequence[str], readers: Sequence[str], *, width: int, norms: Sequence[str] = (), name: str
+) -> ModuleSite:
+    """A residual stream of `width` channels: all layers whose outputs are added to it (`norms`: the BatchNorm behind
+    each of them, or none at all) and all layers that read it. It is narrowed by `--residual-ratio`."""
+    made = tuple(Producer(writer, 1) for writer in writers)
+    first, *others = readers
+    return ModuleSite(name, RESIDUAL, 0, made, first, Units(1, width, 1), tuple(norms), readers=tuple(others))
+
+
 def check(network: Network) -> None:
     """Raises GrailError naming the site where layers are missing, of another kind or do not fit together."""
     known = dict(network.module.named_modules())
-    names = [site.name for site in network.sites]
+    sites = [*network.residual, *network.sites]
+    names = [site.name for site in sites]
     for name in {name for name in names if names.count(name) > 1}:
         raise GrailError(f"{name}: two sites have this name")
-    for site in network.sites:
-        for name in (*(p.name for p in site.producers), *site.norms, site.consumer):
+    for site in sites:
+        for name in (*(p.name for p in site.producers), *site.norms, *site.consumers):
             if name not in known:
                 raise GrailError(f"{site.name}: the network has no module {name}")
         for producer in site.producers:
@@ -126,10 +159,11 @@ def check(network: Network) -> None:
                 raise GrailError(
                     f"{site.name}: {producer.name} has {rows} rows, {site.units.count} units need {wanted} each"
                 )
-        _check_layer(site, site.consumer, known[site.consumer])
-        columns = known[site.consumer].weight.shape[1]
-        if columns != site.units.width:
-            raise GrailError(f"{site.name}: {site.consumer} reads {columns} channels, the site has {site.units.width}")
+        for consumer in site.consumers:
+            _check_layer(site, consumer, known[consumer])
+            columns = known[consumer].weight.shape[1]
+            if columns != site.units.width:
+                raise GrailError(f"{site.name}: {consumer} reads {columns} channels, the site has {site.units.width}")
         if site.norms and len(site.norms) != len(site.producers):
             raise GrailError(
                 f"{site.name}: {len(site.norms)} norms for {len(site.producers)} producers; name one for each, or none"

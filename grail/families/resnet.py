@@ -2,7 +2,10 @@
 
 A block is any module with children conv1, conv2 (and conv3); sites are conv1 -> conv2 and conv2 -> conv3, with the
 BatchNorm that is registered between the two. In a post-activation block that is the producer's own, in a
-pre-activation one the consumer's: in both cases it reads the producer's output (`families.network.verify` proves it).
+pre-activation one the consumer's: in both cases it reads the producer's output (`modules.verify` proves it).
+
+Residual streams, narrowed only on demand: all blocks up to the next one with a convolution in its shortcut add to one
+stream. What stands before the first block begins the first stream, the classifier reads the last.
 """
 
 from __future__ import annotations
@@ -14,19 +17,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GrailError
-from .network import ModuleSite, Network, channels
+from .network import RESIDUAL, STILL, ModuleSite, Network, channels, residual
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
+SHORTCUTS = ("downsample", "shortcut")
 
 
-def describe(module: nn.Module, still: frozenset[str] = frozenset()) -> Network | None:
+def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None:
     """The network's sites, or None where it has no such blocks. Raises GrailError naming a block whose convolutions are
     in groups or with something else than a BatchNorm between them."""
     blocks = [name for name, child in module.named_modules() if name and _is_block(child)]
     sites: list[ModuleSite] = []
     for number, name in enumerate(blocks):
         sites += _sites(name, module.get_submodule(name), number)
-    return Network(module, sites, blocks) if sites else None
+    streams = [] if RESIDUAL in still or not sites else _streams(module, blocks)
+    return Network(module, sites, blocks, streams) if sites else None
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -55,6 +60,69 @@ def _sites(name: str, block: nn.Module, number: int) -> list[ModuleSite]:
             )
         )
     return found
+
+
+def _streams(module: nn.Module, blocks: list[str]) -> list[ModuleSite]:
+    """The residual streams; the last one is missing where no linear layer reads it. Raises GrailError for
+    pre-activation blocks, whose readers have a BatchNorm each."""
+    names = [name for name, _ in module.named_modules()]
+    writers, readers = [_writer(module, names[: names.index(blocks[0])])], []
+    found: list[ModuleSite] = []
+    for name in blocks:
+        main, shortcut = _paths(module, name)
+        readers.append(f"{name}.conv1")
+        if shortcut:
+            readers.append(next(inner for inner in shortcut if isinstance(module.get_submodule(inner), _ConvNd)))
+            found.append(_stream(module, len(found), writers, readers))
+            writers, readers = [_writer(module, shortcut)], []
+        writers.append(_writer(module, main))
+    width = module.get_submodule(writers[-1][0]).out_channels
+    behind = (name for name in names if not name.startswith(tuple(f"{block}." for block in blocks)))
+    layers = [(name, module.get_submodule(name)) for name in behind]
+    classifiers = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.in_features == width]
+    if classifiers:
+        found.append(_stream(module, len(found), writers, [*readers, classifiers[-1]]))
+    return found
+
+
+def _paths(module: nn.Module, name: str) -> tuple[list[str], list[str]]:
+    """Modules of a block up to the BatchNorm behind its last convolution, and those of a shortcut with parameters."""
+    block = module.get_submodule(name)
+    children = [child for child, _ in block.named_children()]
+    norms = [child for child in children if isinstance(getattr(block, child), _BatchNorm)]
+    if norms and children.index(norms[0]) < children.index("conv1"):
+        raise GrailError(
+            f"--residual-ratio: {name} normalises what it reads before its first convolution; the residual stream of "
+            f"such blocks cannot be narrowed"
+        )
+    last = max(children.index(conv) for conv in CONVOLUTIONS if conv in children)
+    inner = [
+        f"{name}.{child}.{part}".removesuffix(".")
+        for child in SHORTCUTS
+        if isinstance(getattr(block, child, None), nn.Module)
+        for part, _ in getattr(block, child).named_modules()
+    ]
+    shortcut = inner if any(isinstance(module.get_submodule(part), _ConvNd) for part in inner) else []
+    return [f"{name}.{child}" for child in children[: last + 2] if child not in SHORTCUTS], shortcut
+
+
+def _writer(module: nn.Module, names: list[str]) -> tuple[str, str | None]:
+    """The last convolution among modules, and the BatchNorm behind it."""
+    layers = {name: module.get_submodule(name) for name in names if name}
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, _ConvNd)]
+    if not convolutions:
+        raise GrailError("--residual-ratio: no convolution stands before the first block, which reads what it makes")
+    behind = itertools.dropwhile(lambda name: name != convolutions[-1], layers)
+    return convolutions[-1], next((name for name in behind if isinstance(layers[name], _BatchNorm)), None)
+
+
+def _stream(module: nn.Module, number: int, writers: list[tuple[str, str | None]], readers: list[str]) -> ModuleSite:
+    norms = [norm for _, norm in writers if norm is not None]
+    if norms and len(norms) != len(writers):
+        bare = next(conv for conv, norm in writers if norm is None)
+        raise GrailError(f"--residual-ratio: {bare} has no BatchNorm where others that write to its stream have one")
+    width = module.get_submodule(writers[0][0]).out_channels
+    return residual([conv for conv, _ in writers], readers, width=width, norms=norms, name=f"residual{number}")
 
 
 def _has_state(module: nn.Module) -> bool:

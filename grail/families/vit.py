@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import GrailError
-from .network import ModuleSite, Network, channels, heads
+from .network import STILL, ModuleSite, Network, channels, heads
 
 
-def describe(module: nn.Module, still: frozenset[str] = frozenset()) -> Network | None:
+def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None:
     """The network's sites, or None where it has no such blocks. Raises GrailError naming a block that computes
     otherwise."""
     blocks = [name for name, child in module.named_modules() if name and _is_block(child)]

@@ -11,7 +11,7 @@ from ..progress import Progress
 if TYPE_CHECKING:
     from .report import ModuleReport
 
-DEFAULTS = {"weights": None, "repair": False, "target": "dense", "one_shot": False, "batch": 64}
+DEFAULTS = {"weights": None, "repair": False, "target": "dense", "one_shot": False, "batch": 64, "residual_ratio": 0.0}
 EVALUATED = ("data", "samples", "against", "speed", "weights", "device")
 
 

@@ -7,7 +7,7 @@ from the dense network. Shapes as in narrow.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,10 @@ class ModulePass:
             raise GrailError(f"--method {self.selector.name} trains decoder layers: it is for language models")
         for site in self.work.sites:
             changes = self.kept[site.name] < site.units.count
-            if changes and site.units.size > 1 and self.selector.folds(site.kind):
+            if changes and site.readers and (self.recipe.one_shot or self.selector.updates_weights()):
+                what = "--one-shot" if self.recipe.one_shot else f"--method {self.selector.name}"
+                raise GrailError(f"{what} is not offered for residual streams: leave out --residual-ratio")
+            if changes and site.units.size > 1 and self.selector.folds(site.role):
                 raise GrailError(
                     f"{site.name}: {site.consumer} reads each channel {site.units.size} times, which --method "
                     f"{self.selector.name} cannot fold; choose another method"
@@ -59,7 +62,7 @@ class ModulePass:
         results: dict[str, SiteResult] = {}
         blocks = self.work.blocks or [""]
         for number in progress.layers("compressing")(range(len(blocks))):
-            for site in (s for s in self.work.sites if self.work.block_of(s) == blocks[number]):
+            for site in (s for s in self.work.sites if self.work.block_of(s.consumer) == blocks[number]):
                 changes = self.kept[site.name] < site.units.count
                 results[site.name] = self._compress(site) if changes else SiteResult(site)
             for stream in filter(None, (self.dense_stream, self.work_stream)):
@@ -71,51 +74,61 @@ class ModulePass:
         self.work_stream, self.dense_stream = None, Stream(self.dense, self.batches)
         found = {}
         for block in self.dense.blocks or [""]:
-            for site in (s for s in self.dense.sites if self.dense.block_of(s) == block):
-                statistics = self._gather(site, self.dense.layer(site.consumer))
+            for site in (s for s in self.dense.sites if self.dense.block_of(s.consumer) == block):
+                statistics = self._gather(site)
                 found[site.name] = self.selector.global_scores(self._view(site, statistics))
             self.dense_stream.advance(block)
         return found
 
     def _compress(self, site: ModuleSite) -> SiteResult:
-        consumer = self.work.layer(site.consumer)
-        view = self._view(site, self._gather(site, consumer))
+        view = self._view(site, self._gather(site))
         reduction = self.selector.select(view)
         target = self.dense_stream or self.work_stream.at(self.work.clone())
         emitted = self._narrowed(site, reduction)
+        found = [self._consumed(view, reduction, site, name, target, emitted) for name in site.consumers]
         if isinstance(reduction, Folding):
             self._settle_norms(site, emitted)
-        found = self._repaired(view, reduction, site, target, emitted)
-        weight_OK = reduction.lift_consumer(view.weight_OH) if found is None else found.weight
-        old = _Frozen(consumer)
-        narrow.set_consumer(consumer, weight_OK)
-        if self.affine:
-            self._fit_bias(site, old, consumer, target, emitted)
-        if found is not None:
-            found.weight = None
-        return SiteResult(site, reduction, found)
+        return SiteResult(site, reduction, _together([done for done in found if done is not None]))
 
-    def _gather(self, site: ModuleSite, consumer: nn.Module) -> SiteStatistics:
-        needs = self.selector.needs_of(site.kind) - {PRODUCERS}
-        folds = self.selector.folds(site.kind)
+    def _consumed(
+        self, view: SiteView, reduction: Reduction, site: ModuleSite, name: str, target: Stream, emitted: Stream
+    ) -> Compensation | None:
+        """Give a consumer its new weight; what the repair took, without it, or None where there is none."""
+        consumer = self.work.layer(name)
+        weight_OH = narrow.consumer_matrix(consumer)
+        found = self._repaired(view, weight_OH, reduction, site, name, target, emitted)
+        old = _Frozen(consumer)
+        narrow.set_consumer(consumer, reduction.lift_consumer(weight_OH) if found is None else found.weight)
+        if self.affine:
+            self._fit_bias(name, old, consumer, target, emitted)
+        return found and replace(found, weight=None)
+
+    def _gather(self, site: ModuleSite) -> SiteStatistics:
+        """Statistics of what all consumers read."""
+        needs = self.selector.needs_of(site.role) - {PRODUCERS}
+        folds = self.selector.folds(site.role)
         if not folds and (self.recipe.compensate or self.selector.updates_weights()):
             needs = needs | {GRAM}
         if self.affine and not folds:
             needs = needs | {MOMENTS}
-        statistics = SiteStatistics(site.units.width, needs, device=consumer.weight.device, affine=self.affine)
+        stream = self.work_stream or self.dense_stream
+        layers = [stream.network.layer(name) for name in site.consumers]
+        statistics = SiteStatistics(site.units.width, needs, device=layers[0].weight.device, affine=self.affine)
         if needs:
-            for hidden in (self.work_stream or self.dense_stream).hidden(site):
-                statistics.update(narrow.rows_of(consumer, hidden))
+            with watched(layers, lambda i, hidden: statistics.update(narrow.rows_of(layers[i], hidden))):
+                for _ in stream.hidden(site.consumers[-1]):
+                    pass
             statistics.check_finite(site.name)
         return statistics
 
     def _view(self, site: ModuleSite, statistics: SiteStatistics) -> SiteView:
-        rows = narrow.fused_rows(self.work, site) if PRODUCERS in self.selector.needs_of(site.kind) else {}
+        rows = narrow.fused_rows(self.work, site) if PRODUCERS in self.selector.needs_of(site.role) else {}
+        weights = [narrow.consumer_matrix(self.work.layer(name)) for name in site.consumers]
         return SiteView(
             name=site.name,
-            kind=site.kind,
+            kind=site.role,
             units=site.units,
-            weight_OH=narrow.consumer_matrix(self.work.layer(site.consumer)),
+            weight_OH=weights[0] if len(weights) == 1 else torch.cat(weights),
             producers=rows,
             statistics=statistics,
             kept=self.kept[site.name],
@@ -141,37 +154,44 @@ class ModulePass:
         norms = [emitted.network.layer(name) for name in site.norms]
         seen = [SiteStatistics(norm.num_features, frozenset({MOMENTS}), device=norm.bias.device) for norm in norms]
         with watched(norms, lambda i, x: seen[i].update(x.movedim(1, -1))):
-            for _ in emitted.hidden(site):
+            for _ in emitted.hidden(site.consumers[-1]):
                 pass
         for name, statistics in zip(site.norms, seen, strict=True):
             narrow.settle_norm(self.work.layer(name), statistics.mean(), statistics.variance())
 
     def _repaired(
-        self, view: SiteView, reduction: Reduction, site: ModuleSite, target: Stream, emitted: Stream
+        self,
+        view: SiteView,
+        weight_OH: Tensor,
+        reduction: Reduction,
+        site: ModuleSite,
+        name: str,
+        target: Stream,
+        emitted: Stream,
     ) -> Compensation | None:
-        """The consumer's new weight, or None where it is only pruned or folded."""
+        """A consumer's new weight, or None where it is only pruned or folded."""
         recipe = self.recipe
         lam = None if recipe.compensate else self.selector.own_ridge(view)
         if not recipe.compensate and lam is None:
             return None
-        options = {"form": recipe.ridge_form, "name": site.name}
-        folded = isinstance(reduction, Folding)
-        if not folded and (lam is not None or recipe.one_shot or not self.reads_dense):
+        options = {"form": recipe.ridge_form, "name": f"{site.name}, {name}" if site.readers else site.name}
+        sliced = not isinstance(reduction, Folding) and not site.readers
+        if sliced and (lam is not None or recipe.one_shot or not self.reads_dense):
             # the compressed vector is a slice of the target: their Gram matrix says all
             ridge = {"ridge": recipe.ridge} if lam is None else {"lam": lam}
-            return compensate(view.weight_OH, view.matrix, reduction, **options, **ridge)
-        pairs = HiddenPairs(reduction, device=view.weight_OH.device, affine=self.affine)
-        consumer = self.work.layer(site.consumer)
-        for target_BXH, z_BXK in zip(target.hidden(site), emitted.hidden(site), strict=True):
+            return compensate(weight_OH, view.matrix, reduction, **options, **ridge)
+        pairs = HiddenPairs(reduction, device=weight_OH.device, affine=self.affine)
+        consumer = self.work.layer(name)
+        for target_BXH, z_BXK in zip(target.hidden(name), emitted.hidden(name), strict=True):
             pairs.update(narrow.rows_of(consumer, z_BXK), narrow.rows_of(consumer, target_BXH))
-        return pairs.repair(view.weight_OH, ridge=recipe.ridge, **options)
+        return pairs.repair(weight_OH, ridge=recipe.ridge, **options)
 
     @torch.no_grad()
-    def _fit_bias(self, site: ModuleSite, old: _Frozen, new: nn.Module, target: Stream, emitted: Stream) -> None:
+    def _fit_bias(self, name: str, old: _Frozen, new: nn.Module, target: Stream, emitted: Stream) -> None:
         """The bias that keeps the mean output. From outputs, not from means of inputs: where a convolution pads with
         zeros, its output's mean is not the weight's product with its input's."""
         total_O, count = 0.0, 0
-        for target_BXH, z_BXK in zip(target.hidden(site), emitted.hidden(site), strict=True):
+        for target_BXH, z_BXK in zip(target.hidden(name), emitted.hidden(name), strict=True):
             left = (old(target_BXH) - new(z_BXK)).double()
             rows_TO = (left if isinstance(new, nn.Linear) else left.movedim(1, -1)).flatten(0, -2)
             total_O, count = total_O + rows_TO.sum(0), count + len(rows_TO)
@@ -179,6 +199,15 @@ class ModulePass:
             added_O = total_O / count
             bias_O = added_O if new.bias is None else added_O + new.bias.double()
             narrow.set_bias(new, bias_O)
+
+
+def _together(found: list[Compensation]) -> Compensation | None:
+    """What the repairs of all consumers took: the worst of each, and their mean errors."""
+    if len(found) < 2:
+        return found[0] if found else None
+    means = {key: sum(getattr(f, key) for f in found) / len(found) for key in ("error_before", "error_after")}
+    worst = {key: max(getattr(f, key) for f in found) for key in ("lam", "retries", "info")}
+    return replace(found[0], rcond=min(f.rcond for f in found), **worst, **means)
 
 
 class _Frozen:

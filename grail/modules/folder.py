@@ -22,7 +22,6 @@ from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..checkpoint.writer import OutputFolder, Piece
 from ..errors import GrailError
 from ..families.network import ModuleSite, Network, check
-from ..reduction import Selection
 from ..result import SiteResult
 from . import narrow
 from .architecture import Architecture
@@ -81,7 +80,7 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
             raise ValueError("a site keeps more than it has, or nothing")
     except (KeyError, TypeError, ValueError) as error:
         raise GrailError(f"{folder / 'config.json'} describes no sites that grail can read ({error})") from error
-    network = Network(module, sites).clone()
+    network = Network(module, sites).clone()  # residual streams among them: here they are sites like any other
     check(network)
     for site, count in zip(sites, kept, strict=True):
         _narrow(network, site, count)
@@ -100,10 +99,7 @@ def _narrow(network: Network, site: ModuleSite, count: int) -> None:
     """To the widths alone: which units stay does not matter for what is filled in afterwards."""
     if count == site.units.count:
         return
-    reduction = Selection(torch.arange(count), site.units.size, site.units.width)
-    narrow.narrow_producers(network, site, reduction)
-    consumer = network.layer(site.consumer)
-    narrow.set_consumer(consumer, reduction.lift_consumer(narrow.consumer_matrix(consumer)))
+    narrow.prune(network, site, torch.arange(count))
 
 
 def _filled(module: nn.Module, file: Path) -> nn.Module:

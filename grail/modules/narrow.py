@@ -160,23 +160,23 @@ def permute(network: Network, site: ModuleSite, order_U: Tensor) -> None:
         _slice_rows(network.layer(producer.name), producer, rearranged)
         if norm is not None:
             _slice_norm(norm, rearranged)
-    consumer = network.layer(site.consumer)
-    set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
+    for consumer in map(network.layer, site.consumers):
+        set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
 
 
 def prune(network: Network, site: ModuleSite, kept_U: Tensor) -> None:
     """Remove all units but these, ascending, everywhere."""
     kept = Selection(kept_U, site.units.size, site.units.width)
     narrow_producers(network, site, kept)
-    consumer = network.layer(site.consumer)
-    set_consumer(consumer, kept.lift_consumer(consumer_matrix(consumer)))
+    for consumer in map(network.layer, site.consumers):
+        set_consumer(consumer, kept.lift_consumer(consumer_matrix(consumer)))
 
 
 def silence(network: Network, site: ModuleSite, kept_U: Tensor) -> None:
     """Let the consumer ignore all units but these."""
     kept = Selection(kept_U, site.units.size, site.units.width)
-    consumer = network.layer(site.consumer)
-    set_consumer(consumer, kept.expand_consumer(kept.lift_consumer(consumer_matrix(consumer))))
+    for consumer in map(network.layer, site.consumers):
+        set_consumer(consumer, kept.expand_consumer(kept.lift_consumer(consumer_matrix(consumer))))
 
 
 class _Order:

@@ -17,13 +17,15 @@ ELSEWHERE = (
 class ModuleRecipe(Recipe):
     """weights: a .safetensors file for a named architecture; repair: estimate BatchNorm statistics anew afterwards;
     target: what compressed hidden vectors should stand for, the dense network's ("dense") or those that the network as
-    compressed so far would have ("own"); one_shot: look at the dense network alone; batch: images at once."""
+    compressed so far would have ("own"); one_shot: look at the dense network alone; batch: images at once;
+    residual_ratio: the share of each residual stream's channels to remove."""
 
     weights: Any = None
     repair: bool = False
     target: str = "dense"
     one_shot: bool = False
     batch: int = 64
+    residual_ratio: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -31,10 +33,17 @@ class ModuleRecipe(Recipe):
             raise GrailError(f"--target {self.target}: choose dense or own")
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise GrailError(f"--batch must be a whole number, 1 or more; got {self.batch}")
+        ratio = self.residual_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+            raise GrailError(f"--residual-ratio must be at least 0 and below 1; got {ratio}")
         plain = Recipe(model=None)
         for option in ELSEWHERE:
             if getattr(self, option) != getattr(plain, option):
                 raise GrailError(f"--{option.replace('_', '-')} is for language models")
+
+    def ratio_of(self, kind: str) -> float:
+        """The ratio for a kind of site, "heads", "channels" or "residual"."""
+        return self.residual_ratio if kind == "residual" else super().ratio_of(kind)
 
     def to_json(self) -> dict:
         """Without what is for language models only."""

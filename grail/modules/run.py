@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..allocation import KINDS
+from ..allocation import KINDS, kept_per_group, rounded
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..evaluation.macs import macs
 from ..families import describe
-from ..families.network import ModuleSite, Network, check
+from ..families.network import RESIDUAL, ModuleSite, Network, check
 from ..machine import usable_device
 from ..progress import Progress
 from ..selectors import selector_class
@@ -126,16 +126,20 @@ def _compressed(
         in_order(dense, batches[0][:2])
     plan = WidthPlan.of(dense.sites, recipe, selector, _Shapes(dense.module))
     kept = plan.before_work()
+    for site in dense.residual:
+        kept[site.name] = rounded(site, recipe, kept_per_group(site.units.count, recipe.residual_ratio))
     if batches:
-        verify(dense, [site for site in dense.sites if kept[site.name] < site.units.count], batches[0][:2])
+        sites = [*dense.residual, *dense.sites]
+        verify(dense, [site for site in sites if kept[site.name] < site.units.count], batches[0][:2])
         if dense.blocks and not chained(dense, batches[0][:2]):
             dense.blocks = []
     work = dense.clone()
-    job = ModulePass(dense, work, batches, kept, selector, recipe)
+    streams = [Network(network.module, dense.residual) for network in (dense, work)]
+    passes = [ModulePass(*pair, batches, kept, selector, recipe) for pair in (streams, (dense, work))]
     if plan.needs_scores:
-        job.kept = plan.from_scores(job.scores())
+        kept |= plan.from_scores(passes[1].scores())
     start = time.perf_counter()
-    results = job.run(progress)
+    results = [result for job in passes if job.work.sites for result in job.run(progress)]
     repaired = repair(work.module, batches) if recipe.repair else 0
     seconds = time.perf_counter() - start
     example = batches[0][:1] if batches else None
@@ -148,7 +152,7 @@ def _compressed(
         parameters=(_parameters(module), _parameters(work.module)),
         macs=None if example is None else (macs(dense.module, example), macs(work.module, example)),
         allocation=plan.allocation,
-        affine=job.affine,
+        affine=passes[-1].affine,
         repaired_norms=repaired,
         classes=classes,
         example=example,
@@ -158,14 +162,26 @@ def _compressed(
 
 def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: ModuleRecipe) -> Network:
     """A copy of the module in evaluation mode, and its sites. Raises GrailError where they do not fit it."""
-    still = frozenset(kind for kind in KINDS if recipe.ratio_of(kind) == 0)
-    found = describe(module, still) if sites is None else Network(module, list(sites))
-    if not found.sites:
+    still = frozenset(kind for kind in (*KINDS, RESIDUAL) if recipe.ratio_of(kind) == 0)
+    found = describe(module, still) if sites is None else _by_hand(module, list(sites))
+    if not found.sites and not found.residual:
         raise GrailError("no sites are given: there is nothing to make narrower")
+    if RESIDUAL in still:
+        found.residual = []
+    elif not found.residual:
+        raise GrailError(
+            f"--residual-ratio: no residual stream of {type(module).__name__} is described; it is for ResNets, and for "
+            f"streams described by hand, grail.residual(...)"
+        )
     found = found.clone()
     found.module.eval().requires_grad_(False)
     check(found)
     return found
+
+
+def _by_hand(module: nn.Module, sites: list[ModuleSite]) -> Network:
+    parts = [[site for site in sites if (site.kind == RESIDUAL) is residual] for residual in (False, True)]
+    return Network(module, parts[0], residual=parts[1])
 
 
 def _calibration(
@@ -175,7 +191,8 @@ def _calibration(
     None was given and nothing needs them."""
     if recipe.calibration is None:
         selector = selector_class(recipe.method).from_options(recipe.set)
-        needs = {need for site in network.sites if recipe.ratio_of(site.kind) for need in selector.needs_of(site.kind)}
+        changed = [site for site in (*network.sites, *network.residual) if recipe.ratio_of(site.kind)]
+        needs = {need for site in changed for need in selector.needs_of(site.role)}
         if recipe.compensate or needs - {PRODUCERS} or recipe.repair or recipe.bias:
             raise GrailError(f"--method {recipe.method} with these options needs calibration images")
         return [], None, None

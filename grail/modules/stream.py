@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GrailError
-from ..families.network import ModuleSite, Network
+from ..families.network import Network
 from .verify import answer
 
 
@@ -49,12 +49,12 @@ class Stream:
             first = network.blocks[0]
             self.states = [input_of(network.module, network.layer(first), x, first) for x in batches]
 
-    def hidden(self, site: ModuleSite) -> Iterator[Tensor]:
-        """The consumer's input for each batch, as the layers in front of it are now."""
-        root = self._root(self.network.block_of(site))
-        consumer = self.network.layer(site.consumer)
+    def hidden(self, consumer: str) -> Iterator[Tensor]:
+        """A consumer's input for each batch, as the layers in front of it are now."""
+        root = self._root(self.network.block_of(consumer))
+        layer = self.network.layer(consumer)
         for x in self.states:
-            yield input_of(root, consumer, x, site.consumer)
+            yield input_of(root, layer, x, consumer)
 
     @torch.no_grad()
     def advance(self, block: str) -> None:
@@ -75,7 +75,7 @@ class Stream:
 
 @torch.no_grad()
 def in_order(network: Network, example: Tensor) -> None:
-    """Let the network's sites and blocks stand in the order in which a forward comes to them."""
+    """Let the network's sites, consumers and blocks stand in the order in which a forward comes to them."""
     order: dict[str, int] = {}
 
     def note(name: str) -> Callable:
@@ -84,21 +84,22 @@ def in_order(network: Network, example: Tensor) -> None:
 
         return hook
 
-    names = {*network.blocks, *(site.consumer for site in network.sites)}
+    names = {*network.blocks, *(name for site in (*network.residual, *network.sites) for name in site.consumers)}
     handles = [network.layer(name).register_forward_pre_hook(note(name)) for name in names]
     try:
         answer(network.module, example)
     finally:
         for handle in handles:
             handle.remove()
-    network.sites.sort(key=lambda site: order.get(site.consumer, len(order)))
+    for sites in (network.sites, network.residual):
+        sites[:] = sorted((s.read_in(order) for s in sites), key=lambda site: order.get(site.consumer, len(order)))
     network.blocks.sort(key=lambda block: order.get(block, len(order)))
 
 
 @torch.no_grad()
 def chained(network: Network, example: Tensor) -> bool:
     """Whether every site lies in a block, and each block is called once, with the output of the one before alone."""
-    if not network.blocks or not all(network.block_of(site) for site in network.sites):
+    if not network.blocks or not all(network.block_of(site.consumer) for site in network.sites):
         return False
     calls: list[tuple[str, tuple, object]] = []
 

@@ -34,7 +34,7 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
             continue
         for site in sites:
             if wrong(network, [site], example):
-                layers = f"{', '.join(p.name for p in site.producers)} and {site.consumer}"
+                layers = f"{', '.join(p.name for p in site.producers)} and {', '.join(site.consumers)}"
                 raise GrailError(f"{site.name}: {why}, beside {layers}; describe the site anew or leave it out")
         raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
 
