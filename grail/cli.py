@@ -67,7 +67,8 @@ def main_options(
 @guarded
 def compress(
     model: Annotated[
-        str, _ask("--model", help="A folder, an alias (llama-2-7b, ...), a hub name, timm/NAME, torchvision/NAME.")
+        str,
+        _ask("--model", help="A folder, an alias (llama-2-7b, ...), a hub name, {timm,torchvision,open_clip}/NAME."),
     ],
     output: Annotated[str, _ask("--output", "-o", help="Folder for the smaller checkpoint.")],
     method: Annotated[str, _ask("--method", help="How units are chosen; see `grail methods`.")] = "wanda-sp",
@@ -137,8 +138,11 @@ def compress(
         str | None, _machine("--memory", help="Budget of resident memory, such as 4GB; refused if it cannot be kept.")
     ] = None,
     profile: Annotated[bool, _machine("--profile", help="Also print where time and memory went.")] = False,
+    calibration_text: Annotated[
+        str | None, _vision("--calibration-text", help="Captions for a text tower, a .txt or .jsonl file.")
+    ] = None,
     weights: Annotated[
-        str | None, _vision("--weights", help="Weights of timm/NAME or torchvision/NAME, a .safetensors file.")
+        str | None, _vision("--weights", help="Weights of timm/NAME, torchvision/NAME, ...: a .safetensors file.")
     ] = None,
     model_option: Annotated[
         list[str], _vision("--model-option", help="For the library's factory, such as img_size=98; repeatable.")
@@ -245,7 +249,7 @@ def evaluate_command(
     prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, a .safetensors file.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, ...: a .safetensors file.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -264,7 +268,7 @@ def evaluate_command(
             show_accuracy(found, Console(highlight=False, soft_wrap=True))
         return
     if asked.pop("weights") is not None:
-        raise GrailError("--weights is for timm/NAME and torchvision/NAME")
+        raise GrailError("--weights is for timm/NAME, torchvision/NAME and open_clip/NAME")
     from .evaluate import evaluate
 
     found = evaluate(path, **asked, progress=progress)
@@ -318,6 +322,51 @@ def export_command(
     else:
         for key, value in found.items():
             typer.echo(f"{key:12} {value}")
+
+
+@app.command("soup")
+@guarded
+def soup_command(
+    inputs: Annotated[
+        list[str], typer.Argument(help="Checkpoints of one architecture: all .safetensors files, or all folders.")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="A .safetensors file, or a folder for folders.")],
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Best first, then each that does not lower the score on --data.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="--greedy: labelled images, or text for folders (as in `grail eval`).")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="--greedy: at most so many images or windows.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="--greedy on files: their network, timm/NAME or torchvision/NAME.")
+    ] = None,
+    model_option: Annotated[
+        list[str], typer.Option("--model-option", help="For the library's factory, such as img_size=98; repeatable.")
+    ] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="--greedy: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Average checkpoints of one architecture (a model soup), to be compressed afterwards.
+
+    BatchNorm's running statistics are averaged as they are; `grail compress --repair` estimates them anew.
+
+    Example: grail soup a.safetensors b.safetensors c.safetensors --output soup.safetensors
+    """
+    progress = start(quiet, verbose)
+    from .modules.command import _values
+    from .soup import soup
+    from .soup.terminal import show_soup
+
+    asked = {"greedy": greedy, "data": data, "samples": samples, "model": model, "device": device}
+    found = soup(inputs, output, **asked, model_options=_values(model_option), overwrite=overwrite, progress=progress)
+    if as_json:
+        _json(found)
+    else:
+        show_soup(found, Console(highlight=False, soft_wrap=True))
 
 
 @app.command("methods")

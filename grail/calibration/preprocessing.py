@@ -119,6 +119,17 @@ class Preprocessing:
         size = tuple(built or found["input_size"][1:])
         return cls(size, channels, mean, std, min(found["crop_pct"], 1.0), interpolation)
 
+    @classmethod
+    def from_open_clip(cls, model: nn.Module) -> Preprocessing:
+        """What open_clip's configuration says of a model: the short side is resized to the size, the centre kept."""
+        found = dict(getattr(model.visual, "preprocess_cfg", None) or imported("open_clip").transform.PreprocessCfg())
+        if found.get("resize_mode", "shortest") != "shortest":
+            log.warning("open_clip squashes or pads images for this model; GRAIL crops their centre instead")
+        size = found.get("size", model.visual.image_size)
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        interpolation = found["interpolation"] if found["interpolation"] in INTERPOLATIONS else "bicubic"
+        return cls(size, 3, tuple(found["mean"]), tuple(found["std"]), 1.0, interpolation)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

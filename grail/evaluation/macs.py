@@ -16,13 +16,13 @@ from .accuracy import evaluating
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 
 
-def macs(module: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of matrix products, convolutions and attention, for the first image of `example`
-    [B, C, H, W]."""
+def macs(module: nn.Module, example: Tensor, call: str = "") -> int:
+    """Multiply-accumulates of matrix products, convolutions and attention, for the first input of `example`
+    [B, C, H, W] or [B, L]. call: the method that is counted (default: forward)."""
     counter = FlopCounterMode(display=False)
     # neither the CPU's fused attention nor the fast path of torch's own transformer layers is known to the counter
     with evaluating(module), _plain_attention(), counter:
-        module(example[:1])
+        (getattr(module, call) if call else module)(example[:1])
     return counter.get_total_flops() // 2
 
 

@@ -10,7 +10,7 @@ from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..modeling_grail import PREFIX
 from ..registration import register
-from . import llama, resnet, vit
+from . import clip, llama, resnet, vit
 from .base import Producer, Site
 from .network import STILL, Network
 
@@ -20,13 +20,17 @@ FAMILIES = (llama,)
 IN_MEMORY = (resnet, vit)
 
 
-def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network:
-    """The sites of a network in memory; those of kinds that stay as they are may be missing where they could not be
-    narrowed. Raises GrailError where no family knows its blocks."""
+def describe(module: nn.Module, still: frozenset[str] = STILL) -> list[Network]:
+    """The sites of a network in memory, tower by tower; those of kinds that stay as they are may be missing where they
+    could not be narrowed. Attention modules may be replaced by equal ones. Raises GrailError where no family knows its
+    blocks."""
+    towers = clip.describe(module, still)
+    if towers:
+        return towers
     for family in IN_MEMORY:
         network = family.describe(module, still)
         if network is not None:
-            return network
+            return [network]
     raise GrailError(
         f"{type(module).__name__} has no blocks that a family knows (conv1, conv2 or attn, mlp): describe its sites by "
         f"hand, grail.compress(module, sites=[grail.channels(...), ...])"

@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -22,6 +23,7 @@ from ..reduction import Units
 from .base import Producer, Site
 
 LAYERS = (nn.Linear, _ConvNd)
+IMAGES, TEXT = "images", "text"
 RESIDUAL = "residual"
 """The kind of sites that are residual streams."""
 STILL = frozenset({RESIDUAL})
@@ -70,12 +72,22 @@ class ModuleSite(Site):
 
 @dataclass
 class Network:
-    """A module in evaluation mode, its sites in execution order, the blocks it is run by, and its residual streams."""
+    """A module in evaluation mode, its sites in execution order, the blocks it is run by, and its residual streams.
+
+    call: the method that runs it ("": forward); reads: images, or text in token ids; padding: the id that fills a text
+    up and does not count (None: every token counts). A module of several towers is several networks."""
 
     module: nn.Module
     sites: list[ModuleSite]
     blocks: list[str] = field(default_factory=list)
     residual: list[ModuleSite] = field(default_factory=list)
+    call: str = ""
+    reads: str = IMAGES
+    padding: int | None = None
+
+    def run(self, x: Tensor) -> Any:
+        """The network's output."""
+        return getattr(self.module, self.call)(x) if self.call else self.module(x)
 
     def layer(self, name: str) -> nn.Module:
         """A module by name."""

@@ -1,12 +1,13 @@
-"""Networks by name, `timm/NAME` and `torchvision/NAME`, with weights from a safetensors file."""
+"""Networks by name, such as `timm/NAME` and `open_clip/NAME`, with weights from a safetensors file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.preprocessing import Preprocessing, imported
 from ..checkpoint.reader import SafetensorsFolder
@@ -16,6 +17,7 @@ from .names import LIBRARIES
 OPTIONS = {
     "num_classes": int, "in_chans": int, "img_size": (int, list), "patch_size": int, "global_pool": str,
     "embed_dim": int, "depth": int, "num_heads": int, "mlp_ratio": (int, float), "dynamic_img_size": bool,
+    "force_image_size": (int, list), "force_quick_gelu": bool, "force_context_length": int,
 }  # fmt: skip
 """What a factory may be given: config.json is data from anywhere, and some of timm's options name files to unpickle."""
 TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
@@ -23,7 +25,7 @@ TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
 
 @dataclass(frozen=True)
 class Architecture:
-    """library: timm or torchvision; options: what its factory is given (num_classes, img_size, ...)."""
+    """library: timm, torchvision or open_clip; options: what its factory is given (num_classes, img_size, ...)."""
 
     library: str
     name: str
@@ -31,7 +33,7 @@ class Architecture:
 
     @classmethod
     def parse(cls, model: str) -> Architecture | None:
-        """That of `timm/NAME` or `torchvision/NAME`; None for anything else."""
+        """That of `timm/NAME` and its like; None for anything else."""
         library, _, name = model.partition("/")
         return cls(library, name) if library in LIBRARIES and name and not Path(model).exists() else None
 
@@ -46,6 +48,8 @@ class Architecture:
     def _is_known(self) -> bool:
         if self.library == "timm":
             return bool(imported("timm").is_model(self.name.partition(".")[0])) and ":" not in self.name
+        if self.library == "open_clip":
+            return self.name in imported("open_clip").list_models()
         models = imported("torchvision").models
         return self.library == "torchvision" and self.name in models.list_models(module=models)
 
@@ -57,9 +61,11 @@ class Architecture:
         try:
             if self.library == "timm":
                 module = imported("timm").create_model(self.name, pretrained=False, **self.options)
+            elif self.library == "open_clip":
+                module = imported("open_clip").create_model(self.name, pretrained=None, **self.options)
             else:
                 module = imported("torchvision").models.get_model(self.name, weights=None, **self.options)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
             raise GrailError(f"--model {self.library}/{self.name}: {_first_line(error)}") from error
         return module.eval()
 
@@ -67,8 +73,19 @@ class Architecture:
         """How images become its inputs."""
         if self.library == "timm":
             return Preprocessing.from_timm(module)
+        if self.library == "open_clip":
+            return Preprocessing.from_open_clip(module)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         return Preprocessing((224, 224), 3, mean, std, 0.875, "bilinear")
+
+    def tokenizer(self) -> Callable[[list[str]], Tensor] | None:
+        """Texts -> token ids [N, L], for networks that read text. Raises GrailError where it cannot be had here."""
+        if self.library != "open_clip":
+            return None
+        try:
+            return imported("open_clip").get_tokenizer(self.name)
+        except (OSError, ImportError, ValueError) as error:
+            raise GrailError(f"{self.library}/{self.name}: no tokenizer ({_first_line(error)})") from error
 
     def to_json(self) -> dict:
         """For config.json."""

@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GrailError
 from ..progress import Progress
+from .names import NAMED
 
 if TYPE_CHECKING:
     from .report import ModuleReport
 
-DEFAULTS = {"weights": None, "repair": False, "target": "dense", "one_shot": False, "batch": 64, "residual_ratio": 0.0}
+DEFAULTS = {
+    "weights": None,
+    "repair": False,
+    "target": "dense",
+    "one_shot": False,
+    "batch": 64,
+    "residual_ratio": 0.0,
+    "calibration_text": None,
+}
 EVALUATED = ("data", "samples", "against", "speed", "weights", "device")
 
 
@@ -19,9 +28,9 @@ def for_text(asked: dict, model_option: list[str]) -> dict:
     """Without the options for vision. Raises GrailError for one that was given to a language model."""
     for name, default in DEFAULTS.items():
         if asked[name] != default:
-            raise GrailError(f"--{name.replace('_', '-')} is for timm/NAME and torchvision/NAME")
+            raise GrailError(f"--{name.replace('_', '-')} is for {NAMED}")
     if model_option:
-        raise GrailError("--model-option is for timm/NAME and torchvision/NAME")
+        raise GrailError(f"--model-option is for {NAMED}")
     return {name: value for name, value in asked.items() if name not in DEFAULTS}
 
 

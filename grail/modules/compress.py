@@ -30,7 +30,8 @@ from .stream import Stream, watched
 @dataclass
 class ModulePass:
     """dense: the network as it was given; work: the one that is narrowed, a copy; batches: calibration inputs, of which
-    there may be none where nothing needs them; kept: units by site name."""
+    there may be none where nothing needs them; kept: units by site name; counted: which tokens of each batch enter the
+    statistics, bool [B, L] (None: all)."""
 
     dense: Network
     work: Network
@@ -38,6 +39,7 @@ class ModulePass:
     kept: dict[str, int]
     selector: Selector
     recipe: ModuleRecipe
+    counted: list[Tensor] | None = None
 
     def __post_init__(self):
         if self.selector.regional_options() is not None or BLOCK_GRADIENTS in self.selector.needs:
@@ -115,11 +117,16 @@ class ModulePass:
         layers = [stream.network.layer(name) for name in site.consumers]
         statistics = SiteStatistics(site.units.width, needs, device=layers[0].weight.device, affine=self.affine)
         if needs:
-            with watched(layers, lambda i, hidden: statistics.update(narrow.rows_of(layers[i], hidden))):
+            with watched(layers, lambda i, x: statistics.update(self._rows(layers[i], x, stream.number))):
                 for _ in stream.hidden(site.consumers[-1]):
                     pass
             statistics.check_finite(site.name)
         return statistics
+
+    def _rows(self, consumer: nn.Module, hidden: Tensor, number: int) -> Tensor:
+        """What counts of a batch of the consumer's inputs."""
+        rows = narrow.rows_of(consumer, hidden)
+        return rows if self.counted is None else rows[self.counted[number]]
 
     def _view(self, site: ModuleSite, statistics: SiteStatistics) -> SiteView:
         rows = narrow.fused_rows(self.work, site) if PRODUCERS in self.selector.needs_of(site.role) else {}
@@ -182,8 +189,8 @@ class ModulePass:
             return compensate(weight_OH, view.matrix, reduction, **options, **ridge)
         pairs = HiddenPairs(reduction, device=weight_OH.device, affine=self.affine)
         consumer = self.work.layer(name)
-        for target_BXH, z_BXK in zip(target.hidden(name), emitted.hidden(name), strict=True):
-            pairs.update(narrow.rows_of(consumer, z_BXK), narrow.rows_of(consumer, target_BXH))
+        for number, (target_BXH, z_BXK) in enumerate(zip(target.hidden(name), emitted.hidden(name), strict=True)):
+            pairs.update(self._rows(consumer, z_BXK, number), self._rows(consumer, target_BXH, number))
         return pairs.repair(weight_OH, ridge=recipe.ridge, **options)
 
     @torch.no_grad()
@@ -191,8 +198,9 @@ class ModulePass:
         """The bias that keeps the mean output. From outputs, not from means of inputs: where a convolution pads with
         zeros, its output's mean is not the weight's product with its input's."""
         total_O, count = 0.0, 0
-        for target_BXH, z_BXK in zip(target.hidden(name), emitted.hidden(name), strict=True):
+        for number, (target_BXH, z_BXK) in enumerate(zip(target.hidden(name), emitted.hidden(name), strict=True)):
             left = (old(target_BXH) - new(z_BXK)).double()
+            left = left if self.counted is None else left[self.counted[number]]
             rows_TO = (left if isinstance(new, nn.Linear) else left.movedim(1, -1)).flatten(0, -2)
             total_O, count = total_O + rows_TO.sum(0), count + len(rows_TO)
         if count:

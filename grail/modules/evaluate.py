@@ -18,7 +18,7 @@ from ..machine import usable_device
 from ..report import SCHEMA_VERSION
 from .architecture import Architecture, open_network
 from .folder import load
-from .names import is_module_folder
+from .names import NAMED, is_module_folder
 
 BATCH = 64
 ROUNDS = 20
@@ -93,7 +93,7 @@ def _opened(model: str, weights: str | None) -> nn.Module:
     if is_module_folder(Path(model)):
         return load(model)
     if Architecture.parse(model) is None:
-        raise GrailError(f"{model} is no folder of a compressed network, and not timm/NAME or torchvision/NAME")
+        raise GrailError(f"{model} is no folder of a compressed network, and not {NAMED}")
     return open_network(model, weights, {})[0]
 
 

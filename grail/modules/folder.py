@@ -21,6 +21,7 @@ from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..checkpoint.writer import OutputFolder, Piece
 from ..errors import GrailError
+from ..families.attention import replace_attention
 from ..families.network import ModuleSite, Network, check
 from ..result import SiteResult
 from . import narrow
@@ -30,6 +31,7 @@ from .verify import answer
 
 WEIGHTS, VERSION = "model.safetensors", 1
 TOLERANCE = 1e-5
+WANTED, EXAMPLE = "wanted", "example:"
 
 
 def config_of(
@@ -81,6 +83,8 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
     except (KeyError, TypeError, ValueError) as error:
         raise GrailError(f"{folder / 'config.json'} describes no sites that grail can read ({error})") from error
     network = Network(module, sites).clone()  # residual streams among them: here they are sites like any other
+    known = {name for name, _ in network.module.named_modules()}
+    replace_attention(network.module, [name for site in sites for name, _ in site.counts if name in known])
     check(network)
     for site, count in zip(sites, kept, strict=True):
         _narrow(network, site, count)
@@ -117,21 +121,26 @@ def _filled(module: nn.Module, file: Path) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def reopen_here(folder: Path, expected: nn.Module, example: Tensor, module: nn.Module) -> float:
+@torch.no_grad()
+def answers(module: nn.Module, examples: dict[str, Tensor]) -> Tensor:
+    """What each method gives for its example, one after another by name, in float64."""
+    runs = {call: getattr(module, call) if call else module for call in sorted(examples)}
+    return torch.cat([answer(run, examples[call]).cpu() for call, run in runs.items()])
+
+
+def reopen_here(folder: Path, expected: nn.Module, examples: dict[str, Tensor], module: nn.Module) -> float:
     """The same in this process, for a class that only its user can make: from a module of the original widths."""
-    with torch.no_grad():
-        found = answer(load(folder, module).to(example.device), example)
-        return _judged(folder, relative_difference(found, answer(expected, example)))
+    loaded = load(folder, module).to(next(iter(examples.values())).device)
+    return _judged(folder, relative_difference(answers(loaded, examples), answers(expected, examples)))
 
 
-def reopen(folder: Path, expected: nn.Module, example: Tensor) -> float:
-    """Load a folder in a fresh process and compare outputs on an example: the relative difference. Raises GrailError
+def reopen(folder: Path, expected: nn.Module, examples: dict[str, Tensor]) -> float:
+    """Load a folder in a fresh process and compare outputs on examples: the relative difference. Raises GrailError
     where it is above rounding."""
-    with torch.no_grad():
-        wanted = answer(expected, example)
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
         probe = Path(work) / "probe.safetensors"
-        save_file({"example": example.cpu().contiguous(), "wanted": wanted.cpu().contiguous()}, probe)
+        tensors = {f"{EXAMPLE}{call}": example.cpu().contiguous() for call, example in examples.items()}
+        save_file(tensors | {WANTED: answers(expected, examples)}, probe)
         command = [sys.executable, "-m", __name__, str(folder), str(probe)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -145,10 +154,11 @@ def _judged(folder: Path, difference: float) -> float:
     return difference
 
 
-@torch.no_grad()
 def _answer(folder: str, probe: str) -> dict[str, Any]:
     tensors = load_file(probe)
-    return {"difference": relative_difference(answer(load(folder), tensors["example"]), tensors["wanted"])}
+    wanted = tensors.pop(WANTED)
+    examples = {name.removeprefix(EXAMPLE): tensor for name, tensor in tensors.items()}
+    return {"difference": relative_difference(answers(load(folder), examples), wanted)}
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..checkpoint.reader import read_json
 
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = ("timm", "torchvision", "open_clip")
+NAMED = " and ".join(f"{library}/NAME" for library in LIBRARIES)
 KEY = "grail_module"
 """What marks the config.json of such a folder."""
 

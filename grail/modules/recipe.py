@@ -18,7 +18,8 @@ class ModuleRecipe(Recipe):
     """weights: a .safetensors file for a named architecture; repair: estimate BatchNorm statistics anew afterwards;
     target: what compressed hidden vectors should stand for, the dense network's ("dense") or those that the network as
     compressed so far would have ("own"); one_shot: look at the dense network alone; batch: images at once;
-    residual_ratio: the share of each residual stream's channels to remove."""
+    residual_ratio: the share of each residual stream's channels to remove; calibration_text: captions for a text tower
+    (calibration.captions)."""
 
     weights: Any = None
     repair: bool = False
@@ -26,6 +27,7 @@ class ModuleRecipe(Recipe):
     one_shot: bool = False
     batch: int = 64
     residual_ratio: float = 0.0
+    calibration_text: Any = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +49,8 @@ class ModuleRecipe(Recipe):
 
     def to_json(self) -> dict:
         """Without what is for language models only."""
-        return {name: value for name, value in super().to_json().items() if name not in ELSEWHERE} | {
-            "weights": None if self.weights is None else str(self.weights)
-        }
+        text = self.calibration_text
+        told = text if text is None or isinstance(text, str) else "given in Python"
+        weights = None if self.weights is None else str(self.weights)
+        known = {name: value for name, value in super().to_json().items() if name not in ELSEWHERE}
+        return known | {"weights": weights, "calibration_text": told}

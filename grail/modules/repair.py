@@ -10,10 +10,10 @@ from ..errors import GrailError
 
 
 @torch.no_grad()
-def repair(module: nn.Module, batches: list[Tensor]) -> int:
+def repair(module: nn.Module, batches: list[Tensor], call: str = "") -> int:
     """Reset every BatchNorm's running statistics and average those of the batches; how many there were. All other
     modules stay in evaluation mode, and afterwards so do these. Batches count alike, so a smaller last one is left out
-    where there are others."""
+    where there are others. call: the method that is run (default: forward)."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     if not norms or not batches:
@@ -27,7 +27,7 @@ def repair(module: nn.Module, batches: list[Tensor]) -> int:
             norm.momentum = None
             norm.train()
         for batch in full:
-            module(batch.clone())
+            (getattr(module, call) if call else module)(batch.clone())
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -16,8 +16,8 @@ from .recipe import ModuleRecipe
 @dataclass
 class ModuleReport:
     """`model` is the narrower module; `output` the folder it was written to, if any. parameters and macs (for one
-    input) are (before, after); repaired_norms: how many BatchNorms were estimated anew; evaluation: accuracies by
-    name."""
+    input of each tower) are (before, after); repaired_norms: how many BatchNorms were estimated anew; examples: an
+    input by the method that takes it ("": forward); evaluation: accuracies by name."""
 
     recipe: ModuleRecipe
     model: nn.Module
@@ -29,8 +29,9 @@ class ModuleReport:
     allocation: str
     affine: bool
     repaired_norms: int = 0
+    calibration_text: dict | None = None
     classes: list[str] | None = None
-    example: Tensor | None = None
+    examples: dict[str, Tensor] = field(default_factory=dict)
     bytes: int | None = None
     evaluation: dict | None = None
     output: str | None = None
@@ -64,6 +65,7 @@ class ModuleReport:
             "versions": versions(),
             "source": self.source,
             "calibration": self.calibration,
+            "calibration_text": self.calibration_text,
             "sites": self.sites,
             "allocation": self.allocation,
             "bias": self.affine,

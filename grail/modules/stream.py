@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +15,54 @@ from ..families.network import Network
 from .verify import answer
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What a block is called with beside its first argument: masks, flags."""
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def same(self, other: Rest) -> bool:
+        """Whether the values are equal."""
+        if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
+            return False
+        pairs = [*zip(self.args, other.args, strict=True), *((self.kwargs[k], other.kwargs[k]) for k in self.kwargs)]
+        return all(_equal(*pair) for pair in pairs)
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+    try:
+        return a is b or bool(a == b)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+
+
 class _Reached(Exception):
     """Unwinds a forward at the module whose input is wanted."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, hidden: Tensor, rest: Rest):
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.rest = hidden, rest
 
 
 @torch.no_grad()
-def input_of(root: nn.Module, layer: nn.Module, x: Tensor, name: str) -> Tensor:
-    """What `layer` is given when `root` runs on x. Raises GrailError naming it when it is never called."""
+def given_to(layer: nn.Module, name: str, run: Callable, x: Tensor, rest: Rest = Rest()) -> tuple[Tensor, Rest]:
+    """What `layer` is given when `run` is called with x and the rest. Raises GrailError naming it when it is never
+    called."""
 
-    def reached(_: nn.Module, arguments: tuple) -> None:
-        raise _Reached(arguments[0])
+    def reached(_: nn.Module, arguments: tuple, options: dict) -> None:
+        if not arguments:
+            first, *others = options
+            raise _Reached(options[first], Rest((), {key: options[key] for key in others}))
+        raise _Reached(arguments[0], Rest(arguments[1:], options))
 
-    handle = layer.register_forward_pre_hook(reached)
+    handle = layer.register_forward_pre_hook(reached, with_kwargs=True)
     try:
-        root(x.clone())  # networks may change their input in place, and it is read again
+        run(x.clone(), *rest.args, **rest.kwargs)  # networks may change their input in place, and it is read again
     except _Reached as found:
-        return found.hidden
+        return found.hidden, found.rest
     finally:
         handle.remove()
     raise GrailError(f"{name} is never called in a forward of the network: its hidden vector cannot be seen")
@@ -40,37 +70,41 @@ def input_of(root: nn.Module, layer: nn.Module, x: Tensor, name: str) -> Tensor:
 
 class Stream:
     """One network and the states of all calibration batches before its current block. Without blocks the states are the
-    network's inputs and never advance."""
+    network's inputs and never advance. `number` is that of the batch that is run."""
 
     def __init__(self, network: Network, batches: list[Tensor]):
-        self.network = network
-        self.states = batches
+        self.network, self.number = network, 0
+        self.states = [(x, Rest()) for x in batches]
         if network.blocks:
             first = network.blocks[0]
-            self.states = [input_of(network.module, network.layer(first), x, first) for x in batches]
+            self.states = [given_to(network.layer(first), first, network.run, x) for x in batches]
 
     def hidden(self, consumer: str) -> Iterator[Tensor]:
         """A consumer's input for each batch, as the layers in front of it are now."""
-        root = self._root(self.network.block_of(consumer))
+        block = self.network.block_of(consumer)
+        run = self.network.layer(block) if block else self.network.run
         layer = self.network.layer(consumer)
-        for x in self.states:
-            yield input_of(root, layer, x, consumer)
+        for number, state in enumerate(self.states):
+            self.number = number
+            yield given_to(layer, consumer, run, *state)[0]
 
     @torch.no_grad()
     def advance(self, block: str) -> None:
         """From a block's input to its output."""
         if block:
             layer = self.network.layer(block)
-            self.states = [layer(x) for x in self.states]
+            self.states = [(_first(layer(x, *rest.args, **rest.kwargs)), rest) for x, rest in self.states]
 
     def at(self, network: Network) -> Stream:
         """Another network at the same place: the same states."""
         other = object.__new__(Stream)
-        other.network, other.states = network, self.states
+        other.network, other.states, other.number = network, self.states, 0
         return other
 
-    def _root(self, block: str) -> nn.Module:
-        return self.network.layer(block) if block else self.network.module
+
+def _first(output: Any) -> Tensor:
+    """A block's new state: what it gives, or the first of several things."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @torch.no_grad()
@@ -87,7 +121,7 @@ def in_order(network: Network, example: Tensor) -> None:
     names = {*network.blocks, *(name for site in (*network.residual, *network.sites) for name in site.consumers)}
     handles = [network.layer(name).register_forward_pre_hook(note(name)) for name in names]
     try:
-        answer(network.module, example)
+        answer(network.run, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -98,27 +132,32 @@ def in_order(network: Network, example: Tensor) -> None:
 
 @torch.no_grad()
 def chained(network: Network, example: Tensor) -> bool:
-    """Whether every site lies in a block, and each block is called once, with the output of the one before alone."""
+    """Whether every site lies in a block, and each block is called once: with the output of the one before, and beside
+    it with the same masks and flags as all others."""
     if not network.blocks or not all(network.block_of(site.consumer) for site in network.sites):
         return False
-    calls: list[tuple[str, tuple, object]] = []
+    calls: list[tuple[str, tuple, dict, object]] = []
 
     def note(name: str) -> Callable:
         def hook(_: nn.Module, arguments: tuple, options: dict, output: object) -> None:
-            given = (*arguments, *options.values())
-            calls.append((name, tuple(a for a in given if a is not None), output))
+            calls.append((name, arguments, options, output))
 
         return hook
 
     handles = [network.layer(b).register_forward_hook(note(b), with_kwargs=True) for b in network.blocks]
     try:
-        network.module(example.clone())
+        network.run(example.clone())
     finally:
         for handle in handles:
             handle.remove()
-    if [name for name, _, _ in calls] != network.blocks or any(len(given) != 1 for _, given, _ in calls):
+    if [name for name, *_ in calls] != network.blocks or not all(arguments for _, arguments, *_ in calls):
         return False
-    return all(given[0] is before for (_, given, _), (_, _, before) in zip(calls[1:], calls, strict=False))
+    rests = [Rest(arguments[1:], options) for _, arguments, options, _ in calls]
+    outputs = [output for *_, output in calls]
+    if not all(isinstance(out, Tensor) or (isinstance(out, tuple) and isinstance(out[0], Tensor)) for out in outputs):
+        return False
+    follows = (call[1][0] is _first(before) for call, before in zip(calls[1:], outputs, strict=False))
+    return all(rest.same(rests[0]) for rest in rests) and all(follows)
 
 
 @contextmanager

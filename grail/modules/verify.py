@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GrailError
@@ -22,10 +24,12 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
     """A description is right only if the order of a site's units means nothing, and if to remove some is the same as
     to let the consumer ignore them. Raises GrailError naming the first site of `sites` for which that is not so, or
     where the network answers with NaN. example: one input batch; float32 arithmetic, whatever the network's."""
-    network, example = network.clone(), example.float()
-    network.module.float()
-    if not answer(network.module, example).isfinite().all():
-        raise GrailError("the network answers calibration images with NaN or infinity: check the checkpoint")
+    if any(p.dtype != torch.float32 for p in network.module.parameters()):
+        network = network.clone()
+        network.module.float()
+    example = example.float() if example.is_floating_point() else example
+    if not answer(network.run, example).isfinite().all():
+        raise GrailError(f"the network answers calibration {network.reads} with NaN or infinity: check the checkpoint")
     for wrong, why in (
         (_order_matters, "the order of its units changes the network's output, so something else reads or makes them"),
         (_removal_matters, "units that are removed are missed by something that mixes units or computes its weight"),
@@ -39,10 +43,10 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
         raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
 
 
-def answer(module: nn.Module, example: Tensor) -> Tensor:
+def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
     """All tensors of a network's output, flat in float64. Raises GrailError where it cannot run on the input."""
     try:
-        found = module(example.clone())
+        found = run(example.clone())
     except REFUSALS as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GrailError(f"the network does not take calibration inputs {list(example.shape)}: {what}") from error
@@ -52,14 +56,14 @@ def answer(module: nn.Module, example: Tensor) -> Tensor:
 def _order_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
     random = torch.Generator().manual_seed(0)
     orders = [torch.randperm(site.units.count, generator=random) for site in sites]
-    return _differs(example, network, _changed(network, sites, orders, permute))
+    return _differs(example, lambda: network, lambda: _changed(network, sites, orders, permute))
 
 
 def _removal_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
     random = torch.Generator().manual_seed(0)
     half = [torch.randperm(s.units.count, generator=random)[: (s.units.count + 1) // 2].sort().values for s in sites]
-    ignoring = _changed(network, sites, half, silence)
-    return _differs(example, ignoring, _changed(network, sites, half, prune))
+    changed = (functools.partial(_changed, network, sites, half, change) for change in (silence, prune))
+    return _differs(example, *changed)
 
 
 Change = Callable[[Network, ModuleSite, Tensor], None]
@@ -76,14 +80,19 @@ def _changed(network: Network, sites: Sequence[ModuleSite], units: list[Tensor],
     return other
 
 
-def _differs(example: Tensor, first: Network | None, second: Network | None) -> bool:
-    if first is None or second is None:
-        return True
-    expected = answer(first.module, example)
-    try:
-        found = answer(second.module, example)
-    except GrailError:
-        return True
+def _differs(example: Tensor, *makes: Callable[[], Network | None]) -> bool:
+    """Whether two networks, made one after the other to spare memory, answer differently."""
+    answers = []
+    for make in makes:
+        network = make()
+        if network is None:
+            return True
+        try:
+            answers.append(answer(network.run, example))
+        except GrailError:
+            return True
+        del network
+    expected, found = answers
     if found.shape != expected.shape:
         return True
     return not torch.linalg.vector_norm(found - expected) <= TOLERANCE * torch.linalg.vector_norm(expected)

@@ -1,0 +1,127 @@
+"""The ways through a module that are compressed, each with its own calibration inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation import KINDS
+from ..calibration.captions import captions, counted_tokens
+from ..calibration.preprocessing import Preprocessing
+from ..errors import GrailError
+from ..families import describe
+from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, check
+from ..progress import Progress
+from ..selectors import selector_class
+from ..selectors.base import PRODUCERS
+from .inputs import calibration_inputs
+from .recipe import ModuleRecipe
+
+NONE = "none"
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@dataclass
+class Tower:
+    """dense: a network of the copied module, as it was given; batches: its calibration inputs, of which there may be
+    none where nothing needs them; counted: which tokens of them count, bool [B, L] (None: all); told: what the inputs
+    are, for the report; classes: names of classes where images have some."""
+
+    dense: Network
+    batches: list[Tensor]
+    counted: list[Tensor] | None = None
+    told: dict | None = None
+    classes: list[str] | None = None
+
+    @property
+    def sites(self) -> list[ModuleSite]:
+        """All sites, residual streams first."""
+        return [*self.dense.residual, *self.dense.sites]
+
+
+def towers_of(
+    module: nn.Module,
+    recipe: ModuleRecipe,
+    progress: Progress,
+    *,
+    sites: Iterable[ModuleSite] | None = None,
+    preprocessing: Preprocessing | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[Tower]:
+    """The towers of a copy of the module. One of several stays as it is where it is given nothing to calibrate with.
+    Raises GrailError where the description does not fit, inputs cannot be read or all are missing."""
+    networks = _described(module, sites, recipe)
+    if recipe.calibration_text is not None and not any(network.reads == TEXT for network in networks):
+        raise GrailError(f"--calibration-text: {type(module).__name__} has no text tower that a family knows")
+    found = []
+    for network in networks:
+        text = network.reads == TEXT
+        if len(networks) > 1 and _absent(recipe.calibration_text if text else recipe.calibration):
+            option = "--calibration-text" if text else "--calibration"
+            progress.say(f"the tower that reads {network.reads} stays as it is: no {option} is given")
+            continue
+        found.append((_of_text if text else _of_images)(network, recipe, preprocessing, tokenizer))
+    if not found:
+        raise GrailError("no tower has anything to calibrate with: give --calibration, --calibration-text or both")
+    return found
+
+
+def _absent(source: object) -> bool:
+    return source is None or (isinstance(source, str) and source == NONE)
+
+
+def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: ModuleRecipe) -> list[Network]:
+    """The networks of a copy of the module in evaluation mode. Raises GrailError where their sites do not fit it."""
+    still = frozenset(kind for kind in (*KINDS, RESIDUAL) if recipe.ratio_of(kind) == 0)
+    copied = copy.deepcopy(module).eval().requires_grad_(False)
+    found = describe(copied, still) if sites is None else [_by_hand(copied, list(sites))]
+    if not any(network.sites or network.residual for network in found):
+        raise GrailError("no sites are given: there is nothing to make narrower")
+    if RESIDUAL not in still and not any(network.residual for network in found):
+        raise GrailError(
+            f"--residual-ratio: no residual stream of {type(module).__name__} is described; it is for ResNets, and for "
+            f"streams described by hand, grail.residual(...)"
+        )
+    for network in found:
+        network.residual = [] if RESIDUAL in still else network.residual
+        check(network)
+    return found
+
+
+def _by_hand(module: nn.Module, sites: list[ModuleSite]) -> Network:
+    parts = [[site for site in sites if (site.kind == RESIDUAL) is residual] for residual in (False, True)]
+    return Network(module, parts[0], residual=parts[1])
+
+
+def _of_images(
+    network: Network, recipe: ModuleRecipe, preprocessing: Preprocessing | None, _: Tokenizer | None
+) -> Tower:
+    if recipe.calibration is None:
+        selector = selector_class(recipe.method).from_options(recipe.set)
+        changed = [site for site in (*network.sites, *network.residual) if recipe.ratio_of(site.kind)]
+        needs = {need for site in changed for need in selector.needs_of(site.role)}
+        if recipe.compensate or needs - {PRODUCERS} or recipe.repair or recipe.bias:
+            raise GrailError(f"--method {recipe.method} with these options needs calibration {IMAGES}")
+        return Tower(network, [])
+    batches, told, classes = calibration_inputs(recipe, preprocessing)
+    device, dtype = _place(network)
+    return Tower(network, [batch.to(device, dtype) for batch in batches], None, told, classes)
+
+
+def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, tokenizer: Tokenizer | None) -> Tower:
+    batches, told = captions(recipe.calibration_text, tokenizer, recipe.samples, recipe.seed, recipe.batch)
+    batches = [batch.to(_place(network)[0]) for batch in batches]
+    counted = None
+    if network.padding is not None:
+        counted = [counted_tokens(batch, network.padding) for batch in batches]
+        told["tokens"] = int(sum(mask.sum() for mask in counted))
+    return Tower(network, batches, counted, told)
+
+
+def _place(network: Network) -> tuple[torch.device, torch.dtype]:
+    parameter = next(network.module.parameters())
+    return parameter.device, parameter.dtype
