@@ -32,6 +32,7 @@ app = typer.Typer(
     help="Make a trained network narrower and repair it in closed form: no training, no labels, one command.",
 )
 
+VISION_EVAL = ("weights", "classes", "templates", "probe")
 UNNAMED = "grail-output"
 """Where `grail plan` looks for room on disk when no folder is named."""
 
@@ -250,6 +251,9 @@ def evaluate_command(
     dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, ...: a .safetensors file.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Zero-shot: names of the classes, a file, one to a line.")] = None,
+    templates: Annotated[str | None, typer.Option(help="Zero-shot: sentences with {} for the name, a file.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Also a linear classifier on the features of images.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -267,8 +271,9 @@ def evaluate_command(
         else:
             show_accuracy(found, Console(highlight=False, soft_wrap=True))
         return
-    if asked.pop("weights") is not None:
-        raise GrailError("--weights is for timm/NAME, torchvision/NAME and open_clip/NAME")
+    for name in VISION_EVAL:
+        if asked.pop(name):
+            raise GrailError(f"--{name} is for timm/NAME, torchvision/NAME and open_clip/NAME")
     from .evaluate import evaluate
 
     found = evaluate(path, **asked, progress=progress)
@@ -307,6 +312,7 @@ def export_command(
     path: Annotated[str, typer.Argument(help="A folder that grail compress wrote for a vision network.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")],
     to: Annotated[str, typer.Option("--to", help="onnx or torch-export.")] = "onnx",
+    tower: Annotated[str | None, typer.Option(help="Of a CLIP: images or text.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -316,7 +322,7 @@ def export_command(
     start(quiet, verbose)
     from .modules.export import export_folder
 
-    found = export_folder(path, to, output, overwrite=overwrite)
+    found = export_folder(path, to, output, tower=tower, overwrite=overwrite)
     if as_json:
         _json({"schema_version": 1} | found)
     else:
@@ -339,7 +345,7 @@ def soup_command(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="--greedy: at most so many images or windows.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="--greedy on files: their network, timm/NAME or torchvision/NAME.")
+        str | None, typer.Option("--model", help="--greedy on files: their network, timm/NAME or its like.")
     ] = None,
     model_option: Annotated[
         list[str], typer.Option("--model-option", help="For the library's factory, such as img_size=98; repeatable.")
@@ -357,12 +363,14 @@ def soup_command(
     Example: grail soup a.safetensors b.safetensors c.safetensors --output soup.safetensors
     """
     progress = start(quiet, verbose)
-    from .modules.command import _values
+    from .modules.command import factory_options
     from .soup import soup
     from .soup.terminal import show_soup
 
     asked = {"greedy": greedy, "data": data, "samples": samples, "model": model, "device": device}
-    found = soup(inputs, output, **asked, model_options=_values(model_option), overwrite=overwrite, progress=progress)
+    found = soup(
+        inputs, output, **asked, model_options=factory_options(model_option), overwrite=overwrite, progress=progress
+    )
     if as_json:
         _json(found)
     else:

@@ -17,8 +17,10 @@ from .checkpoint.writer import STORE, OutputFolder
 from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
+from .modules.architecture import Architecture
 from .modules.folder import load as load_module
-from .modules.names import is_module_folder, is_network
+from .modules.hf import as_tokenizer
+from .modules.names import is_hf_module, is_module_folder, is_network
 from .modules.recipe import ModuleRecipe
 from .modules.report import ModuleReport
 from .modules.run import compress_module, compress_named
@@ -45,11 +47,11 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
     model: a folder, alias or hub name; or a loaded transformers module, which is not modified: then
     `report.model` is the narrower module, and `output` may be left out. A module needs calibration data that is
     tokenised already (a tensor [N, L], a list of tensors, an iterable of batches, or a .safetensors file).
-    Or a vision network: any other module (`sites`: a description by hand; `preprocessing`: for images that are not
-    floats as it reads them), or timm/NAME and torchvision/NAME with `weights` (`model_options`: for the library's
-    factory). Raises GrailError for bad input.
+    Or a vision network: transformers' ViT, DeiT, DINOv2 or CLIP, or any other module (`sites`: a description by hand; `preprocessing`: for images that are not
+    floats as it reads them; `tokenizer`: for captions), or timm/NAME, torchvision/NAME and open_clip/NAME with
+    `weights` (`model_options`: for the library's factory). Raises GrailError for bad input.
     """
-    if isinstance(model, torch.nn.Module) and not hasattr(model, "save_pretrained"):
+    if isinstance(model, torch.nn.Module) and (not hasattr(model, "save_pretrained") or is_hf_module(model)):
         return _compress_in_memory(model, progress or Progress(), **flags)
     if isinstance(model, (str, Path)) and is_network(str(model)):
         return _compress_named(str(model), progress or Progress(), **flags)
@@ -76,10 +78,13 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
 
 
 def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: Any) -> ModuleReport:
-    own = {name: flags.pop(name) for name in ("sites", "preprocessing") if name in flags}
+    own = {name: flags.pop(name) for name in ("sites", "preprocessing", "tokenizer") if name in flags}
     if flags.get("device", "auto") != "auto":
         raise GrailError("a module is compressed where it is: move it there, and leave out device")
     recipe = _module_recipe(None, **{"called": type(module).__name__} | flags)
+    if is_hf_module(module):
+        own["tokenizer"] = as_tokenizer(own.get("tokenizer"), module)
+        own["architecture"] = None if own.get("sites") else Architecture.of_module(module)
     return compress_module(module, recipe, progress, **own)
 
 

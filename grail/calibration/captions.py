@@ -32,7 +32,12 @@ def captions(
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     chosen = ids[order[:samples].sort().values].contiguous()
     digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
-    return list(chosen.split(batch)), {"source": name, "sha256": digest, "captions": len(chosen)}
+    return list(chosen.split(batch)), {
+        "source": name,
+        "sha256": digest,
+        "captions": len(chosen),
+        "length": chosen.shape[1],
+    }
 
 
 def counted_tokens(ids: Tensor, padding: int) -> Tensor:

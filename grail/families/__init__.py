@@ -10,7 +10,7 @@ from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..modeling_grail import PREFIX
 from ..registration import register
-from . import clip, llama, resnet, vit
+from . import clip, hf_vision, llama, resnet, vit
 from .base import Producer, Site
 from .network import STILL, Network
 
@@ -24,7 +24,7 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> list[Network]:
     """The sites of a network in memory, tower by tower; those of kinds that stay as they are may be missing where they
     could not be narrowed. Attention modules may be replaced by equal ones. Raises GrailError where no family knows its
     blocks."""
-    towers = clip.describe(module, still)
+    towers = clip.describe(module, still) or hf_vision.describe(module)
     if towers:
         return towers
     for family in IN_MEMORY:

@@ -10,7 +10,7 @@ forwards of all of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -75,7 +75,8 @@ class Network:
     """A module in evaluation mode, its sites in execution order, the blocks it is run by, and its residual streams.
 
     call: the method that runs it ("": forward); reads: images, or text in token ids; padding: the id that fills a text
-    up and does not count (None: every token counts). A module of several towers is several networks."""
+    up and does not count (None: every token counts); counted: which tokens count, bool [B, L] of ids [B, L], where more
+    than an id tells. A module of several towers is several networks."""
 
     module: nn.Module
     sites: list[ModuleSite]
@@ -84,6 +85,7 @@ class Network:
     call: str = ""
     reads: str = IMAGES
     padding: int | None = None
+    counted: Callable[[Tensor], Tensor] | None = None
 
     def run(self, x: Tensor) -> Any:
         """The network's output."""

@@ -1,18 +1,21 @@
-"""Networks by name, such as `timm/NAME` and `open_clip/NAME`, with weights from a safetensors file."""
+"""Networks by name, such as `timm/NAME` and `open_clip/NAME`, with weights from a safetensors file, and transformers'
+folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..calibration.preprocessing import Preprocessing, imported
+from ..calibration.processor import preprocessing_of
 from ..checkpoint.reader import SafetensorsFolder
-from ..errors import GrailError
-from .names import LIBRARIES
+from ..errors import GrailError, first_line
+from . import hf
+from .names import LIBRARIES, NAMED, is_hf_folder
 
 OPTIONS = {
     "num_classes": int, "in_chans": int, "img_size": (int, list), "patch_size": int, "global_pool": str,
@@ -25,19 +28,41 @@ TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
 
 @dataclass(frozen=True)
 class Architecture:
-    """library: timm, torchvision or open_clip; options: what its factory is given (num_classes, img_size, ...)."""
+    """library: timm, torchvision, open_clip or transformers; options: what its factory is given (num_classes, img_size,
+    ...; for transformers the configuration); folder: where files beside the weights lie, for transformers' networks."""
 
     library: str
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @classmethod
     def parse(cls, model: str) -> Architecture | None:
-        """That of `timm/NAME` and its like; None for anything else."""
+        """That of `timm/NAME` and its like, and of a folder of transformers; None for anything else."""
+        if is_hf_folder(Path(model)):
+            return cls(hf.LIBRARY, *hf.named_in(Path(model)), Path(model))
         library, _, name = model.partition("/")
         return cls(library, name) if library in LIBRARIES and name and not Path(model).exists() else None
 
+    @classmethod
+    def of_module(cls, module: nn.Module) -> Architecture | None:
+        """What builds a module of transformers anew; None for others."""
+        options = hf.options_of(module)
+        return options and cls(hf.LIBRARY, type(module).__name__, options)
+
+    @classmethod
+    def from_json(cls, found: Any, folder: Path) -> Architecture:
+        """The inverse of to_json, for an output in a folder. Raises GrailError for anything else."""
+        try:
+            return cls(str(found["library"]), str(found["name"]), dict(found["options"]), folder)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, GrailError):
+                raise
+            raise GrailError(f"{folder / 'config.json'} names no architecture that grail can read") from error
+
     def __post_init__(self):
+        if self.library == hf.LIBRARY:
+            return hf.check_options(self.name, self.options)
         for name, value in self.options.items():
             if name not in OPTIONS or not isinstance(value, OPTIONS[name]):
                 known = ", ".join(OPTIONS)
@@ -56,6 +81,8 @@ class Architecture:
     def build(self) -> nn.Module:
         """The network with random weights, in evaluation mode. Raises GrailError for a name the library does not
         know."""
+        if self.library == hf.LIBRARY:
+            return hf.build(self.name, self.options)
         if not self._is_known():
             raise GrailError(f"--model {self.library}/{self.name}: {self.library} has no such network")
         try:
@@ -66,11 +93,14 @@ class Architecture:
             else:
                 module = imported("torchvision").models.get_model(self.name, weights=None, **self.options)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-            raise GrailError(f"--model {self.library}/{self.name}: {_first_line(error)}") from error
+            raise GrailError(f"--model {self.library}/{self.name}: {first_line(error)}") from error
         return module.eval()
 
-    def preprocessing(self, module: nn.Module) -> Preprocessing:
-        """How images become its inputs."""
+    def preprocessing(self, module: nn.Module) -> Preprocessing | None:
+        """How images become its inputs; None where nothing says it."""
+        if self.library == hf.LIBRARY:
+            channels = hf.channels_of(self.options["config"])
+            return self.folder and channels and preprocessing_of(self.folder, channels)
         if self.library == "timm":
             return Preprocessing.from_timm(module)
         if self.library == "open_clip":
@@ -80,22 +110,27 @@ class Architecture:
 
     def tokenizer(self) -> Callable[[list[str]], Tensor] | None:
         """Texts -> token ids [N, L], for networks that read text. Raises GrailError where it cannot be had here."""
+        if self.library == hf.LIBRARY:
+            length = hf.text_length(self.options["config"])
+            return self.folder and length and hf.tokenizer_of(self.folder, length)
         if self.library != "open_clip":
             return None
         try:
             return imported("open_clip").get_tokenizer(self.name)
         except (OSError, ImportError, ValueError) as error:
-            raise GrailError(f"{self.library}/{self.name}: no tokenizer ({_first_line(error)})") from error
+            raise GrailError(f"{self.library}/{self.name}: no tokenizer ({first_line(error)})") from error
 
     def to_json(self) -> dict:
         """For config.json."""
-        return asdict(self)
+        return {"library": self.library, "name": self.name, "options": self.options}
 
 
 def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tuple[nn.Module, Architecture, dict]:
     """(the network with its weights, what builds it, where they came from). Number of classes and input channels follow
     the weights unless `options` say otherwise. Raises GrailError naming the file and what does not fit."""
     found = Architecture.parse(model)
+    if found.library == hf.LIBRARY:
+        return _open_folder(found, model, weights, options)
     source = SafetensorsFolder(_weights_file(found, weights))
     shapes = {name: source.info(name).shape for name in source.names()}
     found = Architecture(found.library, found.name, _inferred(found, shapes) | options)
@@ -109,6 +144,16 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
             raise GrailError(f"{source.path} {what} {few}: these are not weights of {model}")
     module.load_state_dict({name: source.get(name) for name in shapes}, strict=False, assign=True)
     return module.eval(), found, {"id": model, "revision": None, "sha256": source.sha256()}
+
+
+def _open_folder(
+    found: Architecture, model: str, weights: str | None, options: dict[str, Any]
+) -> tuple[nn.Module, Architecture, dict]:
+    for option, given in (("--weights", weights is not None), ("--model-option", bool(options))):
+        if given:
+            raise GrailError(f"{option} is for {NAMED}; {model} is a folder with weights and a configuration of its own")
+    module, options, sha256 = hf.opened(found.folder, found.name, found.options)
+    return module, replace(found, options=options), {"id": model, "revision": None, "sha256": sha256}
 
 
 def _weights_file(found: Architecture, weights: str | None) -> Path:
@@ -136,7 +181,7 @@ def _downloaded(found: Architecture) -> Path:
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise GrailError(f"--model {name}: no weights from {repository} ({reason}); name --weights FILE") from error
 
 
@@ -160,7 +205,3 @@ def _inferred(found: Architecture, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

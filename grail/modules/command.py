@@ -21,7 +21,7 @@ DEFAULTS = {
     "residual_ratio": 0.0,
     "calibration_text": None,
 }
-EVALUATED = ("data", "samples", "against", "speed", "weights", "device")
+EVALUATED = ("data", "samples", "against", "speed", "weights", "classes", "templates", "probe", "device")
 
 
 def for_text(asked: dict, model_option: list[str]) -> dict:
@@ -39,7 +39,7 @@ def compress_network(asked: dict, model_option: list[str], progress: Progress) -
     from .recipe import ModuleRecipe
     from .run import compress_named
 
-    return compress_named(ModuleRecipe(**asked), _values(model_option), progress)
+    return compress_named(ModuleRecipe(**asked), factory_options(model_option), progress)
 
 
 def evaluate_network(path: str, asked: dict) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def evaluate_network(path: str, asked: dict) -> dict[str, Any]:
     return evaluate_folders(path, **{name: asked[name] for name in EVALUATED})
 
 
-def _values(options: list[str]) -> dict[str, object]:
+def factory_options(options: list[str]) -> dict[str, object]:
     """key=value, the values as JSON where they are that."""
     found: dict[str, object] = {}
     for option in options:

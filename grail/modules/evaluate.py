@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.images import ImageSet, open_images
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..evaluation.accuracy import accuracy
+from ..evaluation.linear_probe import features_of, linear_probe
 from ..evaluation.macs import latency, macs
+from ..evaluation.zero_shot import TEMPLATES, ZeroShot, calls_of, features, is_clip, read_lines, read_templates
 from ..machine import usable_device
 from ..report import SCHEMA_VERSION
 from .architecture import Architecture, open_network
 from .folder import load
 from .names import NAMED, is_module_folder
+from .stream import given_to
+from .towers import Tokenizer
 
 BATCH = 64
 ROUNDS = 20
@@ -27,7 +33,7 @@ ROUNDS = 20
 def held_out(source: Any, asked: str | None, option: str = "--eval") -> ImageSet | None:
     """The labelled images to evaluate on: those asked for, else the test part of the calibration source, if it has one;
     None for "none". Raises GrailError for images without labels that were asked for."""
-    if asked == "none":
+    if asked == "none" or (asked is None and source == "none"):
         return None
     if asked is None:
         images = open_images(source, split="test") if isinstance(source, (str, Path)) else None
@@ -56,6 +62,26 @@ def accuracies(
     return {"data": images.name, "images": len(chosen), "accuracy": found}
 
 
+def classifier(
+    module: nn.Module,
+    images: ImageSet,
+    tokenizer: Tokenizer | None,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[str] = TEMPLATES,
+) -> nn.Module:
+    """What gives logits of the images' classes: the module itself, or for a CLIP the zero-shot classifier of the names
+    in `classes`, else of those that the images or their labels have. Raises GrailError where those do not fit."""
+    if not is_clip(module):
+        return module
+    if tokenizer is None:
+        raise GrailError("zero-shot accuracy needs the network's tokenizer: give tokenizer=, or --eval none")
+    count = int(images.labels.max()) + 1
+    names = list(classes or images.classes or map(str, range(count)))
+    if len(names) < count:
+        raise GrailError(f"{images.name} has {count} classes, {len(names)} names are given; name each, one to a line")
+    return ZeroShot(module, tokenizer, names, templates)
+
+
 def evaluate_folders(
     model: str,
     *,
@@ -64,29 +90,74 @@ def evaluate_folders(
     against: str | None,
     speed: bool,
     weights: str | None = None,
+    classes: str | None = None,
+    templates: str | None = None,
+    probe: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Accuracy of a folder (of this kind), or of `timm/NAME` with weights, on labelled images; beside it that of
-    another. data: default what grail.json records. Raises GrailError for bad input."""
+    another. data: default what grail.json records; classes, templates: files for the zero-shot accuracy of a CLIP;
+    probe: also that of a linear classifier on the features. Raises GrailError for bad input."""
     where = usable_device(device)
-    modules = {}
-    for label in filter(None, (model, against)):
-        modules[label] = _opened(label, weights).to(where)
+    modules = {label: _opened(label, weights).to(where) for label in filter(None, (model, against))}
+    for option, value in (("--classes", classes), ("--templates", templates)):
+        if value is not None and not any(map(is_clip, modules.values())):
+            raise GrailError(f"{option} is for networks that read text; {model} is a plain classifier")
     preprocessing = _preprocessing(model, modules[model])
     source = data or _recorded(model) or "builtin"
     images = held_out(None, source, "--data")
+    names = read_lines(classes, "--classes") if classes else None
+    judged = {
+        label: classifier(module, images, _tokenizer(label), names, read_templates(templates))
+        for label, module in modules.items()
+    }
     example = next(images.batches(preprocessing, 1)).to(where)
-    told = accuracies(modules, images, preprocessing, where, samples)
+    told = accuracies(judged, images, preprocessing, where, samples)
     found = {}
     for label, module in modules.items():
         found[label] = told["accuracy"][label] | {
             "parameters": sum(p.numel() for p in module.parameters()),
-            "macs": macs(module, example),
+            "macs": macs(module, example, (calls_of(module) or ("",))[0]),
         }
+        if probe:
+            found[label]["probe"] = _probed(module, source, images, preprocessing, where)
     if speed:
-        for label, seconds in latency(modules, example, ROUNDS).items():
+        for label, seconds in latency(judged, example, ROUNDS).items():
             found[label]["milliseconds"] = {name: round(1e3 * value, 3) for name, value in seconds.items()}
     return {"schema_version": SCHEMA_VERSION, "data": told["data"], "images": told["images"], "models": found}
+
+
+def _probed(
+    module: nn.Module, source: Any, test: ImageSet, preprocessing: Preprocessing | None, where: torch.device
+) -> dict:
+    train = open_images(source)
+    if not test.held_out or train.labels is None:
+        raise GrailError(
+            "--probe: the data needs a labelled part to train on beside the test part (folders train, test)"
+        )
+    run = partial(_penultimate, module)
+    first, second = (features_of(run, images.batches(preprocessing, BATCH), where) for images in (train, test))
+    return linear_probe((first, train.labels), (second, test.labels))
+
+
+def _penultimate(module: nn.Module, x: Tensor) -> Tensor:
+    """A CLIP's image features, else what the last linear layer reads."""
+    if is_clip(module):
+        return features(getattr(module, calls_of(module)[0])(x))
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise GrailError("--probe: the network has no linear layer whose input would be its features")
+    name, layer = layers[-1]
+    return given_to(layer, name, module, x)[0]
+
+
+def _tokenizer(model: str) -> Tokenizer | None:
+    if is_module_folder(Path(model)):
+        found = read_json(Path(model) / "config.json").get("architecture")
+        known = found and Architecture.from_json(found, Path(model))
+    else:
+        known = Architecture.parse(model)
+    return known and known.tokenizer()
 
 
 def _opened(model: str, weights: str | None) -> nn.Module:

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from ..calibration.preprocessing import imported
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
+from ..evaluation.zero_shot import features, is_clip
+from ..families.clip import IMAGE_CALL, TEXT_CALL
+from ..families.network import IMAGES, TEXT
 from .folder import load, relative_difference
 from .names import is_module_folder
 
 KINDS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-4
+SMALL_ID = 100
+"""Token ids of an example text are below this: every vocabulary has them."""
 
 
 def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite: bool = False) -> dict:
@@ -40,17 +45,44 @@ def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite
     return {"file": str(file), "to": to, "difference": difference, "bytes": file.stat().st_size}
 
 
-def export_folder(path: str, to: str, output: str, *, overwrite: bool = False) -> dict:
-    """The same for a folder that grail wrote, with an example of its recorded input size. Raises GrailError for another
-    folder."""
+class Encoder(nn.Module):
+    """One tower of a CLIP as a module of its own."""
+
+    def __init__(self, module: nn.Module, reads: str):
+        super().__init__()
+        self.train(module.training)
+        self.module, self.call = module, IMAGE_CALL if reads == IMAGES else TEXT_CALL
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, E] of images [B, C, H, W] or token ids [B, L]."""
+        return features(getattr(self.module, self.call)(x))
+
+
+def export_folder(path: str, to: str, output: str, *, tower: str | None = None, overwrite: bool = False) -> dict:
+    """The same for a folder that grail wrote, with an example of its recorded input size. tower: which of a CLIP's,
+    images or text. Raises GrailError for another folder, or one that records no size."""
     if not is_module_folder(Path(path)):
         raise GrailError(f"{path} is no folder of a compressed vision network")
-    calibration = read_json(Path(path) / "grail.json").get("calibration")
-    size = calibration.get("size") if isinstance(calibration, dict) else None
-    if not size:
-        raise GrailError(f"{Path(path) / 'grail.json'} records no input size (it was compressed without images)")
-    example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-    return export(load(path), example, to, Path(output), overwrite=overwrite)
+    module = load(path)
+    if is_clip(module) != (tower is not None):
+        what = "has two towers: choose one with --tower" if tower is None else "has no towers: leave out --tower"
+        raise GrailError(f"{path} {what}")
+    if tower not in (None, IMAGES, TEXT):
+        raise GrailError(f"--tower {tower}: choose {IMAGES} or {TEXT}")
+    example = _example(Path(path) / "grail.json", tower or IMAGES)
+    return export(Encoder(module, tower) if tower else module, example, to, Path(output), overwrite=overwrite)
+
+
+def _example(file: Path, reads: str) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    key, size = ("calibration", "size") if reads == IMAGES else ("calibration_text", "length")
+    told = read_json(file).get(key)
+    found = told.get(size) if isinstance(told, dict) else None
+    if not found:
+        raise GrailError(f"{file} records no size of {reads} (this tower was compressed without any)")
+    if reads == IMAGES:
+        return torch.randn(1, *found, generator=random)
+    return torch.randint(1, SMALL_ID, (1, found), generator=random)
 
 
 def _batch() -> dict:

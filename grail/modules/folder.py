@@ -74,7 +74,7 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
             raise GrailError(
                 f"{folder} is a network of its user's own class: grail.load(path, module=THE_ORIGINAL_MODULE)"
             )
-        module = _built(folder / "config.json", config["architecture"])
+        module = Architecture.from_json(config["architecture"], folder).build()
     try:
         sites = [ModuleSite.from_json({k: v for k, v in site.items() if k != "kept"}) for site in config["sites"]]
         kept = [int(site["kept"]) for site in config["sites"]]
@@ -89,14 +89,6 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
     for site, count in zip(sites, kept, strict=True):
         _narrow(network, site, count)
     return _filled(network.module, folder / WEIGHTS)
-
-
-def _built(file: Path, found: Any) -> nn.Module:
-    try:
-        architecture = str(found["library"]), str(found["name"]), dict(found["options"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise GrailError(f"{file} names no architecture that grail can read") from error
-    return Architecture(*architecture).build()
 
 
 def _narrow(network: Network, site: ModuleSite, count: int) -> None:

@@ -52,5 +52,5 @@ def _tensors(given: Tensor, recipe: ModuleRecipe) -> tuple[list[Tensor], dict, N
 def _not_prepared(_: Tensor) -> Tensor:
     raise GrailError(
         "calibration images of whole numbers need preprocessing=grail.Preprocessing(...); or give floats as the "
-        "network reads them"
+        "network reads them (in a folder of transformers, preprocessor_config.json says it)"
     )

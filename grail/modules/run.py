@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,18 @@ from ..allocation import kept_per_group, rounded
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
 from ..evaluation.macs import macs
+from ..evaluation.zero_shot import is_clip
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite
 from ..machine import usable_device
 from ..progress import Progress
 from ..selectors import selector_class
 from ..widths import WidthPlan
+from . import hf
 from .architecture import Architecture, open_network
 from .compress import ModulePass
-from .evaluate import accuracies, held_out
+from .evaluate import accuracies, classifier, held_out
 from .folder import config_of, reopen, reopen_here, write
+from .names import is_hf_module
 from .recipe import ModuleRecipe
 from .repair import repair
 from .report import ModuleReport
@@ -34,10 +38,10 @@ from .verify import verify
 
 
 def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Progress) -> ModuleReport:
-    """Compress `timm/NAME` or `torchvision/NAME` with weights from a file; options go to the library's factory. Raises
-    GrailError for bad input."""
+    """Compress `timm/NAME` or `torchvision/NAME` with weights from a file, options going to the library's factory; or a
+    folder of transformers. Raises GrailError for bad input."""
     out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
-    sources = (recipe.weights, recipe.calibration, recipe.calibration_text)
+    sources = (recipe.model, recipe.weights, recipe.calibration, recipe.calibration_text)
     named = (path for path in sources if isinstance(path, (str, Path)))
     out.check(*(Path(path) for path in named if Path(path).exists()))
     module, architecture, source = open_network(recipe.model, recipe.weights, options)
@@ -47,16 +51,30 @@ def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Prog
 
 
 def _evaluated(
-    module: nn.Module, report: ModuleReport, recipe: ModuleRecipe, preprocessing: Preprocessing | None, pruned: Callable
+    module: nn.Module,
+    report: ModuleReport,
+    recipe: ModuleRecipe,
+    pruned: Callable[[], ModuleReport],
+    preprocessing: Preprocessing | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict | None:
-    """Accuracies of the given network, the result and, with --compare-pruned, the same without repair."""
+    """Accuracies of the given network, the result and, with --compare-pruned, the same without repair. None where no
+    labelled images are at hand, or a CLIP's tokenizer is missing and no evaluation was asked for."""
     images = held_out(recipe.calibration, recipe.eval)
-    if images is None:
+    if images is None or (recipe.eval is None and not _gives_classes(module, tokenizer)):
         return None
     modules = {"dense": module, "compressed": report.model}
     if recipe.compare_pruned and recipe.compensate:
         modules = {"dense": module, "pruned": pruned().model, "compressed": report.model}
-    return accuracies(modules, images, preprocessing, next(module.parameters()).device)
+    judged = {label: classifier(each, images, tokenizer) for label, each in modules.items()}
+    return accuracies(judged, images, preprocessing, next(module.parameters()).device)
+
+
+def _gives_classes(module: nn.Module, tokenizer: Tokenizer | None) -> bool:
+    """Whether a module can be judged by labels: not a CLIP without its tokenizer, nor transformers' feature extractors."""
+    if is_clip(module):
+        return tokenizer is not None
+    return not is_hf_module(module) or hasattr(module, "num_labels")
 
 
 def compress_module(
@@ -73,8 +91,8 @@ def compress_module(
 ) -> ModuleReport:
     """A narrower copy of a module; the given one is not modified. sites: a description by hand (families.network);
     else that of the family it belongs to. Calibration inputs that are tensors of floats go into the network as they
-    are; captions need the tokenizer (list of texts -> token ids [N, L]) unless they are token ids. Raises GrailError for
-    bad input."""
+    are; captions need the tokenizer (list of texts -> token ids [N, L]) unless they are token ids. Raises GrailError
+    for bad input."""
     if recipe.output and out is None:
         out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
     with out or nullcontext():
@@ -82,11 +100,10 @@ def compress_module(
         report = _compressed(module, recipe, progress, **inputs)
         report.source = source or report.source
         plain = replace(recipe, compensate=False, bias=False, repair=False)
-        report.evaluation = _evaluated(
-            module, report, recipe, preprocessing, lambda: _compressed(module, plain, progress, **inputs)
-        )
+        pruned = partial(_compressed, module, plain, progress, **inputs)
+        report.evaluation = _evaluated(module, report, recipe, pruned, preprocessing, tokenizer)
         if out is not None:
-            _write(out, report, module, architecture, preprocessing)
+            _write(out, report, module, architecture, preprocessing, tokenizer)
     return report
 
 
@@ -96,9 +113,14 @@ def _write(
     module: nn.Module,
     architecture: Architecture | None,
     preprocessing: Preprocessing | None,
+    tokenizer: Tokenizer | None,
 ) -> None:
     """The folder, opened again before it takes its name: in a fresh process where a library builds the class."""
     report.bytes = write(out, report.model, config_of(architecture, report.results, preprocessing, report.classes))
+    if architecture and architecture.folder:
+        out.carry_over(architecture.folder)
+    elif isinstance(tokenizer, hf.Tokenizer):
+        tokenizer.save_pretrained(out.partial)
     if report.examples:
         if architecture is None:
             reopen_here(out.partial, report.model, report.examples, module)

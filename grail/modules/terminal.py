@@ -32,6 +32,9 @@ def show_network(report: ModuleReport, console: Console) -> None:
         found = report.evaluation
         shown = ", ".join(f"{name} {value['top1']:.2%}" for name, value in found["accuracy"].items())
         lines["accuracy"] = f"{shown}  ({found['data']}, {found['images']} images)"
+    if report.calibration_text:
+        text = report.calibration_text
+        lines["captions"] = f"{text['captions']} from {text['source']}"
     lines["written to"] = str(report.output)
     lines["loads with"] = f"grail.load({report.output!r})"
     for key, value in lines.items():
@@ -50,5 +53,8 @@ def show_accuracy(found: dict, console: Console) -> None:
         if None not in values:
             values = [value["p50"] if isinstance(value, dict) else value for value in values]
             table.add_row(key, *(form.format(value) for value in values))
+    probes = [found["models"][label].get("probe") for label in labels]
+    if all(probes):
+        table.add_row("linear probe", *(f"{probe['top1']:.2%}" for probe in probes))
     console.print(f"{found['data']}: {found['images']} images", markup=False)
     console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +116,11 @@ def _of_images(
 def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, tokenizer: Tokenizer | None) -> Tower:
     batches, told = captions(recipe.calibration_text, tokenizer, recipe.samples, recipe.seed, recipe.batch)
     batches = [batch.to(_place(network)[0]) for batch in batches]
-    counted = None
-    if network.padding is not None:
-        counted = [counted_tokens(batch, network.padding) for batch in batches]
+    marks = network.counted
+    if marks is None and network.padding is not None:
+        marks = partial(counted_tokens, padding=network.padding)
+    counted = marks and [marks(batch) for batch in batches]
+    if counted is not None:
         told["tokens"] = int(sum(mask.sum() for mask in counted))
     return Tower(network, batches, counted, told)
 

@@ -1,0 +1,61 @@
+"""How images become inputs, from the JSON that transformers' image processors write; none of their code is run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import read_json
+from ..errors import GrailError
+from .preprocessing import Preprocessing
+
+log = logging.getLogger("grail")
+
+FILE, TOGETHER, PART = "preprocessor_config.json", "processor_config.json", "image_processor"
+RESAMPLE = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers."""
+
+
+def preprocessing_of(folder: Path, channels: int) -> Preprocessing | None:
+    """What preprocessor_config.json (or processor_config.json) of a folder says; None without either. Raises GrailError
+    naming the file where it asks for something else than to resize, crop, scale to 0..1 and normalise."""
+    file, found = folder / FILE, None
+    if file.is_file():
+        found = read_json(file)
+    elif (folder / TOGETHER).is_file():
+        file = folder / TOGETHER
+        found = read_json(file).get(PART)
+    if not isinstance(found, dict):
+        return None
+    try:
+        return _read(found, channels)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
+        reason = str(error) if isinstance(error, GrailError) else f"no size, mean or std that GRAIL reads ({error})"
+        raise GrailError(f"{file}: {reason}") from error
+
+
+def _read(found: dict[str, Any], channels: int) -> Preprocessing:
+    factor = found.get("rescale_factor", 1 / 255)
+    if not found.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-3:
+        raise GrailError(f"pixels are read as they are or scaled by {factor}; only 1/255 is supported")
+    resized = found.get("size")
+    cropped = found.get("crop_size") if found.get("do_center_crop", "crop_size" in found) else None
+    size = _sides(resized if cropped is None else cropped)
+    share = 1.0
+    if cropped is not None and found.get("do_resize", True) and resized is not None:
+        share = min(min(size) / min(_sides(resized)), 1.0)
+    if cropped is None and not (isinstance(resized, dict) and "shortest_edge" in resized):
+        log.info("transformers squashes images to the size for this model; GRAIL crops their centre instead")
+    plain = not found.get("do_normalize", True)
+    mean = (0.0,) * channels if plain else tuple(map(float, found["image_mean"]))
+    std = (1.0,) * channels if plain else tuple(map(float, found["image_std"]))
+    return Preprocessing(size, channels, mean, std, share, RESAMPLE.get(found.get("resample", 2), "bicubic"))
+
+
+def _sides(value: Any) -> tuple[int, int]:
+    """(height, width): a number, or one of transformers' ways to say it."""
+    if isinstance(value, dict):
+        value = value["shortest_edge"] if "shortest_edge" in value else (value["height"], value["width"])
+    tall, wide = (value, value) if isinstance(value, int) else value
+    return tall, wide

@@ -1,0 +1,95 @@
+"""transformers' own vision networks (5.24): ViT, DeiT, DINOv2 and CLIP, whose projections are layers of their own.
+
+Heads: q_proj, k_proj and v_proj -> out_proj (CLIP: `self_attn`) or o_proj (the others: `attention`). Their forwards
+reshape by `head_dim`, which stays; the number of heads is an attribute that nothing reads, and is kept right. Channels:
+mlp.fc1 -> mlp.fc2, or gate_proj and up_proj -> down_proj. What scales a block's output (LayerScale) lies behind the
+consumers. CLIP's text tower is causal and pools at the end of a text: what stands behind that counts for nothing.
+
+Shapes: B texts, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .network import IMAGES, TEXT, ModuleSite, Network, channels, heads
+
+IMAGE_CALL, TEXT_CALL = "get_image_features", "get_text_features"
+IMAGE_TOWER, TEXT_TOWER = "vision_model", "text_model"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+ATTENTION = (("self_attn", "out_proj"), ("attention", "o_proj"))
+MLP = ((("fc1",), "fc2"), (("gate_proj", "up_proj"), "down_proj"))
+LEGACY_END = 2
+"""An end-of-text id that stands for the largest id of a text (configurations before transformers' #24773)."""
+
+
+def describe(module: nn.Module) -> list[Network] | None:
+    """The network, or the towers' networks of one that reads images and texts; None where it has no such blocks."""
+    blocks = [name for name, child in module.named_modules() if name and _attention(child) and _mlp(child)]
+    if not blocks:
+        return None
+    if all(callable(getattr(module, call, None)) for call in (IMAGE_CALL, TEXT_CALL)):
+        image, text = ([b for b in blocks if b.startswith(f"{tower}.")] for tower in (IMAGE_TOWER, TEXT_TOWER))
+        towers = [replace(_network(module, image), call=IMAGE_CALL), _of_text(_network(module, text), TEXT_CALL)]
+        return [tower for tower in towers if tower.sites]
+    network = _network(module, blocks)
+    return [_of_text(network, "") if getattr(module, "main_input_name", IMAGES) == "input_ids" else network]
+
+
+def _of_text(network: Network, call: str) -> Network:
+    text = getattr(network.module, TEXT_TOWER, network.module)
+    end = getattr(text, "eos_token_id", None)
+    counted = partial(up_to_the_end, end=end) if isinstance(end, int) else None
+    return replace(network, call=call, reads=TEXT, counted=counted)
+
+
+def up_to_the_end(ids: Tensor, end: int) -> Tensor:
+    """bool [B, L]: the tokens of each text [B, L] up to the one that is pooled, the first `end`; all of a text without
+    one. Tokenizers fill up with the end itself, so that no id tells what is padding."""
+    ends = ids == (ids.amax(1, keepdim=True) if end == LEGACY_END else end)
+    first = torch.where(ends.any(1), ends.int().argmax(1), ids.shape[1] - 1)
+    return torch.arange(ids.shape[1], device=ids.device) <= first[:, None]
+
+
+def _network(module: nn.Module, blocks: list[str]) -> Network:
+    sites = [site for number, name in enumerate(blocks) for site in _sites(module.get_submodule(name), name, number)]
+    return Network(module, sites, blocks)
+
+
+def _sites(block: nn.Module, name: str, number: int) -> list[ModuleSite]:
+    child, consumer = _attention(block)
+    attention, here = getattr(block, child), f"{name}.{child}"
+    size = attention.head_dim
+    counts = [(here, attribute) for attribute in ("num_heads", "num_attention_heads") if hasattr(attention, attribute)]
+    producers = [f"{here}.{projection}" for projection in PROJECTIONS]
+    count = attention.q_proj.out_features // size
+    of_heads = heads(
+        producers, f"{here}.{consumer}", count=count, size=size, counts=counts, name=here, layer=number
+    )  # fmt: skip
+    producers, consumer = _mlp(block)
+    width = getattr(block.mlp, consumer).in_features
+    made = [f"{name}.mlp.{producer}" for producer in producers]
+    return [of_heads, channels(made, f"{name}.mlp.{consumer}", width=width, name=f"{name}.mlp", layer=number)]
+
+
+def _attention(block: nn.Module) -> tuple[str, str] | None:
+    """Names of the attention and of the layer that reads its heads."""
+    for child, consumer in ATTENTION:
+        found = getattr(block, child, None)
+        if hasattr(found, "head_dim") and _linear(found, *PROJECTIONS, consumer):
+            return child, consumer
+    return None
+
+
+def _mlp(block: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """Names of the layers that make the hidden channels, and of the one that reads them."""
+    found = getattr(block, "mlp", None)
+    return next((names for names in MLP if _linear(found, *names[0], names[1])), None)
+
+
+def _linear(module: nn.Module | None, *names: str) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in names)
