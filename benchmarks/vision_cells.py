@@ -42,6 +42,11 @@ class Cell:
     variant: str
     samples: int = 128
 
+    @property
+    def options(self) -> dict:
+        """More for grail.compress."""
+        return {}
+
 
 def variants_of(net: nn.Module) -> list[str]:
     """Those that mean something: REPAIR needs BatchNorms."""
@@ -55,10 +60,10 @@ def calibration(data: str, samples: int, seed: int) -> Tensor:
     return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:samples]]
 
 
-def measure(cell: Cell, net: nn.Module, **options: object) -> dict:
-    """{accuracy, parameters, seconds, what became of the sites}; options go to grail.compress."""
+def measure(cell: Cell, net: nn.Module) -> dict:
+    """{accuracy, parameters, seconds, what became of the sites}."""
     inputs = calibration(cell.data, cell.samples, cell.seed)
-    asked = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed} | VARIANTS[cell.variant] | options
+    asked = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed} | VARIANTS[cell.variant] | cell.options
     report = grail.compress(net, calibration=inputs, samples=cell.samples, **asked)
     return {
         "accuracy": accuracy(report.model, cell.data),
@@ -81,7 +86,10 @@ def _errors(repaired: list[dict]) -> dict:
 
 
 class Store:
-    """Measured cells, a line of JSON each. Those of networks that are trained otherwise by now are other cells."""
+    """Measured cells of one kind, a line of JSON each. Those of networks that are trained otherwise by now are other
+    cells."""
+
+    kind: type[Cell] = Cell
 
     def __init__(self, name: str):
         self.file = RESULTS / name
@@ -99,7 +107,10 @@ class Store:
     def latest(self) -> dict[Cell, dict]:
         """Rows of the networks of the last row: the last of equal cells counts."""
         rows = self.rows()
-        return {cell_of(row): row for row in rows if row["network"] == rows[-1]["network"]}
+        return {self.cell_of(row): row for row in rows if row["network"] == rows[-1]["network"]}
+
+    def cell_of(self, row: dict) -> Cell:
+        return self.kind(**{each.name: row[each.name] for each in fields(self.kind)})
 
     def append(self, row: dict) -> None:
         self.file.parent.mkdir(exist_ok=True)
@@ -109,7 +120,7 @@ class Store:
 
     def run(self, cells: Iterable[Cell]) -> None:
         """Measure what is not stored yet, cell by cell."""
-        done = {cell_of(row) for row in self.rows() if row["network"] == recipe_hash()}
+        done = {self.cell_of(row) for row in self.rows() if row["network"] == recipe_hash()}
         wanted = [cell for cell in dict.fromkeys(cells) if cell not in done]
         told = {"network": recipe_hash(), "code": code_hash(), "threads": torch.get_num_threads()}
         nets: dict[tuple, nn.Module] = {}
@@ -120,10 +131,6 @@ class Store:
             found = {"accuracy": accuracy(nets[key], cell.data)} if cell.method == DENSE else measure(cell, nets[key])
             self.append(asdict(cell) | found | told | {"versions": versions()})
             sys.stderr.write(f"{number} of {len(wanted)}: {cell} {found['accuracy']:.4f}\n")
-
-
-def cell_of(row: dict) -> Cell:
-    return Cell(**{each.name: row[each.name] for each in fields(Cell)})
 
 
 def dense_cell(net: str, data: str, seed: int) -> Cell:

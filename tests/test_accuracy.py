@@ -137,3 +137,33 @@ class TestLatency:
     def test_no_rounds(self):
         with pytest.raises(GrailError, match="at least 1 round"):
             latency({}, torch.zeros(1), rounds=0)
+
+
+class TestLinearProbe:
+    def test_features_are_what_the_classifier_reads_and_the_test_part_is_unseen(self):
+        from grail.calibration.preprocessing import Preprocessing
+        from grail.modules.evaluate import _probed, held_out
+
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+        ready = Preprocessing((28, 28), 1, (0.13,), (0.31,))
+        found = _probed(module, "builtin", held_out(None, "builtin"), ready, torch.device("cpu"))
+        assert (found["train_images"], found["count"]) == (4000, 1000)
+        assert found["top1"] > 0.7  # random features of real digits; chance is 0.1
+
+    def test_without_a_test_part_it_is_refused(self, tmp_path):
+        from grail.calibration.images import open_images
+        from grail.calibration.preprocessing import Preprocessing
+        from grail.modules.evaluate import _probed
+
+        images = open_images((torch.rand(20, 1, 28, 28), torch.arange(20) % 2))
+        ready = Preprocessing((28, 28), 1, (0.13,), (0.31,))
+        with pytest.raises(GrailError, match="--probe: the data needs"):
+            _probed(nn.Linear(1, 1), "builtin", images, ready, torch.device("cpu"))
+
+    def test_one_class_alone_is_refused(self):
+        from grail.evaluation.linear_probe import linear_probe
+
+        part = torch.rand(8, 3).numpy(), torch.zeros(8, dtype=torch.long)
+        with pytest.raises(GrailError, match="one class"):
+            linear_probe(part, part)

@@ -151,7 +151,7 @@ def _open_folder(
 ) -> tuple[nn.Module, Architecture, dict]:
     for option, given in (("--weights", weights is not None), ("--model-option", bool(options))):
         if given:
-            raise GrailError(f"{option} is for {NAMED}; {model} is a folder with weights and a configuration of its own")
+            raise GrailError(f"{option} is for {NAMED}; {model} is a folder with weights and options of its own")
     module, options, sha256 = hf.opened(found.folder, found.name, found.options)
     return module, replace(found, options=options), {"id": model, "revision": None, "sha256": sha256}
 

@@ -188,7 +188,7 @@ def text_length(config: dict[str, Any]) -> int | None:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Texts -> token ids int64 [N, length], through a tokenizer object of transformers: cut and filled up to the length."""
+    """Texts -> token ids int64 [N, length], by a tokenizer of transformers: cut and filled up to the length."""
 
     tokenizer: Any
     length: int

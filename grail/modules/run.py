@@ -71,7 +71,7 @@ def _evaluated(
 
 
 def _gives_classes(module: nn.Module, tokenizer: Tokenizer | None) -> bool:
-    """Whether a module can be judged by labels: not a CLIP without its tokenizer, nor transformers' feature extractors."""
+    """Whether a module can be judged by labels: no CLIP without its tokenizer, no feature extractor of transformers."""
     if is_clip(module):
         return tokenizer is not None
     return not is_hf_module(module) or hasattr(module, "num_labels")

@@ -1,0 +1,88 @@
+"""What compressed hidden vectors should stand for: the dense network's, the compressed network's own, or one-shot.
+
+    python benchmarks/targets_vision.py             # all cells that are not stored yet, and the table
+    python benchmarks/targets_vision.py --render    # only the table, from what is stored
+
+Fashion-MNIST, GRAIL + REPAIR for the ResNet and GRAIL for the ViT, 128 unlabelled images; lines of
+benchmarks/results/targets_vision.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that spin fight with other programs
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # run as a script, only this folder is on the path
+
+from benchmarks.vision_cells import RESULTS, Cell, Store, mean_and_deviation, variants_of
+from benchmarks.vision_train import NETS, THREADS
+
+DATA, SAMPLES = "fashion-mnist", 128
+STORE, TABLE = Store("targets_vision.jsonl"), RESULTS / "targets_vision.md"
+METHODS, RATIOS = ("wanda", "fold"), (0.3, 0.5, 0.65, 0.8)
+TARGETS = {"dense": {"target": "dense"}, "own": {"target": "own"}, "one-shot": {"one_shot": True}}
+
+
+@dataclass(frozen=True)
+class TargetCell(Cell):
+    """A cell with one of TARGETS."""
+
+    target: str = "dense"
+
+    @property
+    def options(self) -> dict:
+        return TARGETS[self.target]
+
+
+STORE.kind = TargetCell
+
+
+def cells(nets: list[str], seeds: list[int]) -> list[TargetCell]:
+    return [
+        TargetCell(net, DATA, method, ratio, seed, variants_of(NETS[net]())[-1], SAMPLES, target)
+        for seed in seeds
+        for net in nets
+        for method in METHODS
+        for ratio in RATIOS
+        for target in TARGETS
+    ]
+
+
+def render() -> str:
+    """A row for each network, method and target, a column for each ratio: accuracy in %."""
+    found: dict[tuple, list[float]] = {}
+    for cell, row in STORE.latest().items():
+        found.setdefault((cell.net, cell.method, cell.target, cell.ratio), []).append(100 * row["accuracy"])
+    lines = [
+        f"| network | method | target |{''.join(f' {r:g} |' for r in RATIOS)}",
+        "|---|---|---|" + "---|" * len(RATIOS),
+    ]
+    for net, method, target in dict.fromkeys(key[:3] for key in found):
+        values = [found.get((net, method, target, ratio), []) for ratio in RATIOS]
+        shown = [f"{mean_and_deviation(v)[0]:.1f}" if v else "" for v in values]
+        lines.append(f"| {net} | {method} | {target} |{''.join(f' {value} |' for value in shown)}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["resnet18-quarter", "vit-small"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--render", action="store_true", help="only write the table from what is stored")
+    asked = parser.parse_args()
+    torch.set_num_threads(min(THREADS, os.cpu_count() or 1, torch.get_num_threads()))
+    if not asked.render:
+        STORE.run(cells(asked.nets, asked.seeds))
+    TABLE.write_text(render())
+    sys.stdout.write(TABLE.read_text())
+
+
+if __name__ == "__main__":
+    main()
