@@ -29,11 +29,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def first_line(error: BaseException) -> str:
-    """Of what another library says, the first line; the exception's name where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def sentence_of(error: OSError) -> str:
     """What the system says, with the file it is about."""
     return f"{error.filename or 'input/output'}: {error.strerror or error}"

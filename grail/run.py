@@ -47,9 +47,10 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
     model: a folder, alias or hub name; or a loaded transformers module, which is not modified: then
     `report.model` is the narrower module, and `output` may be left out. A module needs calibration data that is
     tokenised already (a tensor [N, L], a list of tensors, an iterable of batches, or a .safetensors file).
-    Or a vision network: transformers' ViT, DeiT, DINOv2 or CLIP, or any other module (`sites`: a description by hand; `preprocessing`: for images that are not
-    floats as it reads them; `tokenizer`: for captions), or timm/NAME, torchvision/NAME and open_clip/NAME with
-    `weights` (`model_options`: for the library's factory). Raises GrailError for bad input.
+    Or a vision network: transformers' ViT, DeiT, DINOv2 or CLIP as a folder or loaded; any other module (`sites`: a
+    description by hand; `preprocessing`: for images that are not floats as it reads them; `tokenizer`: for captions);
+    timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory). Raises
+    GrailError for bad input.
     """
     if isinstance(model, torch.nn.Module) and (not hasattr(model, "save_pretrained") or is_hf_module(model)):
         return _compress_in_memory(model, progress or Progress(), **flags)

@@ -46,7 +46,7 @@ def _read(found: dict[str, Any], channels: int) -> Preprocessing:
     if cropped is not None and found.get("do_resize", True) and resized is not None:
         share = min(min(size) / min(_sides(resized)), 1.0)
     if cropped is None and not (isinstance(resized, dict) and "shortest_edge" in resized):
-        log.info("transformers squashes images to the size for this model; GRAIL crops their centre instead")
+        log.warning("transformers squashes images to the size for this model; GRAIL crops their centre instead")
     plain = not found.get("do_normalize", True)
     mean = (0.0,) * channels if plain else tuple(map(float, found["image_mean"]))
     std = (1.0,) * channels if plain else tuple(map(float, found["image_std"]))

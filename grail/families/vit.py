@@ -1,4 +1,5 @@
-"""Vision transformers of timm: ViT, DeiT, DINOv2 and whatever else is made of blocks with `attn` and `mlp`.
+"""Vision transformers of timm: ViT, DeiT, DINOv2 and whatever else is made of blocks with `attn` and `mlp`; those of
+torchvision, whose blocks are described in packed.py.
 
 Heads: attn.qkv -> attn.proj, the projection to queries, keys and values being one matrix of three sections. Channels:
 mlp.fc1 -> mlp.fc2; in gated MLPs fc1 holds two sections, or fc1_g and fc1_x stand beside each other. LayerScale
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..errors import GrailError
 from .network import STILL, ModuleSite, Network, channels, heads
+from .packed import blocks_of, tower
 
 
 def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None:
@@ -23,6 +25,8 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
         for kind, part in (("heads", block.attn), ("channels", block.mlp)):
             if kind not in still or not _norms(part):
                 sites.append(_attention(name, part, number) if kind == "heads" else _mlp(name, part, number))
+    if not sites and (packed := blocks_of(module)):
+        return tower(module, packed, still)
     return Network(module, sites, blocks) if sites else None
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..calibration.preprocessing import imported
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
-from ..evaluation.zero_shot import features, is_clip
-from ..families.clip import IMAGE_CALL, TEXT_CALL
+from ..evaluation.zero_shot import calls_of, features, is_clip
 from ..families.network import IMAGES, TEXT
 from .folder import load, relative_difference
 from .names import is_module_folder
@@ -34,6 +33,9 @@ def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite
     temporary = file.with_name(f".{os.getpid()}.partial{KINDS[to]}")
     with torch.no_grad():
         wanted = module(example)
+        if not isinstance(wanted, Tensor):
+            module = Answer(module)
+            wanted = module(example)
     try:
         found = (_onnx if to == "onnx" else _program)(module, example, temporary)
         difference = relative_difference(found, wanted)
@@ -45,13 +47,28 @@ def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite
     return {"file": str(file), "to": to, "difference": difference, "bytes": file.stat().st_size}
 
 
+class Answer(nn.Module):
+    """The one tensor of what a module of transformers gives: logits, else pooled features."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.train(module.training)
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] or features [B, E]."""
+        found = self.module(x)
+        logits = getattr(found, "logits", None)
+        return features(found) if logits is None else logits
+
+
 class Encoder(nn.Module):
     """One tower of a CLIP as a module of its own."""
 
     def __init__(self, module: nn.Module, reads: str):
         super().__init__()
         self.train(module.training)
-        self.module, self.call = module, IMAGE_CALL if reads == IMAGES else TEXT_CALL
+        self.module, self.call = module, calls_of(module)[reads == TEXT]
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, E] of images [B, C, H, W] or token ids [B, L]."""

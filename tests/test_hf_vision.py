@@ -1,0 +1,375 @@
+"""transformers' own ViT, DeiT, DINOv2 and CLIP: tiny configurations with random weights, from module or folder and back.
+
+Names and widths of the sites come from transformers' sources and the configurations below, not from the code.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import grail
+from grail.calibration.processor import preprocessing_of
+from grail.cli import app
+from grail.errors import GrailError
+from grail.families import describe
+from grail.families.hf_vision import up_to_the_end
+from grail.families.network import TEXT
+from grail.modules.evaluate import evaluate_folders
+from grail.modules.export import export
+from grail.modules.stream import chained
+from grail.modules.verify import verify
+
+WIDTH, HIDDEN, HEADS, SIZE, END, LENGTH = 32, 48, 4, 16, 61, 12
+SHARED = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+IMAGES = SHARED | {"intermediate_size": HIDDEN, "image_size": SIZE, "patch_size": 8}
+DINO = SHARED | {"image_size": SIZE, "patch_size": 8, "mlp_ratio": 2}
+TOWER = IMAGES | {"projection_dim": 16}
+WORDS = SHARED | {
+    "intermediate_size": HIDDEN, "vocab_size": 62, "max_position_embeddings": LENGTH, "projection_dim": 16,
+    "bos_token_id": 60, "eos_token_id": END,
+}  # fmt: skip
+BOTH = {"text_config": WORDS, "vision_config": TOWER, "projection_dim": 16}
+LABELS = {"id2label": {number: str(number) for number in range(4)}}
+
+
+@dataclass
+class Kind:
+    """A class with the options of its configuration, and where its blocks lie."""
+
+    name: str
+    options: dict
+    blocks: str
+    attention: str = "attention"
+    mlp: tuple[str, ...] = ("fc1", "fc2")
+    hidden: int = HIDDEN
+
+    def build(self, seed: int = 0) -> nn.Module:
+        made = getattr(transformers, self.name)
+        return randomised(made(made.config_class(**self.options)), seed)
+
+
+SWIGLU = (("gate_proj", "up_proj", "down_proj"), 48)  # two thirds of 64, a multiple of 8
+KINDS = {
+    "vit": Kind("ViTModel", IMAGES, "layers"),
+    "vit-classifier": Kind("ViTForImageClassification", IMAGES | LABELS, "vit.layers"),
+    "deit": Kind("DeiTModel", IMAGES, "layers"),
+    "deit-classifier": Kind("DeiTForImageClassification", IMAGES | LABELS, "deit.layers"),
+    "deit-distilled": Kind("DeiTForImageClassificationWithTeacher", IMAGES | {"qkv_bias": False}, "deit.layers"),
+    "dinov2": Kind("Dinov2Model", DINO, "encoder.layer", hidden=64),
+    "dinov2-swiglu": Kind(
+        "Dinov2ForImageClassification", DINO | {"use_swiglu_ffn": True}, "dinov2.encoder.layer", "attention", *SWIGLU
+    ),
+    "clip": Kind("CLIPModel", BOTH, "vision_model.encoder.layers", "self_attn"),
+    "clip-classifier": Kind(
+        "CLIPForImageClassification", BOTH | LABELS, "vision_model.encoder.layers", "self_attn"
+    ),
+    "clip-vision": Kind("CLIPVisionModel", TOWER, "encoder.layers", "self_attn"),
+    "clip-vision-projected": Kind(
+        "CLIPVisionModelWithProjection", TOWER, "vision_model.encoder.layers", "self_attn"
+    ),
+    "clip-text": Kind("CLIPTextModel", WORDS, "encoder.layers", "self_attn"),
+    "clip-text-projected": Kind("CLIPTextModelWithProjection", WORDS, "text_model.encoder.layers", "self_attn"),
+}  # fmt: skip
+each_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+@torch.no_grad()
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights, biases, positions and scales that are not trivial."""
+    torch.manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 2 or parameter.dim() == 4:
+            nn.init.normal_(parameter, std=1.4 * parameter[0].numel() ** -0.5)
+        elif "norm" in name and name.endswith("weight") or "lambda" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name != "logit_scale":
+            nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+def images(count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(count: int, seed: int = 1, length: int = LENGTH) -> Tensor:
+    """Token ids of lengths that differ, filled up with the end itself as CLIP's tokenizer does."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 60, (count, length), generator=random)
+    ends = torch.arange(count) % 6 + 3
+    return ids.masked_fill(torch.arange(length) >= ends[:, None], END)
+
+
+def inputs_of(network, count: int, seed: int = 1) -> Tensor:
+    return texts(count, seed) if network.reads == TEXT else images(count, seed)
+
+
+def compress(module: nn.Module, count: int = 16, **flags):
+    given = {network.reads: inputs_of(network, count) for network in describe(module)}
+    calibration = {"calibration": given.get("images"), "calibration_text": given.get("text")}
+    return grail.compress(module, samples=count, **calibration | flags)
+
+
+@torch.no_grad()
+def answers(module: nn.Module, count: int = 16, seed: int = 1) -> list[Tensor]:
+    """Logits, else pooled features, of each tower."""
+    found = []
+    for network in describe(module):
+        told = network.run(inputs_of(network, count, seed))
+        names = ("logits", "image_embeds", "text_embeds", "pooler_output")
+        found.append(next(told[name] for name in names if name in told))
+    return found
+
+
+def errors(module: nn.Module, other: nn.Module, **asked) -> list[float]:
+    pairs = zip(answers(module, **asked), answers(other, **asked), strict=True)
+    return [(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)).item() for a, b in pairs]
+
+
+def blocks_of(kind: str, module: nn.Module) -> list[str]:
+    first = [f"{KINDS[kind].blocks}.{number}" for number in range(2)]
+    return first + [name.replace("vision", "text") for name in first] if kind == "clip" else first
+
+
+class TestSites:
+    @each_kind
+    def test_names_and_widths_in_execution_order(self, kind):
+        module, of = KINDS[kind].build(), KINDS[kind]
+        expected = [
+            site
+            for block in blocks_of(kind, module)
+            for site in ((f"{block}.{of.attention}", WIDTH), (f"{block}.mlp", of.hidden))
+        ]
+        report = compress(module, 4, method="random", ratio=0)
+        assert [(entry["name"], entry["before"]) for entry in report.sites] == expected
+
+    @each_kind
+    def test_blocks_are_run_one_by_one_and_removal_equals_ignoring(self, kind):
+        for network in describe(KINDS[kind].build()):
+            example = inputs_of(network, 3)
+            verify(network, network.sites, example)
+            assert network.blocks and chained(network, example)
+
+    def test_a_description_without_the_values_is_refused(self):
+        (network,) = describe(KINDS["vit"].build())
+        from dataclasses import replace
+
+        site = replace(network.sites[0], producers=network.sites[0].producers[:2])
+        with pytest.raises(GrailError, match="order of its units"):
+            verify(network, [site], images(2))
+
+
+class TestDuplicates:
+    @each_kind
+    @pytest.mark.parametrize("compensate", [False, True], ids=["folded", "compensated"])
+    def test_folding_away_duplicates_loses_nothing(self, kind, compensate):
+        module, of = KINDS[kind].build(), KINDS[kind]
+        order = torch.cat([torch.arange(of.hidden // 2), torch.randperm(of.hidden // 2)])
+        with torch.no_grad():
+            for block in blocks_of(kind, module):
+                for name in of.mlp[:-1]:
+                    layer = module.get_submodule(f"{block}.mlp.{name}")
+                    layer.weight.copy_(layer.weight[order])
+                    layer.bias.copy_(layer.bias[order])
+        report = compress(module, method="fold", ratio=0.5, attn_ratio=0, compensate=compensate)
+        assert [e["after"] for e in report.sites if e["name"].endswith("mlp")] == [of.hidden // 2] * (
+            4 if kind == "clip" else 2
+        )
+        assert max(errors(module, report.model, seed=2)) < 1e-5
+
+    def test_without_duplicates_it_loses_something(self):
+        module = KINDS["clip"].build()
+        report = compress(module, method="fold", ratio=0.5, attn_ratio=0, compensate=False)
+        assert min(errors(module, report.model)) > 1e-2
+
+
+class TestHeads:
+    @each_kind
+    def test_go_whole_with_queries_keys_and_values(self, kind):
+        module, of = KINDS[kind].build(), KINDS[kind]
+        report = compress(module, method="wanda", attn_ratio=0.5, mlp_ratio=0, compensate=False)
+        gone = 0
+        for block in blocks_of(kind, module):
+            old, new = (m.get_submodule(f"{block}.{of.attention}") for m in (module, report.model))
+            count = getattr(new, "num_heads" if of.attention == "self_attn" else "num_attention_heads")
+            assert (count, new.head_dim, new.q_proj.out_features) == (2, 8, 16)
+            parts = {name: getattr(old, name).weight.view(HEADS, 8, WIDTH) for name in ("q_proj", "k_proj", "v_proj")}
+            kept = [h for h in range(HEADS) if any(torch.equal(parts["q_proj"][h], p) for p in new.q_proj.weight.split(8))]
+            for name, rows in parts.items():
+                torch.testing.assert_close(getattr(new, name).weight, rows[kept].flatten(0, 1), rtol=0, atol=0)
+            gone += sum(16 * (WIDTH + (old.q_proj.bias is not None)) for _ in parts) + 16 * WIDTH
+        assert report.parameters[0] - report.parameters[1] == gone
+        assert sum(p.numel() for p in report.model.parameters()) == report.parameters[1]
+        assert sum(p.numel() for p in module.parameters()) == report.parameters[0]
+
+
+class TestRepair:
+    @each_kind
+    @pytest.mark.parametrize("method", ["wanda", "gram", "fold"])
+    def test_lowers_the_error_on_the_calibration_set(self, kind, method):
+        module = KINDS[kind].build()
+        pruned, repaired = (
+            errors(module, compress(module, method=method, ratio=0.5, compensate=c).model) for c in (False, True)
+        )
+        assert all(after < before for before, after in zip(pruned, repaired, strict=True))
+
+    def test_one_tower_alone(self):
+        module = KINDS["clip"].build()
+        report = compress(module, method="wanda", ratio=0.5, calibration=None)
+        assert errors(module, report.model)[0] == 0 < errors(module, report.model)[1]
+
+
+class TestPadding:
+    def test_what_fills_a_caption_up_does_not_count(self):
+        module, short = KINDS["clip"].build(), texts(24, length=9)
+        longer = torch.cat([short, torch.full((24, 3), END)], 1)
+        found = [
+            grail.compress(module, calibration_text=ids, samples=24, method="gram", ratio=0.5)
+            for ids in (short, longer)
+        ]
+        assert found[0].calibration_text["tokens"] == found[1].calibration_text["tokens"]
+        assert [s["after"] for s in found[0].sites] == [s["after"] for s in found[1].sites]
+        tensors = [report.model.state_dict() for report in found]
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("end", "ids", "counted"),
+        [
+            (61, [[60, 3, 61, 61], [60, 61, 5, 61]], [3, 2]),
+            (61, [[60, 3, 61, 0], [60, 3, 4, 5]], [3, 4]),
+            (2, [[9, 2, 7, 40], [9, 40, 40, 0]], [4, 2]),
+        ],
+        ids=["ends", "none", "legacy"],
+    )
+    def test_texts_go_to_the_place_that_is_pooled(self, end, ids, counted):
+        found = up_to_the_end(torch.tensor(ids), end)
+        assert found.sum(1).tolist() == counted and found[:, 0].all()
+
+    @pytest.mark.parametrize("end", [END, 2])
+    def test_tokens_that_do_not_count_do_not_reach_the_features(self, end):
+        module = Kind("CLIPTextModel", WORDS | {"eos_token_id": end}, "encoder.layers").build()
+        (network,), ids = describe(module), texts(8)
+        other = torch.where(network.counted(ids), ids, torch.randint(0, 60, ids.shape))
+        expected, found = (network.run(x).pooler_output for x in (ids, other))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(other, ids)
+
+
+def tokenizer() -> transformers.CLIPTokenizer:
+    """Letters, and some pairs of them."""
+    letters = "abcdefghijklmnopqrstuvwxyz."
+    merges = [("t", "h"), ("th", "e</w>")]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "th", "the</w>"]
+    ids = {word: number for number, word in enumerate(words)} | {"<|startoftext|>": 60, END_TEXT: END}
+    return transformers.CLIPTokenizer(vocab=ids, merges=merges)
+
+
+END_TEXT = "<|endoftext|>"
+PROCESSOR = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 2}
+CAPTIONS = ["a photo of the cat.", "the dog", "a bird in the air", "two of the cats", "one", "the the the", "zero", "x"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A ViT's and a CLIP's folder as transformers writes them, labelled images, captions."""
+    folder = tmp_path_factory.mktemp("hf")
+    KINDS["vit-classifier"].build().save_pretrained(folder / "vit")
+    KINDS["clip"].build().save_pretrained(folder / "clip")
+    tokenizer().save_pretrained(folder / "clip")
+    for name in ("vit", "clip"):
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    (folder / "vit" / "LICENSE").write_text("terms")
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 255, (24, SIZE, SIZE), dtype=np.uint8)
+    np.savez(folder / "images.npz", x_train=pixels, x_test=pixels[:12], y_test=np.arange(12) % 4)
+    (folder / "captions.txt").write_text("\n".join(CAPTIONS))
+    return folder
+
+
+def run(*arguments, code=0):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def narrow_clip(home):
+    """Written by a real process."""
+    asked = ["--model", home / "clip", "--method", "wanda", "--ratio", "0.5", "--calibration", home / "images.npz"]
+    asked += ["--calibration-text", home / "captions.txt", "--samples", "16", "-o", home / "narrow-clip", "--json"]
+    command = [sys.executable, "-m", "grail", "compress", *map(str, asked)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return home / "narrow-clip", json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def narrow_vit(home):
+    asked = ["--model", home / "vit", "--method", "wanda", "--ratio", "0.5", "--calibration", home / "images.npz"]
+    run("compress", *asked, "--samples", "16", "-o", home / "narrow-vit", "-q")
+    return home / "narrow-vit"
+
+
+class TestFolder:
+    def test_clip_from_the_command_line(self, home, narrow_clip):
+        folder, told = narrow_clip
+        assert told["parameters"]["after"] < told["parameters"]["before"]
+        assert set(told["evaluation"]["accuracy"]) == {"dense", "compressed"}
+        assert told["calibration_text"]["captions"] == len(CAPTIONS)
+        assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= {f.name for f in folder.iterdir()}
+        stored, module = load_file(folder / "model.safetensors"), grail.load(folder)
+        assert type(module) is transformers.CLIPModel and not module.training
+        assert stored.keys() == KINDS["clip"].build().state_dict().keys()
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in module.state_dict().items())
+        assert module.text_model.encoder.layers[0].self_attn.num_heads == HEADS // 2
+
+    def test_similarities_of_the_reopened_are_the_same_to_the_last_bit(self, home, tmp_path):
+        module = KINDS["clip"].build()
+        words = {"calibration_text": CAPTIONS, "tokenizer": tokenizer()}
+        report = grail.compress(
+            module, calibration=images(16), samples=16, method="gram", ratio=0.5, output=tmp_path / "out", **words
+        )
+        assert report.output == str(tmp_path / "out") and type(report.model) is transformers.CLIPModel
+        ids, x = tokenizer()(CAPTIONS, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids, images(4)
+        with torch.no_grad():
+            expected, found = (m(ids, x).logits_per_image for m in (report.model, grail.load(tmp_path / "out")))
+        assert torch.equal(found, expected)
+        assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+    def test_zero_shot_of_the_written_folder(self, home, narrow_clip):
+        folder, told = narrow_clip
+        asked = {"data": str(home / "images.npz"), "samples": None, "against": str(home / "clip"), "speed": False}
+        found = evaluate_folders(str(folder), **asked)["models"]
+        assert found[str(folder)]["top1"] == told["evaluation"]["accuracy"]["compressed"]["top1"]
+        assert found[str(home / "clip")]["top1"] == told["evaluation"]["accuracy"]["dense"]["top1"]
+        assert 0 < found[str(folder)]["macs"] < found[str(home / "clip")]["macs"]
+
+    def test_vit_from_the_command_line_and_its_accuracy(self, home, narrow_vit):
+        told = json.loads((narrow_vit / "grail.json").read_text())
+        found = json.loads(run("eval", narrow_vit, "--data", home / "images.npz", "--json").stdout)
+        top1 = found["models"][str(narrow_vit)]["top1"]
+        assert top1 == told["evaluation"]["accuracy"]["compressed"]["top1"]
+        assert (narrow_vit / "LICENSE").read_text() == "terms"
+        module = KINDS["vit-classifier"].build()
+        dense = grail.compress(str(home / "vit"), calibration=images(4), samples=4, ratio=0.0, method="wanda",
+                               output=str(home / "same"), eval="none").model  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), dense.state_dict().values(), strict=True))
+
+    def test_equal_runs_write_equal_bytes(self, home, narrow_vit, tmp_path):
+        grail.compress(
+            str(home / "vit"), calibration=str(home / "images.npz"), samples=16, method="wanda", ratio=0.5,
+            output=str(tmp_path / "again"),
+        )  # fmt: skip
+        for name in ("config.json", "grail.json", "model.safetensors"):
+            assert (tmp_path / "again" / name).read_bytes() == (narrow_vit / name).read_bytes()
