@@ -25,7 +25,7 @@ from benchmarks.vision_cells import RESULTS, Cell, Store, mean_and_deviation, va
 from benchmarks.vision_train import NETS, THREADS
 
 DATA, SAMPLES = "fashion-mnist", 128
-STORE, TABLE = Store("targets_vision.jsonl"), RESULTS / "targets_vision.md"
+TABLE = RESULTS / "targets_vision.md"
 METHODS, RATIOS = ("wanda", "fold"), (0.3, 0.5, 0.65, 0.8)
 TARGETS = {"dense": {"target": "dense"}, "own": {"target": "own"}, "one-shot": {"one_shot": True}}
 
@@ -41,7 +41,13 @@ class TargetCell(Cell):
         return TARGETS[self.target]
 
 
-STORE.kind = TargetCell
+class TargetStore(Store):
+    """Lines of such cells."""
+
+    kind = TargetCell
+
+
+STORE = TargetStore("targets_vision.jsonl")
 
 
 def cells(nets: list[str], seeds: list[int]) -> list[TargetCell]:

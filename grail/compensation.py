@@ -22,6 +22,7 @@ from grail_kernels.inputs import isolated
 from grail_kernels.ridge import MatrixRows, ridge_solve_
 
 from .errors import GrailError
+from .machine import trim_memory
 from .moments import PairStatistics
 from .reduction import Reduction, Selection
 from .statistics import SiteStatistics
@@ -33,6 +34,8 @@ GRAM_ROWS = 256
 """Rows of a right-hand side that are gathered at once."""
 ALLOCATOR = 28 * 10**6
 """What the C library keeps of blocks that were freed (measured: 10 to 40 MB)."""
+TRIMMED = 2**24
+"""Before a larger A is made freed memory is given back; below it is not worth the time."""
 NO_NUMBERS = "the Gram matrix or the weight holds NaN or infinity; check the checkpoint and the text"
 
 
@@ -280,6 +283,8 @@ def _relative(ridge: float, diag_K: Tensor, name: str) -> float:
 
 def _solve(a: MatrixRows, rhs_KM: Tensor, lam: float, name: str) -> RidgeSolution:
     """The solution is written over the right-hand side."""
+    if a.size**2 > TRIMMED:
+        trim_memory()  # what making the right-hand side left free would lie beside A, the largest block of all
     try:
         return ridge_solve_(a, rhs_KM, lam)
     except RidgeError as error:

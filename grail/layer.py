@@ -27,7 +27,7 @@ from .workspace import Workspace
 
 HIDDEN = "hidden"
 TRIMMED = 2**24
-"""After layers of so many numbers freed memory is given back; below it is not worth the time."""
+"""In layers of more numbers freed memory is given back between the steps; below it is not worth the time."""
 
 
 @dataclass
@@ -108,6 +108,7 @@ class LayerPass:
         needed again are put into the store; keep_counted: those of all counted chunks will."""
         needs = self.job.statistics_of(site)
         statistics = SiteStatistics(site.units.width, needs, device=self.device, affine=self.job.affine)
+        self._trim()
         for number in self.chunks.all:
             counts = number in self.chunks.counted
             keeps = self.work.spill and ((keep_counted and counts) or self.goes_on(number, site))
@@ -123,6 +124,7 @@ class LayerPass:
         if needs:
             statistics.sum_over(self.work.group)
             statistics.check_finite(site.name)
+        self._trim()  # selection and repair come next
         return statistics
 
     def goes_on(self, number: int, site: Site) -> bool:
@@ -184,6 +186,9 @@ class LayerPass:
         """The layer is done: the outputs of its branches are given up."""
         for part in self._known:
             self.work.store.drop(self._named(part), self.chunks.all)
+        self._trim()
+
+    def _trim(self) -> None:
         if sum(self._numel.values()) > TRIMMED:
             trim_memory()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .errors import GrailError
 
@@ -20,6 +22,8 @@ GUESSED_DISK_RATE = 500e6
 CPU_PRODUCT, GPU_PRODUCT = 896, 4096
 """Widths of the products that are measured: large enough for the rate, small enough to cost a CPU a tenth of a
 second."""
+APART = 2**20
+"""Smaller tensors stay where they are: the holes between them do not add up."""
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -60,6 +64,16 @@ def trim_memory() -> None:
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """The same numbers in a mapping of their own (Linux; elsewhere, and off the CPU, the tensor itself), for what
+    outlives the work it came from: left among short-lived blocks of the C library's heap it would pin them, and the
+    heap would grow from layer to layer."""
+    if _LIBC is None or tensor.device.type != "cpu" or tensor.nbytes < APART:
+        return tensor
+    pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def available_memory() -> int:

@@ -18,6 +18,7 @@ from .checkpoint.writer import SHARD, OutputFolder, Piece
 from .errors import GrailError
 from .job import Job
 from .layer import Chunks, LayerPass
+from .machine import apart
 from .reduction import Reduction
 from .result import SiteResult
 from .selectors.base import BLOCK_GRADIENTS, PRODUCERS
@@ -131,9 +132,11 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
             results.append(SiteResult(site))
             continue
         result = compress(run, site)
-        results.append(result)
         if group.main:
-            tensors |= job.model.narrow(site, result.reduction, result.weight, result.bias)
+            tensors |= _narrowed(job, result)
+        if training is None:
+            result = result.without_tensors()  # their copies are enough
+        results.append(result)
     if training is not None:
         tensors = training.train(results)
         streamed.trained.append(training.outcome)
@@ -150,6 +153,12 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
         sites=[result.to_json() for result in results],
         trained=training and vars(training.outcome),
     )
+
+
+def _narrowed(job: Job, result: SiteResult) -> dict[str, Tensor]:
+    """A site's tensors after the reduction, which wait for the writer until the middle of the next layer."""
+    found = job.model.narrow(result.site, result.reduction, result.weight, result.bias)
+    return {name: apart(found.pop(name)) for name in list(found)}
 
 
 def _recalled(job: Job, chunks: Chunks, out: OutputFolder, streamed: Streamed, last: int) -> int:

@@ -129,8 +129,14 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
     config = _config(name, options["config"])
     if "attention" in options:
         config._attn_implementation = options["attention"]
-    try:
+    with _making(name):
         return class_of(name)(config, **_pooling(options)).eval()
+
+
+@contextmanager
+def _making(name: str) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({first_line(error)})") from error
 
@@ -146,9 +152,10 @@ def opened(folder: Path, name: str, options: dict[str, Any]) -> tuple[nn.Module,
     tensors = {tensor: source.get(tensor) for tensor in source.names()}
     if name in POOLED and not any(tensor.startswith(("pooler.", "vit.pooler.", "deit.pooler.")) for tensor in tensors):
         options = options | {"add_pooling_layer": False}
-    with _quiet():
+    config = _config(name, options["config"])
+    with _quiet(), _making(name):
         module, info = class_of(name).from_pretrained(
-            None, config=_config(name, options["config"]), state_dict=tensors, output_loading_info=True,
+            None, config=config, state_dict=tensors, output_loading_info=True,
             ignore_mismatched_sizes=True, **_pooling(options),
         )  # fmt: skip
     unread = {tensor for tensor in info["unexpected_keys"] if not tensor.endswith(UNREAD)}
