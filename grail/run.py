@@ -85,7 +85,7 @@ def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: An
     recipe = _module_recipe(None, **{"called": type(module).__name__} | flags)
     if is_hf_module(module):
         own["tokenizer"] = as_tokenizer(own.get("tokenizer"), module)
-        own["architecture"] = None if own.get("sites") else Architecture.of_module(module)
+        own["architecture"] = Architecture.of_module(module) if recipe.output else None
     return compress_module(module, recipe, progress, **own)
 
 

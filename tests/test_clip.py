@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import grail
+from benchmarks.clip_digits import CAPTIONS, CLASSES, LENGTH, digits, tiny_clip, tokenizer, trained, zero_shot
 from grail.calibration.captions import captions, counted_tokens
 from grail.cli import app
 from grail.evaluation.zero_shot import ZeroShot
@@ -21,7 +22,6 @@ from grail.families import describe
 from grail.families.attention import Attention
 from grail.modules.export import Encoder, export
 from grail.soup import soup
-from tests.tiny_clip import CAPTIONS, CLASSES, LENGTH, digits, tiny_clip, tokenizer, trained, zero_shot
 
 NOTHING = frozenset()
 
@@ -224,7 +224,7 @@ class TestZeroShot:
             zero_shot(compress(learned, ratio=0.5, calibration=images(256), samples=256, compensate=on).model)
             for on in (False, True)
         )
-        assert dense > 0.95
+        assert dense > 0.9
         assert pruned < dense - 0.1
         assert repaired - pruned >= 0.5 * (dense - pruned)
 
@@ -273,12 +273,20 @@ class TestFolder:
         torch.manual_seed(0)
         save_file(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "weights.safetensors")
         (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
-        told = run(
-            "compress", "--model", "open_clip/ViT-S-32-alt", "--weights", tmp_path / "weights.safetensors",
-            "--calibration-text", tmp_path / "captions.txt", "--samples", 8, "--method", "mag-l2", "--ratio", 0.5,
-            "--eval", "none", "--output", tmp_path / "out", "--json",
-        )  # fmt: skip
+        asked = {
+            "weights": str(tmp_path / "weights.safetensors"), "calibration_text": str(tmp_path / "captions.txt"),
+            "samples": 8, "method": "mag-l2", "ratio": 0.5, "eval": "none",
+        }  # fmt: skip
+        flags = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+        told = run("compress", "--model", "open_clip/ViT-S-32-alt", *flags, "--output", tmp_path / "out", "--json")
         assert told["calibration_text"]["captions"] == 8 and told["ratio"] == {"heads": 0.5, "channels": 0.5}
+        report = grail.compress("open_clip/ViT-S-32-alt", output=str(tmp_path / "again"), **asked)
+        loaded = [grail.load(tmp_path / name) for name in ("out", "again")]
+        x, ids = torch.randn(2, 3, 224, 224), open_clip.tokenize(CAPTIONS[:4])
+        found = [
+            m.encode_image(x, normalize=True) @ m.encode_text(ids, normalize=True).T for m in (*loaded, report.model)
+        ]
+        assert all(torch.equal(each, found[-1]) for each in found)
         found = run("eval", tmp_path / "out", "--samples", 50, "--json", "--data", "builtin")
         assert 0 <= found["models"][str(tmp_path / "out")]["top1"] <= 1
         for tower in ("images", "text"):

@@ -31,8 +31,8 @@ OPTIONS = {"config": dict, "attention": str, "add_pooling_layer": bool}
 ATTENTION = "eager"
 """The one implementation of attention that is recorded: other names may be those of repositories."""
 LABELS = {"id2label", "label2id", "num_labels"}
-BEYOND = {"head_dim"}
-"""What a forward reads though no configuration class declares it."""
+BEYOND = {"head_dim", "output_hidden_states"}
+"""What a forward reads though no vision configuration declares it."""
 PARTS = {"text_config": "CLIPTextConfig", "vision_config": "CLIPVisionConfig"}
 UNREAD = (".position_ids", "mask_token", "pooler.dense.weight", "pooler.dense.bias")
 """Endings of tensors that older or larger classes store and these do not read."""

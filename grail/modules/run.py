@@ -60,8 +60,10 @@ def _evaluated(
 ) -> dict | None:
     """Accuracies of the given network, the result and, with --compare-pruned, the same without repair. None where no
     labelled images are at hand, or a CLIP's tokenizer is missing and no evaluation was asked for."""
+    if recipe.eval is None and not _gives_classes(module, tokenizer):
+        return None
     images = held_out(recipe.calibration, recipe.eval)
-    if images is None or (recipe.eval is None and not _gives_classes(module, tokenizer)):
+    if images is None:
         return None
     modules = {"dense": module, "compressed": report.model}
     if recipe.compare_pruned and recipe.compensate:

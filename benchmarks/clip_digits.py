@@ -1,8 +1,18 @@
-"""A CLIP that learns rendered digits and their captions in seconds, for tests."""
+"""A CLIP that learns rendered digits and their captions in seconds: zero-shot accuracy pruned and repaired.
+
+    python benchmarks/clip_digits.py        # about a minute; the table goes to benchmarks/results/clip_digits.md
+
+256 unlabelled images and 30 captions as calibration, 1,000 other digits; both towers, heads and MLP channels.
+"""
 
 from __future__ import annotations
 
 import copy
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that spin fight with other programs
 
 import open_clip
 import torch
@@ -11,12 +21,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+sys.path.append(str(Path(__file__).parents[1]))  # run as a script, only this folder is on the path
+
+import grail
 from grail.evaluation.zero_shot import ZeroShot
 
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ("a photo of the digit {}", "the number {}", "{}")
 CAPTIONS = [template.format(name) for template in TEMPLATES for name in CLASSES]
 LENGTH, SIZE, BATCH = 12, 28, 100
+METHODS, RATIOS = ("wanda", "mag-l2", "gram", "fold"), (0.3, 0.5)
+TABLE = Path(__file__).parent / "results" / "clip_digits.md"
 tokenizer = open_clip.SimpleTokenizer(context_length=LENGTH)
 
 
@@ -76,3 +91,23 @@ def zero_shot(module: nn.Module) -> float:
     """Share of 1,000 other digits that are closest to their own captions."""
     images, labels = digits(1000, seed=1)
     return (ZeroShot(module, tokenizer, CLASSES, TEMPLATES)(images).argmax(1) == labels).float().mean().item()
+
+
+def main() -> None:
+    module = trained(tiny_clip(), epochs=14, rate=3e-3, seed=0)
+    inputs = {"calibration": digits(256, seed=2)[0], "samples": 256, "calibration_text": tokenizer(CAPTIONS)}
+    lines = [f"Zero-shot accuracy, dense {zero_shot(module):.1%}; pruned / repaired.", ""]
+    lines += [f"| method |{''.join(f' {ratio:g} |' for ratio in RATIOS)}", "|---|" + "---|" * len(RATIOS)]
+    for method in METHODS:
+        shown = []
+        for ratio in RATIOS:
+            asked = inputs | {"method": method, "ratio": ratio}
+            pair = [zero_shot(grail.compress(module, compensate=on, **asked).model) for on in (False, True)]
+            shown.append(" / ".join(f"{100 * share:.1f}" for share in pair))
+        lines.append(f"| {method} |{''.join(f' {pair} |' for pair in shown)}")
+    TABLE.write_text("\n".join(lines) + "\n")
+    sys.stdout.write(TABLE.read_text())
+
+
+if __name__ == "__main__":
+    main()
