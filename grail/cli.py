@@ -1,4 +1,4 @@
-"""The command line: parse, one call, show.
+"""The command line: parse, one call, show. Here `grail compress` and `grail plan`, in commands.py the others.
 
 Exit codes: 0 done, 2 bad input, 75 interrupted but resumable, 130 interrupted with nothing kept, 1 a bug of ours.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -17,10 +15,11 @@ import typer
 from rich.console import Console
 
 from . import __version__
+from .commands import COMMANDS, Json, Quiet, Verbose, write_json
 from .errors import GrailError
 from .guard import OneSentence, guarded, start
-from .modules.terminal import show_accuracy, show_network
-from .terminal import show_evaluation, show_plan, show_profile, show_report
+from .modules.terminal import show_network
+from .terminal import show_plan, show_profile, show_report
 
 app = typer.Typer(
     name="grail",
@@ -32,13 +31,8 @@ app = typer.Typer(
     help="Make a trained network narrower and repair it in closed form: no training, no labels, one command.",
 )
 
-VISION_EVAL = ("weights", "classes", "templates", "probe")
 UNNAMED = "grail-output"
 """Where `grail plan` looks for room on disk when no folder is named."""
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors, warnings and the result.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv also from libraries.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 
 _ask = typer.Option
 _widths = functools.partial(typer.Option, rich_help_panel="What goes")
@@ -174,7 +168,7 @@ def compress(
     if is_network(model):
         report = compress_network(asked | {"set": settings}, model_option, progress)
         if as_json:
-            _json(report.to_json() | {"output": report.output, "run": report.run_json()})
+            write_json(report.to_json() | {"output": report.output, "run": report.run_json()})
         else:
             show_network(report, Console(highlight=False, soft_wrap=True))
         return
@@ -187,7 +181,7 @@ def compress(
     if report is None:
         return  # another process of this run reports
     if as_json:
-        _json(report.to_json() | {"output": report.output, "run": report.run_json()})
+        write_json(report.to_json() | {"output": report.output, "run": report.run_json()})
     else:
         show_report(report, Console(highlight=False, soft_wrap=True))
         if profile:
@@ -233,176 +227,13 @@ def plan_command(**options: object) -> None:
 
     found = plan(recipe, progress)
     if as_json:
-        _json(found.to_json())
+        write_json(found.to_json())
     else:
         show_plan(found.to_json(), Console(highlight=False, soft_wrap=True))
 
 
-@app.command("eval")
-@guarded
-def evaluate_command(
-    path: Annotated[str, typer.Argument(help="A folder (of grail or not), an alias or a hub name.")],
-    data: Annotated[str | None, typer.Option(help="Evaluation data (what grail.json records).")] = None,
-    samples: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    against: Annotated[str | None, typer.Option(help="A second model to show beside it.")] = None,
-    speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second.")] = False,
-    prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, ...: a .safetensors file.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Zero-shot: names of the classes, a file, one to a line.")] = None,
-    templates: Annotated[str | None, typer.Option(help="Zero-shot: sentences with {} for the name, a file.")] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Also a linear classifier on the features of images.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Measure perplexity, one layer in memory at a time (--speed and --prompt load whole models), or accuracy."""
-    asked = {k: v for k, v in locals().items() if k not in {"path", "as_json", "quiet", "verbose"}}
-    progress = start(quiet, verbose)
-    from .modules.command import evaluate_network
-    from .modules.names import is_network
-
-    if is_network(path):
-        found = evaluate_network(path, asked)
-        if as_json:
-            _json(found)
-        else:
-            show_accuracy(found, Console(highlight=False, soft_wrap=True))
-        return
-    for name in VISION_EVAL:
-        if asked.pop(name):
-            raise GrailError(f"--{name} is for timm/NAME, torchvision/NAME and open_clip/NAME")
-    from .evaluate import evaluate
-
-    found = evaluate(path, **asked, progress=progress)
-    if as_json:
-        _json(found)
-    else:
-        show_evaluation(found, Console(highlight=False, soft_wrap=True))
-
-
-@app.command("convert")
-@guarded
-def convert_command(
-    path: Annotated[str, typer.Argument(help="A folder that grail wrote, or any of a supported family.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the converted checkpoint.")],
-    to: Annotated[str, typer.Option("--to", help="uniform, grail or padded.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Write a compressed checkpoint in another format: the same network, the same logits."""
-    start(quiet, verbose)
-    from .convert import convert
-
-    found = convert(path, output, to=to, overwrite=overwrite)
-    if as_json:
-        _json(found)
-    else:
-        for key in ("format", "parameters", "loads_with", "output"):
-            typer.echo(f"{key.replace('_', ' '):12} {found[key]}")
-
-
-@app.command("export")
-@guarded
-def export_command(
-    path: Annotated[str, typer.Argument(help="A folder that grail compress wrote for a vision network.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")],
-    to: Annotated[str, typer.Option("--to", help="onnx or torch-export.")] = "onnx",
-    tower: Annotated[str | None, typer.Option(help="Of a CLIP: images or text.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Write a compressed vision network as ONNX or as a torch.export program, and compare its outputs."""
-    start(quiet, verbose)
-    from .modules.export import export_folder
-
-    found = export_folder(path, to, output, tower=tower, overwrite=overwrite)
-    if as_json:
-        _json({"schema_version": 1} | found)
-    else:
-        for key, value in found.items():
-            typer.echo(f"{key:12} {value}")
-
-
-@app.command("soup")
-@guarded
-def soup_command(
-    inputs: Annotated[
-        list[str], typer.Argument(help="Checkpoints of one architecture: all .safetensors files, or all folders.")
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", help="A .safetensors file, or a folder for folders.")],
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="Best first, then each that does not lower the score on --data.")
-    ] = False,
-    data: Annotated[
-        str | None, typer.Option(help="--greedy: labelled images, or text for folders (as in `grail eval`).")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="--greedy: at most so many images or windows.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="--greedy on files: their network, timm/NAME or its like.")
-    ] = None,
-    model_option: Annotated[
-        list[str], typer.Option("--model-option", help="For the library's factory, such as img_size=98; repeatable.")
-    ] = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help="--greedy: auto, cpu, cuda, cuda:1, ...")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Average checkpoints of one architecture (a model soup), to be compressed afterwards.
-
-    BatchNorm's running statistics are averaged as they are; `grail compress --repair` estimates them anew.
-
-    Example: grail soup a.safetensors b.safetensors c.safetensors --output soup.safetensors
-    """
-    progress = start(quiet, verbose)
-    from .modules.command import factory_options
-    from .soup import soup
-    from .soup.terminal import show_soup
-
-    asked = {"greedy": greedy, "data": data, "samples": samples, "model": model, "device": device}
-    found = soup(
-        inputs, output, **asked, model_options=factory_options(model_option), overwrite=overwrite, progress=progress
-    )
-    if as_json:
-        _json(found)
-    else:
-        show_soup(found, Console(highlight=False, soft_wrap=True))
-
-
-@app.command("methods")
-@guarded
-def methods_command(
-    name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the methods, or one method's own options (for --set)."""
-    from .selectors import methods, selector_class
-
-    chosen = methods() if name is None else {name: selector_class(name)}
-    described = {key: cls.describe() for key, cls in chosen.items()}
-    if as_json:
-        _json({"schema_version": 1, "methods": described})
-        return
-    for key, entry in described.items():
-        typer.echo(f"{key:12} {entry['summary']}")
-        if name is not None:
-            typer.echo(f"{'source':12} {entry['source']}")
-            typer.echo(f"{'needs':12} {', '.join(entry['needs']) or 'no data'}")
-            typer.echo(f"{'allocation':12} {entry['allocation']}")
-            for option, default in entry["options"].items():
-                typer.echo(f"{'--set':12} {option}={default}")
-
-
-def _json(document: dict) -> None:
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:

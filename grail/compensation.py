@@ -34,8 +34,6 @@ GRAM_ROWS = 256
 """Rows of a right-hand side that are gathered at once."""
 ALLOCATOR = 28 * 10**6
 """What the C library keeps of blocks that were freed (measured: 10 to 40 MB)."""
-TRIMMED = 2**24
-"""Before a larger A is made freed memory is given back; below it is not worth the time."""
 NO_NUMBERS = "the Gram matrix or the weight holds NaN or infinity; check the checkpoint and the text"
 
 
@@ -88,8 +86,7 @@ def compensate(
     if reduction.is_identity:
         return Compensation(weight_OH, 0.0, 0, 0, 1.0, 0.0, 0.0)
     dtype = dtype or weight_OH.dtype
-    if lam is None:
-        lam = _relative(ridge, reduction.normal_diagonal(gram), name)
+    lam = _relative(ridge, reduction.normal_diagonal(gram), name) if lam is None else lam
     # W' first: what it took is free again when the errors are computed
     found = _repaired(weight_OH, gram, reduction, lam, form, name, dtype)
 
@@ -169,8 +166,7 @@ def mean_bias(
     mean_H = statistics.mean()
     mean_K = reduction.reduce(mean_H)
     parts = [weight_OH[rows].double() @ mean_H - weight_OK[rows].double() @ mean_K for rows in _blocks(weight_OH)]
-    added_O = torch.cat(parts)
-    return added_O if bias_O is None else added_O + bias_O.double()
+    return torch.cat(parts) if bias_O is None else torch.cat(parts) + bias_O.double()
 
 
 def _repaired(
@@ -283,8 +279,7 @@ def _relative(ridge: float, diag_K: Tensor, name: str) -> float:
 
 def _solve(a: MatrixRows, rhs_KM: Tensor, lam: float, name: str) -> RidgeSolution:
     """The solution is written over the right-hand side."""
-    if a.size**2 > TRIMMED:
-        trim_memory()  # what making the right-hand side left free would lie beside A, the largest block of all
+    trim_memory(a.size**2)  # what making the right-hand side left free would lie beside A, the largest block of all
     try:
         return ridge_solve_(a, rhs_KM, lam)
     except RidgeError as error:

@@ -26,8 +26,6 @@ from .statistics import GRAM, SiteStatistics
 from .workspace import Workspace
 
 HIDDEN = "hidden"
-TRIMMED = 2**24
-"""In layers of more numbers freed memory is given back between the steps; below it is not worth the time."""
 
 
 @dataclass
@@ -189,8 +187,7 @@ class LayerPass:
         self._trim()
 
     def _trim(self) -> None:
-        if sum(self._numel.values()) > TRIMMED:
-            trim_memory()
+        trim_memory(sum(self._numel.values()))
 
     @cached_property
     def _numel(self) -> dict[str, int]:

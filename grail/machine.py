@@ -22,6 +22,8 @@ GUESSED_DISK_RATE = 500e6
 CPU_PRODUCT, GPU_PRODUCT = 896, 4096
 """Widths of the products that are measured: large enough for the rate, small enough to cost a CPU a tenth of a
 second."""
+TRIMMED = 2**24
+"""With fewer numbers at work giving memory back is not worth the time."""
 APART = 2**20
 """Smaller tensors stay where they are: the holes between them do not add up."""
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -58,11 +60,12 @@ def _status(key: str) -> int | None:
     return None
 
 
-def trim_memory() -> None:
+def trim_memory(numbers: int | None = None) -> None:
     """Have the C library give freed memory back to the system (glibc; elsewhere nothing happens): what lies between
-    pieces still in use would otherwise pile up from layer to layer."""
+    pieces still in use would otherwise pile up from layer to layer. numbers: of the tensors that are worked on, where
+    few are not worth the time."""
     trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
+    if trim is not None and (numbers is None or numbers > TRIMMED):
         trim(0)
 
 

@@ -17,7 +17,7 @@ import grail.finish
 import grail.session
 from grail.checkpoint.journal import Journal
 from grail.checkpoint.writer import INDEX, JOURNAL, STORE
-from grail.cli import guarded
+from grail.guard import guarded
 from grail.errors import GrailError, Interrupted
 from tests.killed_runs import Case, Events, committed_layers, disk_full, files_of
 
