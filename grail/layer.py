@@ -97,6 +97,7 @@ class LayerPass:
                 statistics.check_finite(site.name)
             if goes_on:
                 self.consume(site, number, h_BLH)
+            h_BLH = None  # or it would lie beside what the next chunk needs
         if statistics is not None:
             statistics.sum_over(self.work.group)
         self.close(part)
@@ -117,6 +118,7 @@ class LayerPass:
                 self._count(statistics, h_BLH)
             if keeps:
                 self.put(HIDDEN, number, h_BLH)
+            del h_BLH  # or it would lie beside what the next chunk needs
         if self.work.spill:
             self.block.release(self.part_of(site))
         if needs:

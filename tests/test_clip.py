@@ -8,16 +8,16 @@ import json
 import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import grail
 from benchmarks.clip_digits import CAPTIONS, CLASSES, LENGTH, digits, tiny_clip, tokenizer, trained, zero_shot
-from grail.calibration.captions import captions, counted_tokens
+from grail.calibration.captions import captions
 from grail.cli import app
-from grail.evaluation.zero_shot import ZeroShot
+from grail.evaluation.zero_shot import ZeroShot, read_templates
 from grail.families import describe
 from grail.families.attention import Attention
 from grail.modules.export import Encoder, export
@@ -57,8 +57,8 @@ class TestTowers:
             f"visual.transformer.resblocks.0.{p}" for p in ("attn", "mlp")
         ]
         assert (len(image.sites), len(text.sites)) == (6, 4)
-        assert (image.reads, image.call, image.padding) == ("images", "encode_image", None)
-        assert (text.reads, text.call, text.padding) == ("text", "encode_text", 0)
+        assert (image.reads, image.call, image.counted) == ("images", "encode_image", None)
+        assert (text.reads, text.call) == ("text", "encode_text")
 
     def test_both_lose_heads_and_channels_and_keep_their_names(self):
         module = tiny_clip()
@@ -139,11 +139,6 @@ class TestTowers:
 
 class TestCaptions:
     def test_what_fills_a_caption_up_does_not_count(self):
-        assert counted_tokens(torch.tensor([[5, 7, 9, 0, 0], [5, 0, 9, 0, 0], [5, 6, 7, 8, 9]]), 0).tolist() == [
-            [True, True, True, False, False],
-            [True, True, True, False, False],
-            [True, True, True, True, True],
-        ]
         report = compress(tiny_clip(), ratio=0.5)
         assert report.calibration_text["tokens"] == int((tokenizer(CAPTIONS) != 0).sum())
 
@@ -318,3 +313,102 @@ class TestExport:
         example = images(1) if reads == "images" else tokenizer(CAPTIONS[:1])
         found = export(Encoder(small, reads), example, to, tmp_path / "out")
         assert found["difference"] < 1e-4
+
+
+def text_tower(pool: str = "argmax", **options: object) -> nn.Module:
+    """A CLIP of the class that keeps its text tower apart, or the other one."""
+    torch.manual_seed(0)
+    custom = options.pop("custom", False)
+    vision = CLIPVisionCfg(layers=1, width=16, head_width=8, patch_size=16, image_size=32)
+    text = CLIPTextCfg(context_length=10, vocab_size=50, width=32, heads=4, layers=2, pool_type=pool, **options)
+    return (CustomTextCLIP if custom else CLIP)(16, vision, text).eval()
+
+
+def sentences(filling: int, end: int) -> Tensor:
+    """Texts of 3 to 8 tokens of ten, the last one the end."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, end, (24, 10), generator=random)
+    for row, length in enumerate(torch.randint(3, 9, (24,), generator=random).tolist()):
+        ids[row, length - 1] = end
+        ids[row, length:] = filling
+    return ids
+
+
+class TestTokensThatCount:
+    @pytest.mark.parametrize("custom", [False, True])
+    @pytest.mark.parametrize(
+        ("pool", "filling", "options"), [("argmax", 0, {}), ("eos", 1, {"pad_id": 1, "eos_id": 49})]
+    )
+    def test_those_up_to_the_one_that_is_pooled(self, custom, pool, filling, options):
+        ids = sentences(filling, end=49)
+        asked = {"calibration": "none", "calibration_text": ids, "ratio": 0.5, "method": "wanda"}
+        report = grail.compress(text_tower(pool, custom=custom, **options), **asked)
+        assert report.calibration_text["tokens"] == int((ids != filling).sum())
+
+    def test_all_where_the_tower_reads_all_places(self):
+        ids = sentences(0, end=49)
+        module = text_tower("last", custom=True, no_causal_mask=True)
+        report = grail.compress(module, calibration="none", calibration_text=ids, ratio=0.5, method="wanda")
+        assert report.calibration_text["tokens"] == ids.numel()
+
+    @torch.no_grad()
+    def test_a_token_that_the_tower_appends_counts_and_its_heads_stay(self):
+        """CoCa's text tower: its mask is made for each head."""
+        ids = sentences(0, end=49)
+        module = text_tower(custom=True, embed_cls=True)
+        report = grail.compress(module, calibration="none", calibration_text=ids, ratio=0.5, method="wanda")
+        assert {site["name"].rpartition(".")[2] for site in report.sites} == {"mlp"}
+        assert report.calibration_text["tokens"] == int((ids != 0).sum()) + len(ids)
+        assert report.model.encode_text(ids).isfinite().all()
+
+
+class TestFoundByReview:
+    def test_texts_are_encoded_in_evaluation_mode_and_the_mode_is_given_back(self, learned):
+        module = copy.deepcopy(learned).train()
+        for block in module.transformer.resblocks:
+            block.attn.dropout = 0.5
+        found = ZeroShot(module, tokenizer, CLASSES).text_CE
+        torch.testing.assert_close(found, ZeroShot(learned, tokenizer, CLASSES).text_CE)
+        assert all(inner.training for inner in module.modules())
+
+    def test_files_from_other_systems(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\na dog\r\n")
+        (tmp_path / "a.jsonl").write_bytes("\ufeff".encode() + '{"text": "a\u2028cat"}\n{"text": "a dog"}'.encode())
+        (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa {}\r\n")
+        seen: list[list[str]] = []
+
+        def note(texts: list[str]) -> Tensor:
+            seen.append(texts)
+            return tokenizer(texts)
+
+        for name in ("a.txt", "a.jsonl"):
+            captions(str(tmp_path / name), note, samples=2, seed=0, batch=2)
+        assert seen == [["a cat", "a dog"], ["a\u2028cat", "a dog"]]
+        assert read_templates(tmp_path / "b.txt") == ("a {}",)
+
+    def test_tokenizers_that_give_no_tensor(self):
+        with pytest.raises(grail.GrailError, match="the tokenizer gives a list"):
+            compress(tiny_clip(), calibration_text=CAPTIONS, tokenizer=lambda texts: [[1]] * len(texts))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_dtypes_are_evaluated(self, learned, dtype):
+        ready = grail.Preprocessing((28, 28), 1, (0.15,), (0.35,))
+        module = copy.deepcopy(learned).to(dtype)
+        report = grail.compress(
+            module, preprocessing=ready, tokenizer=tokenizer, calibration="builtin", samples=16, eval="builtin"
+        )
+        assert report.evaluation["accuracy"].keys() == {"dense", "compressed"}
+
+    def test_captions_of_nothing(self):
+        """The pooled token of an empty text is still one: only a tower that appends its own can see nothing at all."""
+        report = compress(tiny_clip(), calibration_text=torch.zeros(8, LENGTH).long())
+        assert report.calibration_text["tokens"] == 8
+
+    def test_the_last_stream_of_a_resnet_with_an_attention_pool_stays(self):
+        torch.manual_seed(0)
+        vision = CLIPVisionCfg(layers=(1, 1, 1, 1), width=16, head_width=16, image_size=64)
+        text = CLIPTextCfg(context_length=LENGTH, vocab_size=49408, width=32, heads=4, layers=1)
+        module, x = CLIP(32, vision, text).eval(), torch.randn(8, 3, 64, 64)
+        report = compress(module, calibration=x, calibration_text=None, ratio=0.25, residual_ratio=0.5)
+        assert report.ratio["residual"] == pytest.approx(0.5)
+        assert report.model.visual.attnpool.c_proj.in_features == module.visual.attnpool.c_proj.in_features

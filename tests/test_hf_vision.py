@@ -10,7 +10,7 @@ import torch
 import grail
 from grail.errors import GrailError
 from grail.families import describe
-from grail.families.hf_vision import up_to_the_end
+from grail.families.texts import up_to_the_end
 from grail.modules.export import export
 from grail.modules.stream import chained
 from grail.modules.verify import verify
@@ -138,7 +138,7 @@ class TestPadding:
         [
             (61, [[60, 3, 61, 61], [60, 61, 5, 61]], [3, 2]),
             (61, [[60, 3, 61, 0], [60, 3, 4, 5]], [3, 4]),
-            (2, [[9, 2, 7, 40], [9, 40, 40, 0]], [4, 2]),
+            (None, [[9, 2, 7, 40], [9, 40, 40, 0]], [4, 2]),
         ],
         ids=["ends", "none", "legacy"],
     )

@@ -145,6 +145,14 @@ class TestNarrowing:
 
 
 class TestFolder:
+    def test_halves_open_again_with_the_same_bits(self, tmp_path):
+        """Kernels of one tap are contiguous with any strides; other strides take other kernels."""
+        module = built("timm-bottleneck").bfloat16()
+        x = images(8).bfloat16()
+        report = compress(module, x, method="wanda", ratio=0.3, residual_ratio=0.25, output=str(tmp_path / "out"))
+        again = grail.load(tmp_path / "out", module=module)
+        assert torch.equal(output(again, x), output(report.model, x))
+
     def test_it_opens_again_with_the_narrow_streams(self, tmp_path):
         module = timm.create_model("resnet10t", num_classes=10).eval()
         save_file(module.state_dict(), tmp_path / "weights.safetensors")
@@ -204,6 +212,16 @@ class TestByHand:
         stream = grail.residual(["a", "b"], ["c", "d"], width=16, name="h")
         with pytest.raises(grail.GrailError, match="h: d reads 12 channels, the site has 16"):
             grail.compress(Other(), sites=[stream], calibration=torch.randn(64, 6), residual_ratio=0.5)
+
+    def test_without_a_ratio_it_is_said(self):
+        stream = grail.residual(["a", "b"], ["c", "d"], width=16, name="h")
+        with pytest.raises(grail.GrailError, match="give --residual-ratio"):
+            grail.compress(Doubled(), sites=[stream], calibration=torch.randn(64, 6), ratio=0.5)
+
+    @pytest.mark.parametrize(("writers", "readers"), [("a", ["c"]), (["a"], "c"), ([], ["c"]), (["a"], [])])
+    def test_lists_are_needed(self, writers, readers):
+        with pytest.raises(grail.GrailError, match="h: give lists"):
+            grail.residual(writers, readers, width=16, name="h")
 
 
 class TestRefused:

@@ -17,8 +17,8 @@ import grail.finish
 import grail.session
 from grail.checkpoint.journal import Journal
 from grail.checkpoint.writer import INDEX, JOURNAL, STORE
-from grail.guard import guarded
 from grail.errors import GrailError, Interrupted
+from grail.guard import guarded
 from tests.killed_runs import Case, Events, committed_layers, disk_full, files_of
 
 pytestmark = pytest.mark.usefixtures("small_runs_on_one_thread")

@@ -28,7 +28,7 @@ def captions(
         texts, name = _texts(source)
         if tokenizer is None:
             raise GrailError("captions need the network's tokenizer: give their token ids, a tensor [captions, length]")
-        ids = tokenizer(texts)
+        ids = _ids(tokenizer(texts))
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     chosen = ids[order[:samples].sort().values].contiguous()
     digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
@@ -40,13 +40,12 @@ def captions(
     }
 
 
-def counted_tokens(ids: Tensor, padding: int) -> Tensor:
-    """bool [B, L]: the tokens up to the last one that is no padding. The begin and the end of a text count like any
-    other token."""
-    return (ids != padding).flip(1).cumsum(1).flip(1) > 0
-
-
-def _ids(source: Tensor) -> Tensor:
+def _ids(source: Any) -> Tensor:
+    if not isinstance(source, Tensor):
+        raise GrailError(
+            f"--calibration-text: the tokenizer gives a {type(source).__name__}, where token ids are needed, a tensor "
+            f"[captions, length]"
+        )
     if source.dim() != 2 or source.is_floating_point() or source.dtype == torch.bool or not source.numel():
         raise GrailError(
             f"--calibration-text: token ids are whole numbers [captions, length], got {list(source.shape)} of "
@@ -71,7 +70,7 @@ def _read(file: Path) -> list[str]:
     if file.suffix not in (".txt", ".jsonl"):
         raise GrailError(f"--calibration-text {file}: a .txt (a caption to a line) or .jsonl file is read")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except OSError as error:
         raise GrailError(f"--calibration-text {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

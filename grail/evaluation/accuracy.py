@@ -43,7 +43,7 @@ def accuracy(
     seen, right = 0, {1: 0, TOP: 0}
     with evaluating(module):
         for batch in batches:
-            logits_BC = class_scores(module, batch.to(device))
+            logits_BC = class_scores(module, batch.to(device, dtype_of(module)))
             classes = logits_BC.shape[1]
             _fits(labels, classes)
             wanted_B1 = labels[seen : seen + len(batch), None].to(logits_BC.device)
@@ -70,7 +70,7 @@ def agreement(
     seen = same = 0
     with evaluating(module, other):
         for batch in batches:
-            first_BC, second_BC = (class_scores(one, batch.to(device)) for one in (module, other))
+            first_BC, second_BC = (class_scores(one, batch.to(device, dtype_of(one))) for one in (module, other))
             if first_BC.shape != second_BC.shape:
                 widths = f"{first_BC.shape[1]} and {second_BC.shape[1]}"
                 raise GrailError(f"agreement: the models have {widths} classes; compare models of the same classes")
@@ -79,6 +79,11 @@ def agreement(
     if not seen:
         raise GrailError("agreement: there are no images; give at least one")
     return same / seen
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """That of its floating-point parameters, float32 without any: what its inputs have to be."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def class_scores(module: nn.Module, batch: Tensor) -> Tensor:

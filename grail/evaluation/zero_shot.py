@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import GrailError
+from .accuracy import evaluating
 
 TEMPLATES = ("a photo of a {}.",)
 CALLS = (("encode_image", "encode_text"), ("get_image_features", "get_text_features"))
@@ -37,7 +38,7 @@ class ZeroShot(nn.Module):
         self.image_call, text_call = calls_of(module)
         device = next(module.parameters()).device
         found = []
-        with torch.no_grad():
+        with evaluating(module):
             for name in classes:
                 ids = tokenizer([template.replace("{}", name) for template in templates])
                 text_TE = F.normalize(features(getattr(module, text_call)(ids.to(device))), dim=-1)
@@ -83,7 +84,7 @@ def read_templates(file: str | Path | None) -> tuple[str, ...]:
 def read_lines(file: str | Path, option: str) -> list[str]:
     """The lines of a UTF-8 text file that are not empty. Raises GrailError naming the file."""
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise GrailError(f"{option} {file}: {reason}") from error

@@ -1,23 +1,25 @@
 """CLIP of open_clip, image and text towers of blocks as in packed.py. An image tower of another kind (timm's, a ResNet)
-is described by its own family. Text: what fills a caption up counts for nothing where the tower pools at the end of the
-text; where it reads all places, all count.
+is described by its own family. Text: what stands behind the token that is pooled counts for nothing where the tower is
+causal; where it reads all places, all count. A tower that appends a token of its own with a mask for each head (CoCa)
+keeps its heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import resnet, vit
 from .base import Producer
 from .network import IMAGES, STILL, TEXT, ModuleSite, Network
 from .packed import blocks_of, tower
+from .texts import and_one_more, up_to_the_end
 
 IMAGE_CALL, TEXT_CALL = "encode_image", "encode_text"
 PADDING = 0
-READS_ALL = ("last",)
-"""Pooling of towers without a causal mask, whose tokens see what fills a text up."""
 
 
 def describe(module: nn.Module, still: frozenset[str] = STILL) -> list[Network] | None:
@@ -30,17 +32,28 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> list[Network] 
     blocks = blocks_of(module)
     visual = {name: parts for name, parts in blocks.items() if name.startswith("visual.")}
     image = tower(module, visual, still) if visual else _of_another_family(module, still)
-    text = tower(module, {name: parts for name, parts in blocks.items() if name not in visual}, still)
+    others = {name: parts for name, parts in blocks.items() if name not in visual and not _decodes(name)}
+    appends = getattr(getattr(module, "text", module), "cls_emb", None) is not None
+    text = tower(module, others, still | {"heads"} if appends else still)
     towers = [replace(image, call=IMAGE_CALL, reads=IMAGES)]
     if text.sites:
-        towers.append(replace(text, call=TEXT_CALL, reads=TEXT, padding=_padding(module)))
+        towers.append(replace(text, call=TEXT_CALL, reads=TEXT, counted=_counted(module)))
     return [found for found in towers if found.sites]
 
 
-def _padding(module: nn.Module) -> int | None:
+def _decodes(name: str) -> bool:
+    """Whether a block lies in a decoder that reads both towers (CoCa), which neither of them runs."""
+    return name.startswith("text_decoder.")
+
+
+def _counted(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     text = getattr(module, "text", module)
+    if getattr(text, "cls_emb", None) is not None:
+        return partial(and_one_more, padding=getattr(text, "pad_id", PADDING))
     pooling = getattr(text, "pool_type", None) or getattr(module, "text_pool_type", None)
-    return None if pooling in READS_ALL else getattr(text, "pad_id", PADDING)
+    if pooling == "eos":
+        return partial(up_to_the_end, end=getattr(text, "eos_id", None) or getattr(module, "text_eos_id", None))
+    return up_to_the_end if pooling == "argmax" else None
 
 
 def _of_another_family(module: nn.Module, still: frozenset[str]) -> Network:

@@ -4,8 +4,6 @@ Heads: q_proj, k_proj and v_proj -> out_proj (CLIP: `self_attn`) or o_proj (the 
 reshape by `head_dim`, which stays; the number of heads is an attribute that nothing reads, and is kept right. Channels:
 mlp.fc1 -> mlp.fc2, or gate_proj and up_proj -> down_proj. What scales a block's output (LayerScale) lies behind the
 consumers. CLIP's text tower is causal and pools at the end of a text: what stands behind that counts for nothing.
-
-Shapes: B texts, L tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .network import IMAGES, TEXT, ModuleSite, Network, channels, heads
+from .texts import up_to_the_end
 
 IMAGE_CALL, TEXT_CALL = "get_image_features", "get_text_features"
 IMAGE_TOWER, TEXT_TOWER = "vision_model", "text_model"
@@ -43,16 +41,8 @@ def describe(module: nn.Module) -> list[Network] | None:
 def _of_text(network: Network, call: str) -> Network:
     text = getattr(network.module, TEXT_TOWER, network.module)
     end = getattr(text, "eos_token_id", None)
-    counted = partial(up_to_the_end, end=end) if isinstance(end, int) else None
+    counted = partial(up_to_the_end, end=None if end == LEGACY_END else end) if isinstance(end, int) else None
     return replace(network, call=call, reads=TEXT, counted=counted)
-
-
-def up_to_the_end(ids: Tensor, end: int) -> Tensor:
-    """bool [B, L]: the tokens of each text [B, L] up to the one that is pooled, the first `end`; all of a text without
-    one. Tokenizers fill up with the end itself, so that no id tells what is padding."""
-    ends = ids == (ids.amax(1, keepdim=True) if end == LEGACY_END else end)
-    first = torch.where(ends.any(1), ends.int().argmax(1), ids.shape[1] - 1)
-    return torch.arange(ids.shape[1], device=ids.device) <= first[:, None]
 
 
 def _network(module: nn.Module, blocks: list[str]) -> Network:

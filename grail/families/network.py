@@ -74,9 +74,8 @@ class ModuleSite(Site):
 class Network:
     """A module in evaluation mode, its sites in execution order, the blocks it is run by, and its residual streams.
 
-    call: the method that runs it ("": forward); reads: images, or text in token ids; padding: the id that fills a text
-    up and does not count (None: every token counts); counted: which tokens count, bool [B, L] of ids [B, L], where more
-    than an id tells. A module of several towers is several networks."""
+    call: the method that runs it ("": forward); reads: images, or text in token ids; counted: which tokens count, bool
+    of ids [B, L] (None: all). A module of several towers is several networks."""
 
     module: nn.Module
     sites: list[ModuleSite]
@@ -84,7 +83,6 @@ class Network:
     residual: list[ModuleSite] = field(default_factory=list)
     call: str = ""
     reads: str = IMAGES
-    padding: int | None = None
     counted: Callable[[Tensor], Tensor] | None = None
 
     def run(self, x: Tensor) -> Any:
@@ -149,7 +147,10 @@ def residual(
     writers: Sequence[str], readers: Sequence[str], *, width: int, norms: Sequence[str] = (), name: str
 ) -> ModuleSite:
     """A residual stream of `width` channels: all layers whose outputs are added to it (`norms`: the BatchNorm behind
-    each of them, or none at all) and all layers that read it. It is narrowed by `--residual-ratio`."""
+    each of them, or none at all) and all layers that read it. It is narrowed by `--residual-ratio`. Raises GrailError
+    for a stream without writers or readers."""
+    if isinstance(writers, str) or isinstance(readers, str) or not writers or not readers:
+        raise GrailError(f"{name}: give lists of writers and of readers, at least one of each")
     made = tuple(Producer(writer, 1) for writer in writers)
     first, *others = readers
     return ModuleSite(name, RESIDUAL, 0, made, first, Units(1, width, 1), tuple(norms), readers=tuple(others))

@@ -79,7 +79,8 @@ def _streams(module: nn.Module, blocks: list[str]) -> list[ModuleSite]:
     width = module.get_submodule(writers[-1][0]).out_channels
     behind = (name for name in names if not name.startswith(tuple(f"{block}." for block in blocks)))
     layers = [(name, module.get_submodule(name)) for name in behind]
-    classifiers = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.in_features == width]
+    linear = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.in_features == width]
+    classifiers = [name for name in linear if "attn" not in name]  # an attention pool reads its input in several places
     if classifiers:
         found.append(_stream(module, len(found), writers, [*readers, classifiers[-1]]))
     return found
@@ -111,7 +112,7 @@ def _writer(module: nn.Module, names: list[str]) -> tuple[str, str | None]:
     layers = {name: module.get_submodule(name) for name in names if name}
     convolutions = [name for name, layer in layers.items() if isinstance(layer, _ConvNd)]
     if not convolutions:
-        raise GrailError("--residual-ratio: no convolution stands before the first block, which reads what it makes")
+        raise GrailError("--residual-ratio: what begins or ends a residual stream of this network is not known")
     behind = itertools.dropwhile(lambda name: name != convolutions[-1], layers)
     return convolutions[-1], next((name for name in behind if isinstance(layers[name], _BatchNorm)), None)
 

@@ -199,7 +199,8 @@ def _inferred(found: Architecture, shapes: dict[str, tuple[int, ...]]) -> dict[s
         if first is not None and first[1] != 3:
             options["in_chans"] = first[1]
         return options
-    heads = [shapes[head][0] for head in TORCHVISION_HEADS if head in shapes]
+    known = TORCHVISION_HEADS if found.library == "torchvision" else ()
+    heads = [shapes[head][0] for head in known if head in shapes]
     return {"num_classes": heads[0]} if heads else options
 
 

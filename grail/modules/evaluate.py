@@ -14,7 +14,7 @@ from ..calibration.images import ImageSet, open_images
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
-from ..evaluation.accuracy import accuracy
+from ..evaluation.accuracy import accuracy, dtype_of
 from ..evaluation.linear_probe import features_of, linear_probe
 from ..evaluation.macs import latency, macs
 from ..evaluation.zero_shot import TEMPLATES, ZeroShot, calls_of, features, is_clip, read_lines, read_templates
@@ -111,16 +111,16 @@ def evaluate_folders(
         label: classifier(module, images, _tokenizer(label), names, read_templates(templates))
         for label, module in modules.items()
     }
-    example = next(images.batches(preprocessing, 1)).to(where)
+    example = next(images.batches(preprocessing, 1)).to(where, dtype_of(modules[model]))
     told = accuracies(judged, images, preprocessing, where, samples)
     found = {}
     for label, module in modules.items():
         found[label] = told["accuracy"][label] | {
             "parameters": sum(p.numel() for p in module.parameters()),
-            "macs": macs(module, example, (calls_of(module) or ("",))[0]),
+            "macs": macs(module, example.to(dtype_of(module)), (calls_of(module) or ("",))[0]),
         }
         if probe:
-            found[label]["probe"] = _probed(module, source, images, preprocessing, where)
+            found[label]["probe"] = _probed(module, source, images, preprocessing, where, samples)
     if speed:
         for label, seconds in latency(judged, example, ROUNDS).items():
             found[label]["milliseconds"] = {name: round(1e3 * value, 3) for name, value in seconds.items()}
@@ -128,16 +128,26 @@ def evaluate_folders(
 
 
 def _probed(
-    module: nn.Module, source: Any, test: ImageSet, preprocessing: Preprocessing | None, where: torch.device
+    module: nn.Module,
+    source: Any,
+    test: ImageSet,
+    preprocessing: Preprocessing | None,
+    where: torch.device,
+    samples: int | None = None,
 ) -> dict:
+    """A linear probe on at most `samples` images of either part."""
     train = open_images(source)
     if not test.held_out or train.labels is None:
         raise GrailError(
             "--probe: the data needs a labelled part to train on beside the test part (folders train, test)"
         )
     run = partial(_penultimate, module)
-    first, second = (features_of(run, images.batches(preprocessing, BATCH), where) for images in (train, test))
-    return linear_probe((first, train.labels), (second, test.labels))
+    parts = []
+    for images in (train, test):
+        chosen = torch.arange(images.count) if samples is None else images.choose(samples, seed=0)
+        batches = (batch.to(dtype_of(module)) for batch in images.batches(preprocessing, BATCH, chosen))
+        parts.append((features_of(run, batches, where), images.labels[chosen]))
+    return linear_probe(*parts)
 
 
 def _penultimate(module: nn.Module, x: Tensor) -> Tensor:
@@ -161,6 +171,8 @@ def _tokenizer(model: str) -> Tokenizer | None:
 
 
 def _opened(model: str, weights: str | None) -> nn.Module:
+    if Path(model).is_dir() and weights is not None:
+        raise GrailError(f"--weights: {model} is a folder with weights of its own; leave out --weights")
     if is_module_folder(Path(model)):
         return load(model)
     if Architecture.parse(model) is None:

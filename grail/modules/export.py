@@ -19,7 +19,7 @@ from .names import is_module_folder
 KINDS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-4
 SMALL_ID = 100
-"""Token ids of an example text are below this: every vocabulary has them."""
+"""Token ids of an example text are below this, and words of every larger vocabulary."""
 
 
 def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite: bool = False) -> dict:
@@ -76,21 +76,21 @@ class Encoder(nn.Module):
 
 
 def export_folder(path: str, to: str, output: str, *, tower: str | None = None, overwrite: bool = False) -> dict:
-    """The same for a folder that grail wrote, with an example of its recorded input size. tower: which of a CLIP's,
-    images or text. Raises GrailError for another folder, or one that records no size."""
+    """The same in float32 for a folder that grail wrote, with an example of its recorded input size. tower: which of a
+    CLIP's, images or text. Raises GrailError for another folder, or one that records no size."""
     if not is_module_folder(Path(path)):
         raise GrailError(f"{path} is no folder of a compressed vision network")
-    module = load(path)
+    module = load(path).float()
     if is_clip(module) != (tower is not None):
         what = "has two towers: choose one with --tower" if tower is None else "has no towers: leave out --tower"
         raise GrailError(f"{path} {what}")
     if tower not in (None, IMAGES, TEXT):
         raise GrailError(f"--tower {tower}: choose {IMAGES} or {TEXT}")
-    example = _example(Path(path) / "grail.json", tower or IMAGES)
+    example = _example(Path(path) / "grail.json", module, tower or IMAGES)
     return export(Encoder(module, tower) if tower else module, example, to, Path(output), overwrite=overwrite)
 
 
-def _example(file: Path, reads: str) -> Tensor:
+def _example(file: Path, module: nn.Module, reads: str) -> Tensor:
     random = torch.Generator().manual_seed(0)
     key, size = ("calibration", "size") if reads == IMAGES else ("calibration_text", "length")
     told = read_json(file).get(key)
@@ -99,7 +99,8 @@ def _example(file: Path, reads: str) -> Tensor:
         raise GrailError(f"{file} records no size of {reads} (this tower was compressed without any)")
     if reads == IMAGES:
         return torch.randn(1, *found, generator=random)
-    return torch.randint(1, SMALL_ID, (1, found), generator=random)
+    vocabulary = min(inner.num_embeddings for inner in module.modules() if isinstance(inner, nn.Embedding))
+    return torch.randint(1, min(vocabulary, SMALL_ID), (1, found), generator=random)
 
 
 def _batch() -> dict:

@@ -139,7 +139,8 @@ def set_consumer(layer: nn.Module, weight_OK: Tensor) -> None:
     old = layer.weight
     taps = old.shape[2:]
     weight = weight_OK if not taps else weight_OK.reshape(old.shape[0], *taps, -1).movedim(-1, 1)
-    layer.weight = _parameter(weight.to(old.dtype).contiguous())
+    # a tensor of axes of length one counts as contiguous with any strides, and other strides take other kernels
+    layer.weight = _parameter(torch.empty(weight.shape, dtype=old.dtype, device=old.device).copy_(weight))
     width = layer.weight.shape[1]
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", width)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import KINDS
-from ..calibration.captions import captions, counted_tokens
+from ..calibration.captions import captions
 from ..calibration.preprocessing import Preprocessing
 from ..errors import GrailError
 from ..families import describe
@@ -22,7 +21,7 @@ from ..selectors.base import PRODUCERS
 from .inputs import calibration_inputs
 from .recipe import ModuleRecipe
 
-NONE = "none"
+NONE, BUILTIN = "none", "builtin"
 Tokenizer = Callable[[list[str]], Tensor]
 
 
@@ -65,6 +64,8 @@ def towers_of(
             option = "--calibration-text" if text else "--calibration"
             progress.say(f"the tower that reads {network.reads} stays as it is: no {option} is given")
             continue
+        if len(networks) > 1 and not text and recipe.calibration == BUILTIN:
+            progress.say("the tower that reads images is calibrated with built-in digits; --calibration DATA or none")
         found.append((_of_text if text else _of_images)(network, recipe, preprocessing, tokenizer))
     if not found:
         raise GrailError("no tower has anything to calibrate with: give --calibration, --calibration-text or both")
@@ -87,6 +88,8 @@ def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: Mo
             f"--residual-ratio: no residual stream of {type(module).__name__} is described; it is for ResNets, and for "
             f"streams described by hand, grail.residual(...)"
         )
+    if RESIDUAL in still and sites is not None and any(network.residual for network in found):
+        raise GrailError("residual streams are described, but nothing is to go: give --residual-ratio")
     for network in found:
         network.residual = [] if RESIDUAL in still else network.residual
         check(network)
@@ -116,12 +119,10 @@ def _of_images(
 def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, tokenizer: Tokenizer | None) -> Tower:
     batches, told = captions(recipe.calibration_text, tokenizer, recipe.samples, recipe.seed, recipe.batch)
     batches = [batch.to(_place(network)[0]) for batch in batches]
-    marks = network.counted
-    if marks is None and network.padding is not None:
-        marks = partial(counted_tokens, padding=network.padding)
-    counted = marks and [marks(batch) for batch in batches]
-    if counted is not None:
-        told["tokens"] = int(sum(mask.sum() for mask in counted))
+    counted = network.counted and [network.counted(batch) for batch in batches]
+    told["tokens"] = sum(map(Tensor.numel, batches)) if counted is None else int(sum(mask.sum() for mask in counted))
+    if not told["tokens"]:
+        raise GrailError("--calibration-text: no token of the captions counts; give texts, not what fills them up")
     return Tower(network, batches, counted, told)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GrailError
-from ..families.network import ModuleSite, Network
+from ..families.network import RESIDUAL, ModuleSite, Network
 from .narrow import permute, prune, silence
 
 TOLERANCE = 1e-3
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 """What torch raises where shapes do not fit."""
 
 
@@ -39,7 +39,10 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
         for site in sites:
             if wrong(network, [site], example):
                 layers = f"{', '.join(p.name for p in site.producers)} and {', '.join(site.consumers)}"
-                raise GrailError(f"{site.name}: {why}, beside {layers}; describe the site anew or leave it out")
+                way = (
+                    "leave out --residual-ratio" if site.kind == RESIDUAL else "describe the site anew or leave it out"
+                )
+                raise GrailError(f"{site.name}: {why}, beside {layers}; {way}")
         raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
 
 
