@@ -34,13 +34,14 @@ STILL = frozenset({RESIDUAL})
 class ModuleSite(Site):
     """A site of a network in memory. norms: BatchNorms between producers and consumer, one for each producer that has
     one, in the producers' order; counts: (module, attribute) pairs that hold the number of units (`num_heads`), widths:
-    those that hold the width. A residual stream (kind "residual") has all that write into it as producers, and
-    `readers` beside the consumer."""
+    those that hold the width. A residual stream (kind "residual") has all that write into it as producers,
+    `readers` beside the consumer, and as reader_norms the BatchNorms through which some of them read it."""
 
     norms: tuple[str, ...] = ()
     counts: tuple[tuple[str, str], ...] = ()
     widths: tuple[tuple[str, str], ...] = ()
     readers: tuple[str, ...] = ()
+    reader_norms: tuple[str, ...] = ()
 
     @property
     def consumers(self) -> tuple[str, ...]:
@@ -66,7 +67,7 @@ class ModuleSite(Site):
         """The inverse."""
         pairs = {key: tuple(tuple(pair) for pair in found[key]) for key in ("counts", "widths")}
         producers = tuple(Producer(**producer) for producer in found["producers"])
-        names = {key: tuple(found.get(key, ())) for key in ("norms", "readers")}
+        names = {key: tuple(found.get(key, ())) for key in ("norms", "readers", "reader_norms")}
         return cls(**found | {"producers": producers, "units": Units(**found["units"])} | names | pairs)
 
 
@@ -144,16 +145,24 @@ def heads(
 
 
 def residual(
-    writers: Sequence[str], readers: Sequence[str], *, width: int, norms: Sequence[str] = (), name: str
+    writers: Sequence[str],
+    readers: Sequence[str],
+    *,
+    width: int,
+    norms: Sequence[str] = (),
+    reader_norms: Sequence[str] = (),
+    name: str,
 ) -> ModuleSite:
     """A residual stream of `width` channels: all layers whose outputs are added to it (`norms`: the BatchNorm behind
-    each of them, or none at all) and all layers that read it. It is narrowed by `--residual-ratio`. Raises GrailError
-    for a stream without writers or readers."""
+    each of them, or none at all) and all layers that read it (`reader_norms`: BatchNorms that some of them read it
+    through, in pre-activation blocks; such a stream cannot be folded). It is narrowed by `--residual-ratio`. Raises
+    GrailError for a stream without writers or readers."""
     if isinstance(writers, str) or isinstance(readers, str) or not writers or not readers:
         raise GrailError(f"{name}: give lists of writers and of readers, at least one of each")
     made = tuple(Producer(writer, 1) for writer in writers)
     first, *others = readers
-    return ModuleSite(name, RESIDUAL, 0, made, first, Units(1, width, 1), tuple(norms), readers=tuple(others))
+    names = {"norms": tuple(norms), "readers": tuple(others), "reader_norms": tuple(reader_norms)}
+    return ModuleSite(name, RESIDUAL, 0, made, first, Units(1, width, 1), **names)
 
 
 def check(network: Network) -> None:
@@ -164,7 +173,7 @@ def check(network: Network) -> None:
     for name in {name for name in names if names.count(name) > 1}:
         raise GrailError(f"{name}: two sites have this name")
     for site in sites:
-        for name in (*(p.name for p in site.producers), *site.norms, *site.consumers):
+        for name in (*(p.name for p in site.producers), *site.norms, *site.reader_norms, *site.consumers):
             if name not in known:
                 raise GrailError(f"{site.name}: the network has no module {name}")
         for producer in site.producers:
@@ -183,7 +192,7 @@ def check(network: Network) -> None:
             raise GrailError(
                 f"{site.name}: {len(site.norms)} norms for {len(site.producers)} producers; name one for each, or none"
             )
-        for name in site.norms:
+        for name in (*site.norms, *site.reader_norms):
             norm = known[name]
             if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
                 raise GrailError(

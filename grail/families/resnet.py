@@ -63,39 +63,46 @@ def _sites(name: str, block: nn.Module, number: int) -> list[ModuleSite]:
 
 
 def _streams(module: nn.Module, blocks: list[str]) -> list[ModuleSite]:
-    """The residual streams; the last one is missing where no linear layer reads it. Raises GrailError for
-    pre-activation blocks, whose readers have a BatchNorm each."""
+    """The residual streams; the last one is missing where no classifier reads it."""
     names = [name for name, _ in module.named_modules()]
-    writers, readers = [_writer(module, names[: names.index(blocks[0])])], []
+    writers, readers, norms = [_writer(module, names[: names.index(blocks[0])])], [], []
     found: list[ModuleSite] = []
     for name in blocks:
         main, shortcut = _paths(module, name)
         readers.append(f"{name}.conv1")
+        norms += _norm_in_front(module, name)
         if shortcut:
             readers.append(next(inner for inner in shortcut if isinstance(module.get_submodule(inner), _ConvNd)))
-            found.append(_stream(module, len(found), writers, readers))
-            writers, readers = [_writer(module, shortcut)], []
+            found.append(_stream(module, len(found), writers, readers, norms))
+            writers, readers, norms = [_writer(module, shortcut)], [], []
         writers.append(_writer(module, main))
     width = module.get_submodule(writers[-1][0]).out_channels
-    behind = (name for name in names if not name.startswith(tuple(f"{block}." for block in blocks)))
-    layers = [(name, module.get_submodule(name)) for name in behind]
-    linear = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.in_features == width]
-    classifiers = [name for name in linear if "attn" not in name]  # an attention pool reads its input in several places
-    if classifiers:
-        found.append(_stream(module, len(found), writers, [*readers, classifiers[-1]]))
+    inside = tuple(f"{block}." for block in blocks)
+    behind = [name for name in names[names.index(blocks[-1]) + 1 :] if not name.startswith(inside)]
+    classifiers = [name for name in behind if _reads(module.get_submodule(name), width) and "attn" not in name]
+    if classifiers:  # an attention pool reads its input in several places
+        norms += [name for name in behind if isinstance(module.get_submodule(name), _BatchNorm)]
+        found.append(_stream(module, len(found), writers, [*readers, classifiers[-1]], norms))
     return found
+
+
+def _reads(layer: nn.Module, width: int) -> bool:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features == width
+    return isinstance(layer, _ConvNd) and layer.in_channels == width
+
+
+def _norm_in_front(module: nn.Module, name: str) -> list[str]:
+    """The BatchNorm through which a pre-activation block reads its stream; none in other blocks."""
+    children = list(dict(module.get_submodule(name).named_children()))
+    in_front = [f"{name}.{child}" for child in children[: children.index("conv1")] if child not in SHORTCUTS]
+    return [inner for inner in in_front if isinstance(module.get_submodule(inner), _BatchNorm)]
 
 
 def _paths(module: nn.Module, name: str) -> tuple[list[str], list[str]]:
     """Modules of a block up to the BatchNorm behind its last convolution, and those of a shortcut with parameters."""
     block = module.get_submodule(name)
     children = [child for child, _ in block.named_children()]
-    norms = [child for child in children if isinstance(getattr(block, child), _BatchNorm)]
-    if norms and children.index(norms[0]) < children.index("conv1"):
-        raise GrailError(
-            f"--residual-ratio: {name} normalises what it reads before its first convolution; the residual stream of "
-            f"such blocks cannot be narrowed"
-        )
     last = max(children.index(conv) for conv in CONVOLUTIONS if conv in children)
     inner = [
         f"{name}.{child}.{part}".removesuffix(".")
@@ -117,13 +124,16 @@ def _writer(module: nn.Module, names: list[str]) -> tuple[str, str | None]:
     return convolutions[-1], next((name for name in behind if isinstance(layers[name], _BatchNorm)), None)
 
 
-def _stream(module: nn.Module, number: int, writers: list[tuple[str, str | None]], readers: list[str]) -> ModuleSite:
+def _stream(
+    module: nn.Module, number: int, writers: list[tuple[str, str | None]], readers: list[str], reader_norms: list[str]
+) -> ModuleSite:
     norms = [norm for _, norm in writers if norm is not None]
     if norms and len(norms) != len(writers):
         bare = next(conv for conv, norm in writers if norm is None)
         raise GrailError(f"--residual-ratio: {bare} has no BatchNorm where others that write to its stream have one")
     width = module.get_submodule(writers[0][0]).out_channels
-    return residual([conv for conv, _ in writers], readers, width=width, norms=norms, name=f"residual{number}")
+    names = [conv for conv, _ in writers]
+    return residual(names, readers, width=width, norms=norms, reader_norms=reader_norms, name=f"residual{number}")
 
 
 def _has_state(module: nn.Module) -> bool:

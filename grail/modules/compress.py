@@ -49,6 +49,11 @@ class ModulePass:
             if changes and site.readers and (self.recipe.one_shot or self.selector.updates_weights()):
                 what = "--one-shot" if self.recipe.one_shot else f"--method {self.selector.name}"
                 raise GrailError(f"{what} is not offered for residual streams: leave out --residual-ratio")
+            if changes and site.reader_norms and self.selector.folds(site.role):
+                raise GrailError(
+                    f"{site.name}: its readers normalise it each in their own way, so that it cannot be folded; choose "
+                    f"another method, or leave out --residual-ratio"
+                )
             if changes and site.units.size > 1 and self.selector.folds(site.role):
                 raise GrailError(
                     f"{site.name}: {site.consumer} reads each channel {site.units.size} times, which --method "

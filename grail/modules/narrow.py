@@ -67,7 +67,8 @@ def _fused(layer: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
 
 
 def narrow_producers(network: Network, site: ModuleSite, reduction: Reduction) -> None:
-    """Rows of the kept units, or the means of clusters of fused rows; counts and widths of the modules around."""
+    """Rows of the kept units, or the means of clusters of fused rows; counts and widths of the modules around. A stream
+    with norms of its readers is not folded."""
     for producer, norm in _with_norms(network, site):
         layer = network.layer(producer.name)
         if isinstance(reduction, Selection):
@@ -77,6 +78,8 @@ def narrow_producers(network: Network, site: ModuleSite, reduction: Reduction) -
         else:
             _average(layer, producer, norm, reduction)
         _set_outputs(layer)
+    for norm in map(network.layer, site.reader_norms):
+        _slice_norm(norm, reduction)
     for name, attribute in site.counts:
         setattr(network.layer(name), attribute, reduction.kept_width // site.units.size)
     for name, attribute in site.widths:
@@ -161,6 +164,8 @@ def permute(network: Network, site: ModuleSite, order_U: Tensor) -> None:
         _slice_rows(network.layer(producer.name), producer, rearranged)
         if norm is not None:
             _slice_norm(norm, rearranged)
+    for norm in map(network.layer, site.reader_norms):
+        _slice_norm(norm, rearranged)
     for consumer in map(network.layer, site.consumers):
         set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
 
