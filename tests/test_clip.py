@@ -399,6 +399,10 @@ class TestFoundByReview:
         )
         assert report.evaluation["accuracy"].keys() == {"dense", "compressed"}
 
+    def test_statistics_are_not_estimated_without_images(self):
+        with pytest.raises(grail.GrailError, match="--repair estimates statistics from images"):
+            compress(tiny_clip(), calibration="none", repair=True)
+
     def test_captions_of_nothing(self):
         """The pooled token of an empty text is still one: only a tower that appends its own can see nothing at all."""
         report = compress(tiny_clip(), calibration_text=torch.zeros(8, LENGTH).long())

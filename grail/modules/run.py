@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..allocation import kept_per_group, rounded
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
+from ..errors import GrailError
 from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite
@@ -143,6 +144,9 @@ def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **i
     for tower in towers:
         if tower.batches:
             in_order(tower.dense, tower.batches[0][:2])
+    images = [tower for tower in towers if tower.dense.reads == IMAGES]
+    if recipe.repair and not images:
+        raise GrailError("--repair estimates statistics from images: give --calibration")
     plan = WidthPlan.of(every, recipe, selector, _Shapes(dense))
     kept = plan.before_work()
     for site in streams:
@@ -159,8 +163,7 @@ def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **i
         kept |= plan.from_scores({name: scores for found in ranked for name, scores in found.items()})
     start = time.perf_counter()
     results = [result for job in passes for result in job.run(progress)]
-    images = [tower for tower in towers if tower.dense.reads == IMAGES]
-    repaired = repair(work, images[0].batches, images[0].dense.call) if recipe.repair and images else 0
+    repaired = repair(work, images[0].batches, images[0].dense.call) if recipe.repair else 0
     seconds = time.perf_counter() - start
     examples = {tower.dense.call: tower.batches[0][:1] for tower in towers if tower.batches}
     return ModuleReport(
