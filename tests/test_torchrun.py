@@ -93,6 +93,22 @@ def test_several_processes_give_what_one_gives(work, case, ranks):
             assert several["evaluation"]["perplexity"][name] == pytest.approx(value, rel=1e-3)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("case", ["wanda-sp", "one window", "memory", "uneven chunks"])
+def test_masks_are_those_of_one_process_but_for_units_at_the_cut(work, case, ranks):
+    """Units that differ are listed: the scores of each lie within 1e-3 of the cut (issue D)."""
+    one, several = (json.loads((work / f"cut-{n}-{list(CASES).index(case)}.json").read_text()) for n in (1, ranks))
+    assert one and one.keys() == several.keys()
+    for site, found in one.items():
+        per_group = len(found["scores"][0])
+        for unit in set(found["kept"]) ^ set(several[site]["kept"]):
+            scores = found["scores"][unit // per_group]
+            kept = sum(other // per_group == unit // per_group for other in found["kept"])
+            cut = sorted(scores, reverse=True)[kept - 1 : kept + 1]
+            gap = min(abs(scores[unit % per_group] - score) / abs(score) for score in cut)
+            assert gap < 1e-3, f"{site}: unit {unit} is {gap:.1e} from the cut"
+
+
 @pytest.mark.parametrize("case", ["wanda-sp", "flap", "fold"])
 def test_the_weights_are_nearly_those_of_one_process(work, case):
     for file in sorted((work / f"out-1-{list(CASES).index(case)}").glob("*.safetensors")):

@@ -4,7 +4,8 @@
 
 Each writes WORK/out-RANKS-NUMBER, or `output` of its entry. The reopening check runs in the main process itself,
 without the seconds of imports. An entry with "die": [rank, layer] has that process killed before it does that layer;
-"chunks" are the tokens of a chunk that each process would choose for itself.
+"chunks" are the tokens of a chunk that each process would choose for itself. cut-RANKS-NUMBER.json beside the outputs
+holds, by site, the units' scores and which of them stayed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 import grail
 from grail import pipeline
 from grail.checkpoint import reopen
+from grail.reduction import Selection
+from grail.selectors.base import ScoreSelector, SiteView, keep_best
 from grail.session import Session
 from tests.tiny import verify_in_this_process
 
@@ -38,8 +41,26 @@ def main() -> None:
             die_before(*rank_and_layer)
         options = {"calibration": str(work / "ids.safetensors"), "eval": str(work / "held.safetensors")}
         output = work / case.pop("output", f"out-{ranks}-{number}")
+        cuts = note_cuts()
         report = grail.compress(str(work / "source"), output=str(output), seq_len=32, **options | case)
         assert (report is None) == (os.environ.get("RANK", "0") != "0")
+        if report is not None:
+            (work / output.name.replace("out", "cut")).with_suffix(".json").write_text(json.dumps(cuts))
+
+
+def note_cuts() -> dict[str, dict]:
+    """From now on: scores of units [groups, units of a group] and the numbers of those that stay, by site."""
+    found: dict[str, dict] = {}
+
+    def select(self: ScoreSelector, site: SiteView) -> Selection:
+        selection = keep_best(self.scores(site), site.units, site.kept)
+        units = site.units
+        scores = self.scores(site).view(units.groups, units.per_group, units.size).sum(-1)
+        found[site.name] = {"scores": scores.tolist(), "kept": selection.kept.tolist()}
+        return selection
+
+    ScoreSelector.select = select
+    return found
 
 
 def die_before(rank: int, layer: int) -> None:
