@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad input, 75 interrupted but resumable, 130 interrupted w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -40,6 +41,13 @@ _data = functools.partial(typer.Option, rich_help_panel="Calibration and evaluat
 _repair = functools.partial(typer.Option, rich_help_panel="Repair")
 _vision = functools.partial(typer.Option, rich_help_panel="Vision")
 _machine = functools.partial(typer.Option, rich_help_panel="Machine and files")
+
+
+def _numbers(asked: dict) -> None:
+    """What may be a number or a word, in place."""
+    for name in ("alpha", "ridge"):
+        with contextlib.suppress(ValueError):  # a word is for the recipe to judge
+            asked[name] = None if asked[name] is None else float(asked[name])
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
@@ -86,7 +94,7 @@ def compress(
         str,
         _data(
             "--calibration",
-            help="builtin, wikitext2, c4, a .txt, .jsonl, .safetensors file; images: a folder, idx, .npz, hf:NAME.",
+            help="builtin, docstrings, wikitext2, c4, .txt, .jsonl, .safetensors; images: folder, idx, .npz, hf:NAME.",
         ),
     ] = "builtin",
     samples: Annotated[int, _data("--samples", help="Calibration windows, at random offsets.")] = 128,
@@ -105,9 +113,20 @@ def compress(
     compensate: Annotated[
         bool, _repair("--compensate/--no-compensate", help="Repair each site in closed form.")
     ] = True,
+    target: Annotated[
+        str | None,
+        _repair(
+            "--target",
+            help="hidden: each site on its own; stream: it also makes up for those before it. Vision: dense or own.",
+        ),
+    ] = None,
+    alpha: Annotated[
+        str, _repair("--alpha", help="With --target stream, the share that is made up for, 0 to 1, or auto.")
+    ] = "auto",
     ridge: Annotated[
-        float, _repair("--ridge", help="Ridge, relative to the mean of the Gram matrix's diagonal.")
-    ] = 1e-3,
+        str | None,
+        _repair("--ridge", help="Ridge, relative to the mean of the Gram matrix's diagonal (0.001; stream: auto)."),
+    ] = None,
     bias: Annotated[
         bool | None, _repair("--bias/--no-bias", help="Fit a bias along with the weights (the method's own choice).")
     ] = None,
@@ -143,9 +162,6 @@ def compress(
         list[str], _vision("--model-option", help="For the library's factory, such as img_size=98; repeatable.")
     ] = [],  # noqa: B006
     repair: Annotated[bool, _vision("--repair", help="Estimate BatchNorm statistics anew afterwards.")] = False,
-    target: Annotated[
-        str, _vision("--target", help="Repair towards the dense network's hidden vectors, or the network's own.")
-    ] = "dense",
     one_shot: Annotated[bool, _vision("--one-shot", help="Look at the dense network alone.")] = False,
     batch: Annotated[int, _vision("--batch", help="Images at once.")] = 64,
     residual_ratio: Annotated[
@@ -161,6 +177,7 @@ def compress(
     """
     asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set", "model_option"}}
     progress = start(quiet, verbose)
+    _numbers(asked)
     settings = _pairs(set)
     from .modules.command import compress_network, for_text
     from .modules.names import is_network
@@ -213,6 +230,7 @@ def plan_command(**options: object) -> None:
     """
     as_json, quiet, verbose = (options.pop(name) for name in ("as_json", "quiet", "verbose"))
     progress = start(quiet, verbose)
+    _numbers(options)
     settings = _pairs(options.pop("set"))
     from .recipe import Recipe
 

@@ -9,39 +9,33 @@ the result goes by blocks of them. `solve_bytes` is that in numbers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grail_kernels import PackedSymmetric, RidgeError, RidgeSolution
-from grail_kernels.cholesky import NOT_FINITE, block_rows
+from grail_kernels import PackedSymmetric
+from grail_kernels.cholesky import block_rows
 from grail_kernels.inputs import isolated
-from grail_kernels.ridge import MatrixRows, ridge_solve_
+from grail_kernels.ridge import MatrixRows
 
-from .errors import GrailError
-from .machine import trim_memory
 from .moments import PairStatistics
+from .normal_equations import CPU_ROWS, FORMS, blocks, consumed, gathered, relative, rounded, solve
 from .reduction import Reduction, Selection
 from .statistics import SiteStatistics
 
-FORMS = ("anchored", "paper")
-CPU_ROWS, GPU_ROWS = 512, 4096
-"""Outputs that are handled at once; a GPU is idle with fewer."""
-GRAM_ROWS = 256
-"""Rows of a right-hand side that are gathered at once."""
 ALLOCATOR = 28 * 10**6
 """What the C library keeps of blocks that were freed (measured: 10 to 40 MB)."""
-NO_NUMBERS = "the Gram matrix or the weight holds NaN or infinity; check the checkpoint and the text"
 
 
 @dataclass
 class Compensation:
     """`weight` [O, K] in the asked dtype, `bias` [O] float64 (None unless affine); λ as used (absolute), how often it
     was raised, the first LAPACK info, the reciprocal condition of the equilibrated system; error of the anchor and of
-    `weight` (see `reconstruction_errors`), both with their best bias where affine."""
+    `weight` (see `reconstruction_errors`; with an α the stream's, stream_repair.py), both with their best bias where
+    affine. held_out: the same error on windows of their own, of the repair without the stream (α = 0) and of this one;
+    None where nothing was to be chosen."""
 
     weight: Tensor
     lam: float
@@ -51,6 +45,8 @@ class Compensation:
     error_before: float
     error_after: float
     bias: Tensor | None = None
+    alpha: float | None = None
+    held_out: tuple[float, float] | None = None
 
 
 @isolated
@@ -86,7 +82,7 @@ def compensate(
     if reduction.is_identity:
         return Compensation(weight_OH, 0.0, 0, 0, 1.0, 0.0, 0.0)
     dtype = dtype or weight_OH.dtype
-    lam = _relative(ridge, reduction.normal_diagonal(gram), name) if lam is None else lam
+    lam = relative(ridge, reduction.normal_diagonal(gram), name) if lam is None else lam
     # W' first: what it took is free again when the errors are computed
     found = _repaired(weight_OH, gram, reduction, lam, form, name, dtype)
 
@@ -143,17 +139,17 @@ def compensate_pairs(
     normal, channels = pairs.normal, torch.arange(pairs.normal.width)
     rhs_KO = pairs.cross.to(torch.float64, copy=True)
     if form == "paper":
-        for outputs in _blocks(anchor_OK):
+        for outputs in blocks(anchor_OK):
             rhs_KO[:, outputs] += normal.matmul(anchor_OK[outputs].double().mT)
-    lam = _relative(ridge, normal.diagonal().double(), name)
+    lam = relative(ridge, normal.diagonal().double(), name)
     a = MatrixRows(normal.width, normal.device, lambda start, end: normal.gather(channels[start:end], channels))
-    solved = _solve(a, rhs_KO, lam, name)
+    solved = solve(a, rhs_KO, lam, name)
 
     def wide(outputs: slice) -> Tensor:
         solution_BK = solved.solution.mT[outputs]
         return anchor_OK[outputs].double() + solution_BK if form == "anchored" else solution_BK
 
-    weight_OK = _rounded(wide, anchor_OK, normal.width, dtype or anchor_OK.dtype, name)
+    weight_OK = rounded(wide, anchor_OK, normal.width, dtype or anchor_OK.dtype, name)
     found = Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
     _judge_pairs(found, anchor_OK, pairs)
     return found
@@ -165,7 +161,7 @@ def mean_bias(
     """b' = b + W μ − W' R μ, float64 [O]: the bias that keeps the mean output, for any W' (with W B0: FLAP's bias)."""
     mean_H = statistics.mean()
     mean_K = reduction.reduce(mean_H)
-    parts = [weight_OH[rows].double() @ mean_H - weight_OK[rows].double() @ mean_K for rows in _blocks(weight_OH)]
+    parts = [weight_OH[rows].double() @ mean_H - weight_OK[rows].double() @ mean_K for rows in blocks(weight_OH)]
     return torch.cat(parts) if bias_O is None else torch.cat(parts) + bias_O.double()
 
 
@@ -177,12 +173,12 @@ def _repaired(
     if few:
         removed_Q, rhs_MK = _residual(gram, reduction)
     else:
-        rhs_MK = _consumed(weight_OH, gram, reduction, form)
+        rhs_MK = consumed(weight_OH, gram, reduction, form)
 
     def read(start: int, end: int) -> Tensor:
         return reduction.normal_matrix(gram, start, end)
 
-    solved = _solve(MatrixRows(reduction.kept_width, gram.device, read), rhs_MK.mT, lam, name)
+    solved = solve(MatrixRows(reduction.kept_width, gram.device, read), rhs_MK.mT, lam, name)
 
     def wide(outputs: slice) -> Tensor:
         if form == "paper":
@@ -193,7 +189,7 @@ def _repaired(
             return lifted_BK.addmm_(weight_BH[:, removed_Q], rhs_MK)
         return lifted_BK.add_(rhs_MK[outputs])
 
-    weight_OK = _rounded(wide, weight_OH, reduction.kept_width, dtype, name)
+    weight_OK = rounded(wide, weight_OH, reduction.kept_width, dtype, name)
     return Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
 
 
@@ -201,29 +197,11 @@ def _residual(gram: PackedSymmetric, reduction: Reduction) -> tuple[Tensor, Tens
     """(int64 [Q], float64 [Q, K]): the rows of G Rᵀ − B0 A that are not zero."""
     block_QK = torch.empty(reduction.residual_rows, reduction.kept_width, dtype=torch.float64, device=gram.device)
     rows, filled = [], 0
-    for rows_R, block_RK in _gathered(gram, reduction, "anchored"):
+    for rows_R, block_RK in gathered(gram, reduction, "anchored"):
         block_QK[filled : filled + len(rows_R)] = block_RK
         rows.append(rows_R.to(gram.device))
         filled += len(rows_R)
     return torch.cat(rows), block_QK
-
-
-def _consumed(weight_OH: Tensor, gram: PackedSymmetric, reduction: Reduction, form: str) -> Tensor:
-    """W(G Rᵀ − B0 A), or for the paper's form W G Rᵀ; float64 [O, K]."""
-    out_OK = torch.zeros(len(weight_OH), reduction.kept_width, dtype=torch.float64, device=gram.device)
-    for rows_R, block_RK in _gathered(gram, reduction, form):
-        out_OK.addmm_(weight_OH[:, rows_R.to(weight_OH.device)].double(), block_RK.double())
-    return out_OK
-
-
-def _gathered(gram: PackedSymmetric, reduction: Reduction, form: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of G Rᵀ − B0 A that are not zero, or for the paper's form all of G Rᵀ: (which, int64 [R]; block [R, K])."""
-    if form == "paper":
-        for rows_R in torch.arange(reduction.width).split(GRAM_ROWS):
-            yield rows_R, reduction.cross(gram, int(rows_R[0]), int(rows_R[-1]) + 1)
-        return
-    for start in range(0, reduction.residual_parts, GRAM_ROWS):
-        yield reduction.residual(gram, start, start + GRAM_ROWS)
 
 
 def _errors(
@@ -238,7 +216,7 @@ def _errors(
     total, plain, energies = 0.0, 0.0, [0.0 for _ in candidates]
     gone = reduction.removed_channels.to(weight_OH.device) if pruned else None
     gram_QQ = gram.gather(gone, gone) if pruned else None
-    for outputs in _blocks(weight_OH):
+    for outputs in blocks(weight_OH):
         weight_BH = weight_OH[outputs].float()
         total += gram.quadratic_trace(weight_BH)
         if pruned:
@@ -255,45 +233,10 @@ def _judge_pairs(found: Compensation, anchor_OK: Tensor, pairs: PairStatistics) 
     """Errors of the anchor and of what was found, and the bias of affine pairs."""
     cross_KO, before, total = pairs.cross, pairs.difference_energy, pairs.target_energy
     after, biases = before, []
-    for outputs in _blocks(anchor_OK):
+    for outputs in blocks(anchor_OK):
         delta_BK = found.weight[outputs].double() - anchor_OK[outputs].double()
         after += pairs.normal.quadratic_trace(delta_BK) - 2 * torch.sum(delta_BK.mT * cross_KO[:, outputs]).item()
         if pairs.affine:
             biases.append(pairs.mean_difference[outputs] - delta_BK @ pairs.mean)
     found.error_before, found.error_after = (max(e / total, 0.0) if total > 0 else 0.0 for e in (before, after))
     found.bias = torch.cat(biases) if pairs.affine else None
-
-
-def _blocks(weight_OX: Tensor) -> list[slice]:
-    """Its rows, in blocks."""
-    step = CPU_ROWS if weight_OX.device.type == "cpu" else GPU_ROWS
-    return [slice(start, start + step) for start in range(0, len(weight_OX), step)]
-
-
-def _relative(ridge: float, diag_K: Tensor, name: str) -> float:
-    mean = diag_K.mean().item()
-    if not math.isfinite(mean):
-        raise GrailError(f"{name}: {NO_NUMBERS}")
-    return ridge * mean
-
-
-def _solve(a: MatrixRows, rhs_KM: Tensor, lam: float, name: str) -> RidgeSolution:
-    """The solution is written over the right-hand side."""
-    trim_memory(a.size**2)  # what making the right-hand side left free would lie beside A, the largest block of all
-    try:
-        return ridge_solve_(a, rhs_KM, lam)
-    except RidgeError as error:
-        if error.info == NOT_FINITE:
-            raise GrailError(f"{name}: {NO_NUMBERS}") from error
-        raise GrailError(f"{name}: the ridge solve failed: {error}; use more calibration text") from error
-
-
-def _rounded(wide: Callable[[slice], Tensor], weight_OX: Tensor, kept: int, dtype: torch.dtype, name: str) -> Tensor:
-    """[O, K] in `dtype`, from float64 rows [B, K] that `wide` makes."""
-    weight_OK = weight_OX.new_empty(len(weight_OX), kept, dtype=dtype)
-    for outputs in _blocks(weight_OX):
-        weight_OK[outputs] = wide(outputs)
-        if not torch.isfinite(weight_OK[outputs]).all():
-            more = "use a wider --output-dtype or more --ridge"
-            raise GrailError(f"{name}: the repaired weight overflows {dtype}; {more}")
-    return weight_OK

@@ -12,11 +12,14 @@ from functools import cached_property
 
 from grail_kernels.packed import default_tile, packed_size
 
-from .compensation import solve_bytes, solve_flops
+from .compensation import ALLOCATOR, solve_bytes, solve_flops
 from .families.base import Site
 from .job import Job
+from .normal_equations import CPU_ROWS
+from .recipe import AUTO
 from .selectors.base import BLOCK_GRADIENTS
 from .statistics import GRAM
+from .trials import RIDGES
 
 PROBE_TOKENS = 64
 LOGIT_COPIES = 3
@@ -37,7 +40,8 @@ TRAINING_COPIES = 6
 class Costs:
     """Costs of a run. windows, length: of the calibration text (0, 0 without); evaluated, evaluated_length: tokens of
     the evaluation text and of one of its windows (0, 0 without); chunk_tokens, spill: as in Workspace; surveyed: the
-    dense network is scored in a pass of its own; pruned_too: the pruned network is made and evaluated beside."""
+    dense network is scored in a pass of its own; pruned_too: the pruned network is made and evaluated beside; trial:
+    windows of calibration text that only decide between candidates."""
 
     job: Job
     windows: int
@@ -48,10 +52,17 @@ class Costs:
     surveyed: bool = False
     pruned_too: bool = False
     evaluated_length: int = 0
+    trial: int = 0
 
     @property
     def tokens(self) -> int:
+        """Tokens that enter the statistics."""
         return self.windows * self.length
+
+    @property
+    def streamed(self) -> int:
+        """Tokens that go through the network while it is compressed."""
+        return (self.windows + self.trial) * self.length
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
@@ -117,7 +128,11 @@ class Costs:
         if GRAM not in needs:
             return 16 * width
         tile = default_tile(width, self.job.model.device)
-        return 4 * packed_size(width, tile, padded=self.job.model.device.type != "cpu")
+        return 4 * packed_size(width, tile, padded=self.job.model.device.type != "cpu") + self._cross(site)
+
+    def _cross(self, site: Site) -> int:
+        """Bytes of the cross moment with the residual stream."""
+        return 4 * self._part(site)[1] if self.job.streams and self.job.touches(site) else 0
 
     def memory(self) -> dict[str, int]:
         """Bytes beside those of the process itself, by phase, of the layer where that phase needs most."""
@@ -132,10 +147,12 @@ class Costs:
                 inner, consumer = self._part(site)
                 weights = self._item * inner
                 name = "attention" if site.kind == "heads" else "mlp"
-                changed = self.job.changes(site)
+                changed = self.job.touches(site)
                 gathers = bool(self.windows) and (changed or self.surveyed)
                 statistics = self.statistics(site) if gathers else 0
-                at_least(f"{name}: forward", weights + self.activations(site, self.chunk) + statistics + narrow)
+                beside = self._beside(site) if changed else 0
+                forward = weights + self.activations(site, self.chunk) + statistics + beside
+                at_least(f"{name}: forward", forward + narrow)
                 if changed:
                     held = 0 if self.spill else weights
                     at_least(f"{name}: solve", self._solve(site) + statistics + held + narrow)
@@ -150,6 +167,14 @@ class Costs:
             at_least("evaluation", self._evaluation())
         return dict(found)
 
+    def _beside(self, site: Site) -> int:
+        """Bytes alive in a forward pass beside the branch itself where the dense stream runs too: the consumer as it
+        is, t and D and what they are made of."""
+        if not self.job.streams:
+            return 0
+        outputs = self._part(site)[1] // site.units.width
+        return self._item * self._part(site)[1] + (2 * 4 + 3 * self._item) * self.chunk * outputs
+
     def _solve(self, site: Site) -> int:
         """Selection and repair of one site: the larger of the two, and the consumer as stored."""
         width, kept = site.units.width, self._kept(site)
@@ -158,6 +183,11 @@ class Costs:
         if self.job.selector.folds(site.kind):
             # pairs: their moments, the dense consumer and its anchor in float32, then the solve and its right-hand side
             needed = 4 * (kept**2 // 2 + 2 * kept * outputs + width * outputs) + 8 * kept**2 + 16 * kept * outputs
+        elif self.job.streams:
+            sides = 1 + (self.job.recipe.alpha == AUTO)
+            # A, a side [K, O] for each part of the solution, the dense weight as float64 rows, and the best so far
+            needed = 8 * kept**2 + 8 * sides * kept * outputs + 8 * width * min(outputs, CPU_ROWS) + ALLOCATOR
+            needed += self._stored(site) * kept * outputs + 4 * sides * kept * outputs
         elif self.job.recipe.compensate or self.job.selector.updates_weights():
             needed = solve_bytes(outputs, width, kept)
             if self.job.recipe.ridge_form == "paper":
@@ -198,26 +228,37 @@ class Costs:
         layers = sum(self._numel(job.model.prefix(i)) for i in range(job.model.layer_count))
         gradients = BLOCK_GRADIENTS in job.selector.needs
         runs = 1 + self.surveyed + self.pruned_too + BACKWARD * gradients * (1 + self.pruned_too)
-        last = max((site.layer + 1 for site in job.sites if job.changes(site)), default=0)
+        last = max((site.layer + 1 for site in job.sites if job.touches(site)), default=0)
         found = {
-            "forward": 2.0 * layers * self.tokens * runs * last / job.model.layer_count,
+            "forward": 2.0 * layers * (self.streamed + (runs - 1) * self.tokens) * last / job.model.layer_count,
             "gram": self.tokens * sum(s.units.width**2 for s in job.sites if self._grams(s)) * 1.0,
             "solve": sum(map(self._solve_flops, job.sites)),
             "training": self._training_flops(2.0 * layers),
         }
+        if job.streams:  # the dense network beside; the consumer as it is, and the cross moment of what it gets wrong
+            consumers = sum(self._part(s)[1] for s in job.sites if job.touches(s))
+            found["forward"] += 2.0 * layers * self.streamed * last / job.model.layer_count
+            found["forward"] += 2.0 * consumers * self.streamed
+            found["gram"] += 2.0 * consumers * self.tokens
         head = 2.0 * config.vocab_size * config.hidden_size
         found["evaluation"] = self.evaluated * (2 + self.pruned_too) * (2.0 * layers + head)
         return found
 
     def _grams(self, site: Site) -> bool:
-        return self.job.changes(site) and GRAM in self.job.statistics_of(site)
+        return self.job.touches(site) and GRAM in self.job.statistics_of(site)
 
     def _solve_flops(self, site: Site) -> float:
-        if not (self.job.changes(site) and self.job.recipe.compensate):
+        if not (self.job.touches(site) and self.job.recipe.compensate):
             return 0.0
         width, kept = site.units.width, self._kept(site)
-        own = 2.0 * width**3 if GRAM in self.job.selector.needs_of(site.kind) else 0.0
-        return solve_flops(self._part(site)[1] // width, width, kept) + own
+        outputs = self._part(site)[1] // width
+        own = 2.0 * width**3 if GRAM in self.job.selector.needs_of(site.kind) and self.job.changes(site) else 0.0
+        if not self.job.streams:
+            return solve_flops(outputs, width, kept) + own
+        recipe = self.job.recipe
+        sides = 1 + (recipe.alpha == AUTO)
+        each = kept**3 / 3 + 2.0 * kept**2 * sides * outputs + 2.0 * outputs * (width - kept) * kept
+        return each * (len(RIDGES) if recipe.ridge == AUTO else 1) + own
 
     def _training_flops(self, layer_flops: float) -> float:
         options = self.job.selector.regional_options()
@@ -229,15 +270,19 @@ class Costs:
     def store_bytes(self) -> int:
         """The most that lies in the store at a time: two streams, a branch, and the spilled inputs of a consumer."""
         widest = max(site.units.width for site in self.job.sites)
-        each = 3 * self.job.model.config.hidden_size + (widest if self.spill else 0)
+        hidden = self.job.model.config.hidden_size
+        each = 3 * hidden + (widest if self.spill else 0)
         streamed = self._item * max(self.tokens, 1) * each if self.windows else 0
+        if self.job.streams:  # of the dense network two streams and a branch; targets in float32
+            streamed += self._item * self.trial * self.length * each
+            streamed += (3 * self._item + 4) * self.streamed * hidden
         return max(streamed, self._item * self.evaluated * self.job.model.config.hidden_size)
 
     def store_traffic(self) -> int:
         """Bytes written into the store and read from it again, over the whole run."""
         hidden, layers = self.job.model.config.hidden_size, self.job.model.layer_count
         widths = sum(site.units.width for site in self.job.sites if self.job.changes(site)) * self.spill
-        passes = 1 + self.surveyed + self.pruned_too
+        passes = 1 + self.surveyed + self.pruned_too + 2 * self.job.streams  # the dense stream, and its targets
         return self._item * (
             self.tokens * passes * (7 * hidden * layers + 2 * widths)
             + 2 * self.evaluated * (2 + self.pruned_too) * hidden * layers

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoint import reopen
 from .checkpoint.writer import OutputFolder
+from .chunks import Texts
 from .evaluation.perplexity import perplexity
 from .job import Job
 from .machine import resident_memory
@@ -98,7 +99,8 @@ def _pruned_perplexity(session: Session, work: Workspace, out: OutputFolder) -> 
         session.group.barrier()
         with session.phase("pruned only"):
             windows = session.windows.ids if job.needs_data else None
-            stream(job, work, windows, session.probe, pruned, session.progress.layers("pruning only"), "pruned")
+            texts = Texts(windows, probe=session.probe)
+            stream(job, work, texts, pruned, session.progress.layers("pruning only"), "pruned")
         if session.group.main:
             write_rest(session, job, pruned)
         found = _perplexity(session, work, "evaluating pruned", pruned.partial)

@@ -29,17 +29,31 @@ class Job:
     format: OutputFormat | None = None
 
     def changes(self, site: Site) -> bool:
+        """Whether something is removed there."""
         return self.kept[site.name] < site.units.per_group
 
     @property
+    def streams(self) -> bool:
+        """Whether consumers are repaired towards the dense network's residual stream."""
+        return self.recipe.compensate and self.recipe.target == "stream"
+
+    def touches(self, site: Site) -> bool:
+        """Whether the site's consumer gets a new weight: where something is removed, and with the stream for a target
+        wherever something was removed before."""
+        if not self.streams:
+            return self.changes(site)
+        return any(self.changes(s) for s in self.sites[: self.sites.index(site) + 1])
+
+    @property
     def affine(self) -> bool:
-        """Whether consumers of changed sites get a bias."""
+        """Whether consumers of sites that are touched get a bias."""
         return self.selector.bias if self.recipe.bias is None else self.recipe.bias
 
     def statistics_of(self, site: Site) -> frozenset[str]:
         """Statistics gathered at a changed site of this kind."""
         wanted = self.selector.needs_of(site.kind) - {PRODUCERS, BLOCK_GRADIENTS}
         folds = self.selector.folds(site.kind)
+        folds = folds and (self.changes(site) or not self.streams)
         if (self.recipe.compensate and not folds) or self.selector.updates_weights():
             wanted = wanted | {GRAM}
         return wanted | ({"moments"} if self.affine and not folds else frozenset())

@@ -8,14 +8,14 @@ workspace's store.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from torch import Tensor
 
 from grail_kernels.inputs import all_finite
 
+from .chunks import Chunks
 from .errors import GrailError
 from .families.base import Site
 from .families.decoder import LAYERS, Block
@@ -23,31 +23,8 @@ from .job import Job
 from .machine import trim_memory
 from .regional import gradient_squares
 from .statistics import GRAM, SiteStatistics
-from .workspace import Workspace
 
 HIDDEN = "hidden"
-
-
-@dataclass
-class Chunks:
-    """The chunks of one pass that this process computes: `counted` enter the statistics, the `probe` (or None) only
-    passes through. `windows` counts the calibration windows of all processes. The hidden states before layer k are the
-    store's series `name-k`; lasting: a later run may go on from them."""
-
-    work: Workspace
-    name: str
-    counted: list[int] = field(default_factory=list)
-    windows: int = 0
-    probe: int | None = None
-    lasting: bool = False
-
-    @property
-    def all(self) -> list[int]:
-        return self.counted + ([] if self.probe is None else [self.probe])
-
-    def series(self, layer: int) -> str:
-        """The series of the hidden states before a layer (or, one past the last, before the final norm)."""
-        return f"{self.name}-{layer}"
 
 
 class LayerPass:
@@ -102,20 +79,26 @@ class LayerPass:
             statistics.sum_over(self.work.group)
         self.close(part)
 
-    def gather(self, site: Site, keep_counted: bool) -> SiteStatistics:
+    def gather(
+        self, site: Site, keep_counted: bool, also: Callable[[SiteStatistics, int, Tensor], None] | None = None
+    ) -> SiteStatistics:
         """The statistics of a site, over all processes. Where inputs of consumers are spilled, those that will be
-        needed again are put into the store; keep_counted: those of all counted chunks will."""
+        needed again are put into the store; keep_counted: those of all counted chunks will. also: called with each
+        counted chunk's number and hidden vectors once the statistics, of this process so far, hold them."""
         needs = self.job.statistics_of(site)
         statistics = SiteStatistics(site.units.width, needs, device=self.device, affine=self.job.affine)
         self._trim()
         for number in self.chunks.all:
             counts = number in self.chunks.counted
-            keeps = self.work.spill and ((keep_counted and counts) or self.goes_on(number, site))
+            again = (keep_counted and counts) or number in self.chunks.trial or self.goes_on(number, site)
+            keeps = self.work.spill and again
             if not keeps and not (counts and needs):
                 continue
             h_BLH = self.hidden(site, number)
             if counts and needs:
                 self._count(statistics, h_BLH)
+                if also is not None:
+                    also(statistics, number, h_BLH)
             if keeps:
                 self.put(HIDDEN, number, h_BLH)
             del h_BLH  # or it would lie beside what the next chunk needs
@@ -135,6 +118,10 @@ class LayerPass:
         """A chunk's hidden states before the layer."""
         return self._take(self.chunks.series(self.layer), number)
 
+    def out(self, number: int) -> Tensor:
+        """A chunk's hidden states after the layer."""
+        return self._take(self.chunks.series(self.layer + 1), number)
+
     def hidden(self, site: Site, number: int) -> Tensor:
         """The site's hidden vectors of a chunk, computed from the layer's input."""
         x_BLD, known = self.state(number), self._branches(number)
@@ -149,6 +136,24 @@ class LayerPass:
     def put(self, series: str, number: int, tensor: Tensor) -> None:
         """Store a chunk of this pass."""
         self._put(self._named(series), number, tensor)
+
+    def take(self, series: str, number: int) -> Tensor:
+        """A chunk that was put."""
+        return self._take(self._named(series), number)
+
+    def drop(self, series: str) -> None:
+        """Give up what was put."""
+        self.work.store.drop(self._named(series), self.chunks.all)
+
+    def stream(self, number: int) -> Tensor:
+        """A chunk's residual stream [B, L, D] after the branches that are known."""
+        with self.work.profile.phase("forward"):
+            return self.block.stream(self.state(number), self._branches(number))
+
+    def with_consumer(self, site: Site, h_BLH: Tensor) -> Tensor:
+        """What the site's consumer, as it is, makes of its input: [B, L, O]."""
+        with self.work.profile.phase("forward", flops=2 * h_BLH.numel() * self.job.model.config.hidden_size):
+            return self.block.consume(self.part_of(site), h_BLH)
 
     def consume(
         self, site: Site, number: int, h: Tensor, weight_OK: Tensor | None = None, bias_O: Tensor | None = None
@@ -180,6 +185,10 @@ class LayerPass:
         """A branch is done: its weights and the spilled inputs of its consumer are given up."""
         self.block.release(part)
         self.work.store.drop(self._named(HIDDEN), self.chunks.all)
+        self.note(part)
+
+    def note(self, part: str) -> None:
+        """The outputs of a branch are known from here on."""
         self._known.append(part)
 
     def end(self) -> None:

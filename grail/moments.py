@@ -1,8 +1,8 @@
-"""Statistics of pairs: what a compressed producer really emits, and what its consumer should make of it.
+"""Statistics of pairs: a hidden vector, and what its consumer should make of it.
 
-Shapes: K kept width, O outputs of the consumer. z (K) is the compressed hidden vector, y (O) the target output,
-d = y − W_a z what the anchor W_a gets wrong. Accumulating the difference means that equal inputs give exactly zero
-(DESIGN section 1, general form).
+Shapes: K width of the hidden vector z, O outputs of the consumer. y (O) is the target output, d what some given weight
+gets wrong about it. Accumulating the difference means that equal inputs give exactly zero (DESIGN section 1, general
+form).
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from .distributed import Group
 
 
-class PairStatistics:
-    """Streaming A = Σ z zᵀ, C = Σ z dᵀ, Σ‖y‖² and Σ‖d‖²; with `affine` all of them about the means."""
+class CrossMoments:
+    """Streaming C = Σ z dᵀ, Σ‖y‖² and Σ‖d‖² beside the Gram matrix of z, which `gram` is and somebody else updates
+    first; with `affine` all of them about the means."""
 
-    def __init__(self, width: int, outputs: int, *, device=None, affine: bool = False):
+    def __init__(self, gram: GramAccumulator, outputs: int, *, affine: bool = False):
         self.affine = affine
         self.count = 0
-        self._gram = GramAccumulator(width, device=device, centred=affine)
-        self._cross = CrossAccumulator(width, outputs, device=device)
+        self._gram = gram
+        self._cross = CrossAccumulator(gram.width, outputs, device=gram.device)
         self._origin: Tensor | None = None
-        self._difference = torch.zeros(outputs, dtype=torch.float64, device=device)
-        self._target = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self._difference = torch.zeros(outputs, dtype=torch.float64, device=gram.device)
+        self._target = torch.zeros(outputs, dtype=torch.float64, device=gram.device)
         self._difference_energy = self._target_energy = 0.0
 
     def update(self, z: Tensor, target: Tensor, difference: Tensor) -> None:
-        """Add rows: z [..., K], y [..., O] and d [..., O]."""
+        """Add rows that the Gram matrix holds already: z [..., K], y [..., O] and d [..., O]."""
         z_TK, y_TO, d_TO = (t.reshape(-1, t.shape[-1]).float() for t in (z, target, difference))
         if not len(z_TK):
             return
         self.count += len(z_TK)
-        self._gram.update(z_TK)
         if self.affine and self._origin is None:
             self._origin = self._gram.mean.float()
         self._cross.update(z_TK if self._origin is None else z_TK - self._origin, d_TO)
@@ -48,15 +48,14 @@ class PairStatistics:
 
     def sum_over(self, group: Group) -> None:
         """Let these be the statistics of the pairs of all processes, of which some may have none; the same bits on
-        each. Raises GrailError when another process is gone."""
+        each. The Gram matrix has been summed before. Raises GrailError when another process is gone."""
         if group.size == 1:
             return
         own_O, numbers = self._difference, [self.count, self._difference_energy, self._target_energy]
         totals = group.sum_(torch.cat([own_O.new_tensor(numbers), own_O, self._target]))
+        if self.affine and self._gram.count:
+            self._move_origin(self._gram.mean.float(), own_O)
         with group.collective(self._gram.device) as carrier:
-            self._gram.all_reduce(carrier)
-            if self.affine and self._gram.count:
-                self._move_origin(self._gram.mean.float(), own_O)
             self._cross.all_reduce(carrier)
         numbers, self._difference, self._target = totals.split([3, len(own_O), len(own_O)])
         self.count = int(numbers[0])
@@ -67,11 +66,6 @@ class PairStatistics:
         old_K = torch.zeros_like(origin_K) if self._origin is None else self._origin
         self._cross.shifted_(old_K.double() - origin_K.double(), difference_O)
         self._origin = origin_K
-
-    @property
-    def normal(self) -> PackedSymmetric:
-        """A, packed float32."""
-        return self._gram.packed
 
     @property
     def cross(self) -> Tensor:
@@ -103,3 +97,32 @@ class PairStatistics:
 
     def _about_mean(self, sum_O: Tensor) -> float:
         return sum_O.square().sum().item() / max(self.count, 1) if self.affine else 0.0
+
+
+class PairStatistics(CrossMoments):
+    """The same with a Gram matrix of its own, A = Σ z zᵀ."""
+
+    def __init__(self, width: int, outputs: int, *, device=None, affine: bool = False):
+        super().__init__(GramAccumulator(width, device=device, centred=affine), outputs, affine=affine)
+
+    def update(self, z: Tensor, target: Tensor, difference: Tensor) -> None:
+        """Add rows: z [..., K], y [..., O] and d [..., O]."""
+        self._gram.update(z.reshape(-1, z.shape[-1]).float())
+        super().update(z, target, difference)
+
+    def sum_over(self, group: Group) -> None:
+        """As in CrossMoments, the Gram matrix included."""
+        if group.size > 1:
+            with group.collective(self._gram.device) as carrier:
+                self._gram.all_reduce(carrier)
+        super().sum_over(group)
+
+    @property
+    def accumulator(self) -> GramAccumulator:
+        """What other moments of the same z go with."""
+        return self._gram
+
+    @property
+    def normal(self) -> PackedSymmetric:
+        """A, packed float32."""
+        return self._gram.packed

@@ -15,16 +15,20 @@ from torch import Tensor
 
 from .checkpoint.background import Background
 from .checkpoint.writer import SHARD, OutputFolder, Piece
+from .chunks import Chunks, Texts
 from .errors import GrailError
 from .job import Job
-from .layer import Chunks, LayerPass
+from .layer import LayerPass
 from .machine import apart
 from .reduction import Reduction
 from .result import SiteResult
 from .selectors.base import BLOCK_GRADIENTS, PRODUCERS
 from .sites import compress, view_of
 from .statistics import SiteStatistics
+from .store import ChunkStore
+from .stream_site import compress as compress_towards
 from .training import LayerTraining, Training
+from .twin import Twin, beside
 from .workspace import Workspace
 
 Track = Callable[[Iterable[int]], Iterable[int]]
@@ -52,8 +56,8 @@ def survey(
     allocation over the whole network."""
     selector, scores = job.selector, {}
     needed = any(selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites)
-    chunks = _chunks(work, "survey", windows_NL if needed else None)
-    _embed(job, chunks, windows_NL if needed else None)
+    chunks = Chunks.of(work, "survey", Texts(windows_NL if needed else None))
+    _embed(job, [chunks])
     for layer in track(range(job.model.layer_count)):
         run = LayerPass(job, layer, chunks, chunks.all if layer + 1 < job.model.layer_count else [])
         for site in run.sites:
@@ -71,31 +75,30 @@ def survey(
 def stream(
     job: Job,
     work: Workspace,
-    windows_NL: Tensor | None,
-    probe_1L: Tensor,
+    texts: Texts,
     out: OutputFolder,
     track: Track = lambda layers: layers,
     name: str = "stream",
 ) -> Streamed:
-    """Compress every site in order, writing one shard per layer and one for the rest. windows_NL [N, L] token ids;
-    None when `job.needs_data` is false. The probe window runs through the result beside the calibration data.
+    """Compress every site in order, writing one shard per layer and one for the rest. texts: without calibration
+    windows when `job.needs_data` is false; the probe window runs through the result beside them.
 
     Layers that `out` holds already, committed by an earlier run, are taken from there. Only the main process writes.
     name: of the pass in the workspace's store; what lies there under another pass's name is not touched.
     """
     model, streamed = job.model, Streamed()
-    chunks = _chunks(work, name, windows_NL, probe=True)
+    chunks = Chunks.of(work, name, texts)
     chunks.lasting = out.keep
-    last = max((site.layer for site in job.sites if job.changes(site)), default=-1)
+    last = max((site.layer for site in job.sites if job.touches(site)), default=-1)
     first = _recalled(job, chunks, out, streamed, last)
     if first == 0:
-        _embed(job, chunks, windows_NL, probe_1L)
+        _embed(job, _streams(job, chunks))
     with Background(out, work.group, work.profile, enabled=work.ahead) as background:
         for layer in track(range(first, model.layer_count)):
             if layer > last:
-                chunks.counted = []
+                chunks.learn_no_more()
             background.read_ahead(model.source, _names(job, layer + 1))
-            wanted = chunks.all if layer < last else chunks.all[len(chunks.counted) :]
+            wanted = chunks.all if layer < last else chunks.passing
             _compress_layer(LayerPass(job, layer, chunks, wanted), streamed, background)
         background.settle()
     if work.group.main:
@@ -103,18 +106,17 @@ def stream(
     return streamed
 
 
-def _chunks(work: Workspace, name: str, windows_NL: Tensor | None, probe: bool = False) -> Chunks:
-    split = [] if windows_NL is None else work.split(windows_NL)
-    windows = 0 if windows_NL is None else len(windows_NL)
-    return Chunks(work, name, work.mine(len(split)), windows, len(split) if probe and work.group.main else None)
-
-
-def _embed(job: Job, chunks: Chunks, windows_NL: Tensor | None, probe_1L: Tensor | None = None) -> None:
+def _embed(job: Job, streams: list[Chunks]) -> None:
     """The hidden states before the first layer."""
-    split = [] if windows_NL is None else chunks.work.split(windows_NL)
-    for number in chunks.all:
-        ids_BL = probe_1L if number == chunks.probe else split[number]
-        chunks.work.store.put(chunks.series(0), number, job.model.embed(ids_BL), lasting=chunks.lasting)
+    for part in streams:
+        for number in part.all:
+            states_BLD = job.model.embed(part.ids[number])
+            part.work.store.put(part.series(0), number, states_BLD, lasting=part.lasting)
+
+
+def _streams(job: Job, chunks: Chunks) -> list[Chunks]:
+    """The compressed stream, and the dense one where it runs beside."""
+    return [chunks, beside(chunks)] if job.streams else [chunks]
 
 
 def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) -> None:
@@ -122,16 +124,19 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
     job, chunks, group = run.job, run.chunks, run.work.group
     options = job.selector.regional_options()
     run.trained = bool(options) and any(map(job.changes, run.sites))
-    training = LayerTraining(run, options) if run.trained else None
+    twin = Twin(run) if job.streams and chunks.windows else None  # in all processes, also one without a chunk
+    training = LayerTraining(run, options, twin) if run.trained else None
     results, tensors = [], {}
     for site in run.sites:
         if site == run.sites[-1]:
             background.settle()  # before this site's solve, the largest of the layer, needs the memory
-        if not job.changes(site):
+        if not job.touches(site):
+            if twin is not None:
+                twin.pass_through(site)
             run.pass_through(site)
             results.append(SiteResult(site))
             continue
-        result = compress(run, site)
+        result = compress(run, site) if twin is None else compress_towards(run, twin, site)
         if group.main:
             tensors |= _narrowed(job, result)
         if training is None:
@@ -142,17 +147,25 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
         streamed.trained.append(training.outcome)
         training.outputs()
     run.end()
+    ended = [(chunks.series(run.layer), list(chunks.all))]
+    if twin is not None:
+        ended.append(twin.end())
     results = [result.without_tensors() for result in results]
     streamed.results += results
-    numbers = list(chunks.all)
     background.write(
         _shard_name(run.layer + 1, job),
         _layer_pieces(job, run.layer, tensors, streamed.reductions) if group.main else None,
-        partial(run.work.store.drop, chunks.series(run.layer), numbers),  # and nothing that holds the layer itself
+        partial(_drop, run.work.store, ended),  # and nothing that holds the layer itself
         layer=run.layer,
         sites=[result.to_json() for result in results],
         trained=training and vars(training.outcome),
     )
+
+
+def _drop(store: ChunkStore, series: list[tuple[str, list[int]]]) -> None:
+    """Give up chunks of several series."""
+    for name, numbers in series:
+        store.drop(name, numbers)
 
 
 def _narrowed(job: Job, result: SiteResult) -> dict[str, Tensor]:
@@ -168,8 +181,9 @@ def _recalled(job: Job, chunks: Chunks, out: OutputFolder, streamed: Streamed, l
     first = len(steps)
     if not first:
         return 0
-    needed = chunks.all if first <= last else chunks.all[len(chunks.counted) :]
-    sound = store.outlives_process and store.holds(chunks.series(first), needed)
+    streams = [chunks] if first > last else _streams(job, chunks)
+    needed = {part.name: part.all if first <= last else part.passing for part in streams}
+    sound = store.outlives_process and all(store.holds(part.series(first), needed[part.name]) for part in streams)
     if group.main:
         sound = sound and all(out.recall(step) for step in steps)
     if not all(group.gather(sound)):
@@ -181,8 +195,9 @@ def _recalled(job: Job, chunks: Chunks, out: OutputFolder, streamed: Streamed, l
         streamed.results += [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
         if step["trained"]:
             streamed.trained.append(Training(**step["trained"]))
-    for layer in range(first):
-        store.drop(chunks.series(layer), chunks.all)
+    for part in _streams(job, chunks):
+        for layer in range(first):
+            store.drop(part.series(layer), part.all)
     return first
 
 

@@ -60,6 +60,8 @@ class Plan:
             "parameters": {"before": session.parameters, "after": after},
             "bytes": {"before": session.source_bytes, "after": _bytes_after(session)},
             "calibration_tokens": self.costs.tokens,
+            "trial_tokens": self.costs.streamed - self.costs.tokens,
+            "target": session.recipe.target,
             "evaluation_tokens": self.costs.evaluated,
             "passes": 1 + self.costs.surveyed,
             "chunk_tokens": self.costs.chunk,
@@ -93,6 +95,7 @@ def make_plan(session: Session) -> Plan:
         session.widths.needs_scores,
         session.recipe.compare_pruned and session.recipe.compensate,
         session.evaluated.ids.shape[1] if session.evaluated else 0,
+        -(-session.trial_windows // session.group.size),
     )
     base = resident_memory() + PROCESS_GROWTH
     store, kept = _store(session, costs, base)
@@ -106,12 +109,13 @@ def make_plan(session: Session) -> Plan:
 def headline(plan: Plan) -> str:
     """The one line before work."""
     session = plan.session
-    changed = sum(map(session.job.changes, session.job.sites))
+    changed = sum(map(session.job.touches, session.job.sites))
     tokens = session.windows.tokens if session.windows else 0
+    beside = f" and {session.trial_windows} windows to choose by" if session.trial_windows else ""
     several = f" in {session.group.size} processes" if session.group.size > 1 else ""
     return (
         f"{session.recipe.called or session.located.id}: {session.parameters / 1e6:.1f} M parameters, "
-        f"{changed} of {len(session.job.sites)} sites, {tokens:,} calibration tokens; about "
+        f"{changed} of {len(session.job.sites)} sites, {tokens:,} calibration tokens{beside}; about "
         f"{plan.peak / 1e9:.1f} GB and {max(plan.total_seconds, 1):.0f} s{several}"
     )
 

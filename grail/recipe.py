@@ -7,10 +7,13 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import GrailError
 
+AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
+TRIAL_SHARE, MOST_TRIALS = 8, 16
+"""Windows that only decide between candidates: one for so many that enter the statistics, and at most so many."""
 DTYPES = ("float32", "bfloat16", "float16")
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called"}
 """Where the result goes and how it is computed; the rest decides what it is."""
@@ -19,7 +22,12 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 @dataclass
 class Recipe:
-    """The options of CONTRACTS, with underscores. `None` means "the default for this model and data"."""
+    """The options of CONTRACTS, with underscores. `None` means "the default for this model and data".
+
+    target: what a repaired consumer should add to the residual stream: what it did before ("hidden"), or also what the
+    sites before it got wrong ("stream"), of which alpha is the share."""
+
+    TARGETS: ClassVar[tuple[str, ...]] = (HIDDEN, STREAM)
 
     model: Any
     method: str = "wanda-sp"
@@ -32,7 +40,9 @@ class Recipe:
     seq_len: int | None = None
     seed: int = 0
     compensate: bool = True
-    ridge: float = 1e-3
+    ridge: Any = None
+    target: str | None = None
+    alpha: Any = "auto"
     ridge_form: str = "anchored"
     bias: bool | None = None
     allocation: str | None = None
@@ -67,8 +77,7 @@ class Recipe:
             given = value is not None or option == "ratio"
             if given and not (_is_number(value) and 0 <= value < 1):
                 raise GrailError(f"{_flag(option)} must be a number from 0 up to, not including, 1; got {value}")
-        if not (_is_number(self.ridge) and self.ridge >= 0):
-            raise GrailError(f"--ridge must be a finite number, 0 or more; got {self.ridge}")
+        self._settle_target()
         for option in ("samples", "seq_len", "round_to", "head_multiple"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -90,6 +99,33 @@ class Recipe:
             if getattr(self, option) not in choices:
                 known = ", ".join(c for c in choices if c)
                 raise GrailError(f"{_flag(option)} {getattr(self, option)}: choose one of {known}")
+
+    def _settle_target(self) -> None:
+        """The target, and with it the ridge that is not given."""
+        self.target = self.target or self.TARGETS[0]
+        if self.target not in self.TARGETS:
+            raise GrailError(f"--target {self.target}: choose one of {', '.join(self.TARGETS)}")
+        streams = self.target == STREAM
+        if self.ridge is None:
+            self.ridge = AUTO if streams else 1e-3
+        number = _is_number(self.ridge) and self.ridge >= 0
+        if not number and not (streams and self.ridge == AUTO):
+            also = ", or auto" if streams else ""
+            raise GrailError(f"--ridge must be a finite number, 0 or more{also}; got {self.ridge}")
+        if not streams and self.alpha != AUTO:
+            raise GrailError("--alpha is for --target stream")
+        if self.alpha != AUTO and not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
+            raise GrailError(f"--alpha must be a number from 0 to 1, or auto; got {self.alpha}")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether windows are needed that only decide between candidates."""
+        return self.compensate and AUTO in ([self.alpha, self.ridge] if self.target == STREAM else [self.ridge])
+
+    @property
+    def trial_windows(self) -> int:
+        """How many."""
+        return min(max(self.samples // TRIAL_SHARE, 2), MOST_TRIALS) if self.chooses else 0
 
     def ratio_of(self, kind: str) -> float:
         """The ratio for a kind of site, "heads" or "channels"."""

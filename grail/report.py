@@ -148,5 +148,7 @@ def site_entry(result: SiteResult, trained: bool) -> dict:
         "rcond": done.rcond if done and math.isfinite(done.rcond) else None,
         "error_before": done and done.error_before,
         "error_after": done and done.error_after,
+        "alpha": done and done.alpha,
+        "held_out_errors": done and done.held_out and list(done.held_out),
         "trained": trained and result.reduction is not None,
     }

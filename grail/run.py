@@ -183,9 +183,9 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     session = plan.session
     work = _workspace(plan, out)
     session.settle_widths(work)
-    job, windows = session.job, session.windows and session.windows.ids
+    job = session.job
     with session.phase("compress"):
-        streamed = stream(job, work, windows, session.probe, out, session.progress.layers("compressing"))
+        streamed = stream(job, work, session.texts, out, session.progress.layers("compressing"))
     if session.group.main:
         write_rest(session, job, out)
         with session.phase("reopen"):

@@ -21,6 +21,7 @@ from .calibration.text import default_length
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
+from .chunks import Texts
 from .distributed import Group
 from .errors import GrailError
 from .families import open_family
@@ -89,8 +90,8 @@ class Session:
 
     def _decide_format(self) -> None:
         job = self.job
-        biased = job.affine and any(map(job.changes, job.sites))
-        job.format = self.model.output_format(job.sites, job.kept, bias=biased, asked=self.recipe.format)
+        biased = [site.name for site in job.sites if job.affine and job.touches(site)]
+        job.format = self.model.output_format(job.sites, job.kept, given_bias=biased, asked=self.recipe.format)
 
     def settle_widths(self, work: Workspace) -> None:
         """For a global allocation: the first of two passes, unless an earlier run has made it; then widths and format.
@@ -113,6 +114,18 @@ class Session:
         if self.group.main:
             self.out.journal.append({"step": WIDTHS, "kept": kept})
         return kept
+
+    @property
+    def trial_windows(self) -> int:
+        """Calibration windows that only decide between candidates."""
+        return 0 if self.windows is None or self.windows.trial is None else len(self.windows.trial)
+
+    @property
+    def texts(self) -> Texts:
+        """The windows that go through the network."""
+        if self.windows is None:
+            return Texts(probe=self.probe)
+        return Texts(self.windows.ids, self.windows.trial, self.probe)
 
     @property
     def spill(self) -> bool:
@@ -183,6 +196,7 @@ class Session:
             samples=recipe.samples,
             seq_len=recipe.seq_len,
             seed=recipe.seed,
+            trial=recipe.trial_windows,
         )
         widest = max(site.units.width for site in self.job.sites if self.job.changes(site))
         if windows.tokens < widest:
@@ -246,6 +260,7 @@ class Session:
             "windows": count,
             "seq_len": length,
             "tokens": self.windows.tokens,
+            "trial_windows": self.trial_windows,
         }
 
     @contextmanager

@@ -26,14 +26,22 @@ def compress(run: LayerPass, site: Site) -> SiteResult:
     """Select and compensate one site, and compute its branch from the result."""
     folds = run.job.selector.folds(site.kind)
     result, narrow = _fold(run, site) if folds else (_prune(run, site), {})
+    apply(run, site, result, narrow if folds else None)
+    return result
+
+
+def apply(run: LayerPass, site: Site, result: SiteResult, narrow: dict[str, Tensor] | None) -> None:
+    """Compute the site's branch from its result. narrow: the producers' tensors where these were folded, else None."""
     weight_OK, bias_O = (None if t is None else run.computed(t) for t in (result.weight, result.bias))
     for number in run.chunks.all:
-        if run.goes_on(number, site):
-            twice = folds and not run.work.spill
-            z_BLK = _folded(run, site, number, narrow) if twice else run.hidden_again(site, number)
-            run.consume(site, number, z_BLK if folds else result.reduction.reduce(z_BLK), weight_OK, bias_O)
+        if not run.goes_on(number, site):
+            continue
+        if narrow is None:
+            z_BLK = result.reduction.reduce(run.hidden_again(site, number))
+        else:
+            z_BLK = run.hidden_again(site, number) if run.work.spill else folded(run, site, number, narrow)
+        run.consume(site, number, z_BLK, weight_OK, bias_O)
     run.close(run.part_of(site))
-    return result
 
 
 def view_of(run: LayerPass, site: Site, statistics: SiteStatistics) -> SiteView:
@@ -56,7 +64,8 @@ def view_of(run: LayerPass, site: Site, statistics: SiteStatistics) -> SiteView:
     )
 
 
-def _select(run: LayerPass, view: SiteView) -> Reduction:
+def select(run: LayerPass, view: SiteView) -> Reduction:
+    """What the method chooses."""
     with run.work.profile.phase("select"):
         return run.job.selector.select(view)
 
@@ -70,7 +79,7 @@ def _prune(run: LayerPass, site: Site) -> SiteResult:
 def _select_and_repair(run: LayerPass, site: Site, view: SiteView) -> SiteResult:
     """A reduction whose compressed vector follows from the dense one, z = R h, and its new consumer."""
     job, recipe = run.job, run.job.recipe
-    reduction = _select(run, view)
+    reduction = select(run, view)
     dtype = job.written_dtype(view.weight_OH.dtype)
     lam = job.selector.own_ridge(view)
     compensation = bias_O = None
@@ -96,8 +105,8 @@ def _fold(run: LayerPass, site: Site) -> tuple[SiteResult, dict[str, Tensor]]:
     """
     job, recipe, group = run.job, run.job.recipe, run.work.group
     view = view_of(run, site, run.gather(site, keep_counted=True))
-    reduction = from_main(group, site, lambda: SiteResult(site, _select(run, view))).reduction
-    narrow = {run.local(name): run.computed(t) for name, t in job.narrow_producers(site, reduction).items()}
+    reduction = from_main(group, site, lambda: SiteResult(site, select(run, view))).reduction
+    narrow = narrowed_producers(run, site, reduction)
     dtype = job.written_dtype(view.weight_OH.dtype)
     lifted_OK = reduction.lift_consumer(view.weight_OH.double()).to(dtype)
     fits = recipe.compensate or job.affine
@@ -107,7 +116,7 @@ def _fold(run: LayerPass, site: Site) -> tuple[SiteResult, dict[str, Tensor]]:
         counts = fits and number in run.chunks.counted
         if not counts and not run.goes_on(number, site):
             continue
-        z_BLK = _folded(run, site, number, narrow)
+        z_BLK = folded(run, site, number, narrow)
         if counts:
             target_BLO = run.hidden_again(site, number).float() @ dense_OH.mT
             with run.work.profile.phase("gram"):
@@ -128,7 +137,12 @@ def _fold(run: LayerPass, site: Site) -> tuple[SiteResult, dict[str, Tensor]]:
     return from_main(group, site, repair), narrow
 
 
-def _folded(run: LayerPass, site: Site, number: int, narrow: dict[str, Tensor]) -> Tensor:
+def narrowed_producers(run: LayerPass, site: Site, reduction: Reduction) -> dict[str, Tensor]:
+    """The producers' tensors after a reduction, as they are computed with, by their names within the layer."""
+    return {run.local(name): run.computed(t) for name, t in run.job.narrow_producers(site, reduction).items()}
+
+
+def folded(run: LayerPass, site: Site, number: int, narrow: dict[str, Tensor]) -> Tensor:
     """What the narrowed producers emit for a chunk. Raises GrailError when it is not finite."""
     with run.block.with_tensors(narrow):
         z_BLK = run.hidden(site, number)

@@ -78,6 +78,12 @@ class SiteStatistics:
                 self.count += count
 
     @property
+    def accumulator(self) -> GramAccumulator:
+        """What other moments of the same rows go with (moments.CrossMoments)."""
+        self._require_gram()
+        return self._gram
+
+    @property
     def gram(self) -> PackedSymmetric:
         """G = XᵀX, packed float32; where the matrix is kept about the mean a copy, made anew each time."""
         self._require_gram()

@@ -6,6 +6,7 @@ one. Shapes: L tokens, D hidden size, O outputs and H inputs of a consumer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from .reduction import Selection
 from .regional import mean_error, optimise
 from .result import SiteResult
 from .selectors.base import RegionalOptions
+from .twin import Twin
 
 
 @dataclass
@@ -30,19 +32,23 @@ class Training:
 
 class LayerTraining:
     """Made before the layer is compressed, since it keeps what the dense layer makes of the first windows (of all
-    processes; the main one trains)."""
+    processes; the main one trains). twin: then the target is the dense network's stream instead."""
 
-    def __init__(self, run: LayerPass, options: RegionalOptions):
-        self.run, self.options = run, options
-        self._inputs = run.work.group.send_to_main(_first_windows(run, options.windows))[: options.windows]
-        with run.work.profile.phase("training"):
-            self._targets = [run.block.run(x_1LD) for x_1LD in self._inputs]
+    def __init__(self, run: LayerPass, options: RegionalOptions, twin: Twin | None = None):
+        self.run, self.options, self._twin = run, options, twin
+        self._inputs = self._first_windows(run.state)
+        self._targets: list[Tensor] = []
+        if twin is None:
+            with run.work.profile.phase("training"):
+                self._targets = [run.block.run(x_1LD) for x_1LD in self._inputs]
         self._wide: dict[str, Tensor] = {}
         self.outcome: Training | None = None
 
     def train(self, results: list[SiteResult]) -> dict[str, Tensor]:
         """The trained tensors by full name, narrow and rounded to what is written."""
         run, group = self.run, self.run.work.group
+        if self._twin is not None:
+            self._targets = self._first_windows(self._twin.output)
         changed = [result for result in results if result.reduction is not None]
         full = self._trained(changed) if group.main else {}
         names = group.broadcast(list(full))
@@ -61,6 +67,15 @@ class LayerTraining:
                 with self.run.work.profile.phase("forward"):
                     out_BLD = self.run.block.run(self.run.state(number))
                 self.run.finish(number, out_BLD)
+
+    def _first_windows(self, states: Callable[[int], Tensor]) -> list[Tensor]:
+        """The first windows [1, L, D], in the main process; states: a chunk's by its number."""
+        count, found = self.options.windows, []
+        for number in self.run.chunks.counted:
+            found += list(states(number).split(1))[: count - len(found)]
+            if len(found) == count:
+                break
+        return self.run.work.group.send_to_main(found)[:count]
 
     def _trained(self, changed: list[SiteResult]) -> dict[str, Tensor]:
         """The trained tensors by full name, in their original shapes, and how it went."""
@@ -116,13 +131,3 @@ class LayerTraining:
                     if name in full:
                         tensors[name] = result.reduction.narrow_producer(full[name], producer.rows_per_unit)
         return tensors
-
-
-def _first_windows(run: LayerPass, count: int) -> list[Tensor]:
-    """The first windows [1, L, D] of this process, at most `count`."""
-    found: list[Tensor] = []
-    for number in run.chunks.counted:
-        found += list(run.state(number).split(1))[: count - len(found)]
-        if len(found) == count:
-            break
-    return found

@@ -75,7 +75,8 @@ def bias_of(site):
 def write(model, folder, asked, *, bias=False, gqa="query", differ=False, chosen=None):
     """What the pipeline does with a format, without statistics: consumers sliced, biases given."""
     sites, kept, reductions = chosen or plan(model, gqa, differ)
-    form = model.output_format(sites, kept, bias=bias, asked=asked)
+    given = [site.name for site in sites if bias and kept[site.name] < site.units.per_group]
+    form = model.output_format(sites, kept, given_bias=given, asked=asked)
     with OutputFolder(folder) as out:
         for layer in range(model.layer_count):
             changed = {}
@@ -148,7 +149,7 @@ def test_every_type_in_every_format(tmp_path, model_type, asked, bias):
     if model_type == "qwen3" and bias and asked != "grail":
         with pytest.raises(GrailError, match=f"--format {asked}: qwen3 has no bias in down_proj.*--format grail"):
             write(model, tmp_path / "out", asked, bias=bias, chosen=chosen)
-        assert model.output_format(sites, kept, bias=True, asked="auto").name == "grail"
+        assert model.output_format(sites, kept, given_bias=kept, asked="auto").name == "grail"
         return
     form, _ = write(model, tmp_path / "out", asked, bias=bias, chosen=chosen)
     small = opened(tmp_path / "out")
@@ -206,7 +207,7 @@ def test_no_carrier_for_another_computation(tmp_path, model_type):
     """A bias that the own class cannot carry must not move a windowed, NoPE or normalised model to seed_oss."""
     model = open_family(tiny_checkpoint(tmp_path / "source", model_type, **SLIDING[model_type]))
     sites, kept, _ = plan(model)
-    form = model.output_format(sites, kept, bias=True, asked="auto")
+    form = model.output_format(sites, kept, given_bias=kept, asked="auto")
     own = model_type == "smollm3"
     assert (form.name, form.config["model_type"]) == (
         ("uniform", model_type) if own else ("grail", f"grail_{model_type}")
@@ -375,15 +376,15 @@ def test_no_bias_is_advised_only_where_it_helps(tmp_path, asked):
     with pytest.raises(
         GrailError, match=f"^--format {asked}: qwen3 has no bias in down_proj; add --no-bias, or choose"
     ):
-        model.output_format(sites, kept, bias=True, asked=asked)
-    assert "add --no-bias" in model.output_format(sites, kept, bias=True).class_changed
+        model.output_format(sites, kept, given_bias=kept, asked=asked)
+    assert "add --no-bias" in model.output_format(sites, kept, given_bias=kept).class_changed
     write(model, tmp_path / "biased", "grail", bias=True)
     again = open_family(tmp_path / "biased")
     sites = again.sites()
     kept = {site.name: max(site.units.per_group - 1, 1) for site in sites}
     for bias in (False, True):
         with pytest.raises(GrailError, match=r"qwen3 has no bias in down_proj; choose --format grail$"):
-            again.output_format(sites, kept, bias=bias, asked=asked)
+            again.output_format(sites, kept, given_bias=kept if bias else (), asked=asked)
 
 
 def test_a_format_is_refused_before_the_widths_are_known(tmp_path):
@@ -392,8 +393,8 @@ def test_a_format_is_refused_before_the_widths_are_known(tmp_path):
     sites = model.sites()
     stand_ins = {site.name: site.units.per_group - 1 for site in sites}
     with pytest.raises(GrailError, match="--format padded: qwen3 has no bias"):
-        model.output_format(sites, stand_ins, bias=True, asked="padded")
-    assert model.output_format(sites, stand_ins, bias=False, asked="padded").name == "padded"
+        model.output_format(sites, stand_ins, given_bias=stand_ins, asked="padded")
+    assert model.output_format(sites, stand_ins, asked="padded").name == "padded"
 
 
 def test_how_to_keep_the_class(tmp_path):
@@ -405,14 +406,16 @@ def test_how_to_keep_the_class(tmp_path):
     assert "to keep LlamaForCausalLM, choose an --attn-ratio" in changed
     qwen = open_family(tiny_checkpoint(tmp_path / "qwen", "qwen2"))
     sites, kept, _ = plan(qwen)
-    assert qwen.output_format(sites, kept, bias=True).class_changed.endswith("to keep Qwen2ForCausalLM, add --no-bias")
+    assert qwen.output_format(sites, kept, given_bias=kept).class_changed.endswith(
+        "to keep Qwen2ForCausalLM, add --no-bias"
+    )
 
 
 def test_nothing_removed_leaves_the_config_alone(tmp_path):
     source = tiny_checkpoint(tmp_path / "source")
     model = open_family(source)
     sites = model.sites()
-    form = model.output_format(sites, {site.name: site.units.per_group for site in sites}, bias=True)
+    form = model.output_format(sites, {site.name: site.units.per_group for site in sites})
     assert form.config == json.loads((source / "config.json").read_text()) and form.class_changed is None
     assert form.layer_tensors(0, {}, {}) == {}
 

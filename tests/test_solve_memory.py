@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grail import compensation
+from grail import normal_equations as equations
 from grail import reduction as reductions
 from grail.compensation import compensate, compensate_pairs, mean_bias, reconstruction_errors, solve_bytes
 from grail.moments import PairStatistics
@@ -87,7 +88,7 @@ def site(outputs: int = 7):
 def blocks_of_two(monkeypatch):
     """As if every matrix were too large to be handled at once."""
     for module, name in (
-        (compensation, "CPU_ROWS"), (compensation, "GRAM_ROWS"), (reductions, "FOLD_ROWS"), (cholesky, "BLOCK_ROWS")
+        (equations, "CPU_ROWS"), (equations, "GRAM_ROWS"), (reductions, "FOLD_ROWS"), (cholesky, "BLOCK_ROWS")
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 2)
     monkeypatch.setattr(cholesky, "BLOCK_NUMBERS", 1)

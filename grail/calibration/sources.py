@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import GrailError
+from .builtin import docstrings, topics
 
-HELD_OUT_EVERY = 5
+BUILTIN = {"builtin": topics, "docstrings": docstrings}
+"""Text that every machine has."""
 LOCAL_HELD_OUT = 10
 C4_EVALUATION_DOCUMENTS = 1100
 
@@ -16,8 +18,8 @@ C4_EVALUATION_DOCUMENTS = 1100
 def documents(source: str, split: str, option: str = "--calibration") -> Iterator[str]:
     """Documents of a named source or a local .txt / .jsonl file; split "all" is the whole of a local file, and
     "evaluation" elsewhere. Raises GrailError naming the option and the source when it cannot be had."""
-    if source == "builtin":
-        return iter(_builtin(split))
+    if source in BUILTIN:
+        return iter(BUILTIN[source](split))
     if source in _HUB:
         return _hub(source, split, option)
     path = Path(source)
@@ -35,27 +37,8 @@ def documents(source: str, split: str, option: str = "--calibration") -> Iterato
 def no_such_text(source: str, option: str) -> str:
     """The sentence for a source that is neither a file nor a known name."""
     what = "is a folder; name one file" if Path(source).is_dir() else "no such file"
-    known = ", ".join(["builtin", *_HUB])
+    known = ", ".join([*BUILTIN, *_HUB])
     return f"{option} {source}: {what} (.txt, .jsonl or .safetensors), and not one of {known}"
-
-
-def _builtin(split: str) -> list[str]:
-    """Topics of the standard library's documentation, sorted by name. The first and every fifth after it are held out
-    for evaluation; the topics quote each other, so paragraphs of the held-out ones are struck from the others."""
-    from pydoc_data.topics import topics
-
-    texts = [text for _, text in sorted(topics.items())]
-    held_out = texts[::HELD_OUT_EVERY]
-    if split != "calibration":
-        return held_out
-    seen = {paragraph for text in held_out for paragraph in _paragraphs(text)}
-    others = (text for i, text in enumerate(texts) if i % HELD_OUT_EVERY)
-    fresh = ("\n\n".join(p for p in _paragraphs(text) if p not in seen) for text in others)
-    return [text for text in fresh if text]
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def _jsonl(path: Path) -> list[str]:

@@ -13,24 +13,31 @@ from torch import Tensor
 
 from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
-from .sources import documents, no_such_text
+from .sources import BUILTIN, documents, no_such_text
 
-JOINER = {"builtin": "\n\n", "wikitext2": "\n\n"}
+JOINER = dict.fromkeys([*BUILTIN, "wikitext2"], "\n\n")
 BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
 ENOUGH = 8
+TRIAL_SHARE = 5
+"""Windows that only decide are at most one of so many."""
 
 
 @dataclass
 class Windows:
-    """ids [N, L]; source is what the user named; sha256 over the ids."""
+    """ids [N, L]; source is what the user named; sha256 over the ids. trial [V, L] or None: windows of the same source
+    that the others do not overlap, for a choice between candidates."""
 
     ids: Tensor
     source: str
     sha256: str
+    trial: Tensor | None = None
 
     @classmethod
-    def of(cls, ids: Tensor, source: str) -> Windows:
-        return cls(ids, source, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+    def of(cls, ids: Tensor, source: str, trial: Tensor | None = None) -> Windows:
+        hashed = hashlib.sha256(ids.numpy().tobytes())
+        if trial is not None:
+            hashed.update(trial.numpy().tobytes())
+        return cls(ids, source, hashed.hexdigest(), trial)
 
     @property
     def tokens(self) -> int:
@@ -38,27 +45,36 @@ class Windows:
 
 
 def default_length(source: Any) -> int:
-    return BUILTIN_LENGTH if source == "builtin" else DEFAULT_LENGTH
+    return BUILTIN_LENGTH if source in BUILTIN else DEFAULT_LENGTH
 
 
 def load_calibration(
-    source: Any, tokenizer: Callable[[], Any], vocabulary: int, *, samples: int, seq_len: int | None, seed: int
+    source: Any,
+    tokenizer: Callable[[], Any],
+    vocabulary: int,
+    *,
+    samples: int,
+    seq_len: int | None,
+    seed: int,
+    trial: int = 0,
 ) -> Windows:
-    """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`.
+    """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and `trial` (at most a fifth of what
+    there is) that lie evenly spread between them.
 
     source: "builtin", "wikitext2", "c4", a path, or (Python) a tensor, a list of tensors or an iterable of batches.
-    `tokenizer` is only called when there is text to tokenise. Raises GrailError naming a source without a full window.
+    `tokenizer` is only called when there is text to tokenise. Raises GrailError naming a source without a full window,
+    or with `trial` one without enough for both.
     """
     if not isinstance(source, (str, Path)):
-        ids = _from_batches(source, samples, seq_len)
-        return Windows.of(_checked(ids, vocabulary, "calibration"), "given in Python")
+        ids = _checked(_from_batches(source, samples + trial, seq_len), vocabulary, "calibration")
+        return _parted(ids, "given in Python", samples, trial)
     source = str(source)
     if source.endswith(".safetensors"):
-        ids = _pretokenised(Path(source), vocabulary, "--calibration", seq_len)[:samples]
-        return Windows.of(ids.contiguous(), source)
+        ids = _pretokenised(Path(source), vocabulary, "--calibration", seq_len)[: samples + trial]
+        return _parted(ids.contiguous(), source, samples, trial)
     length = seq_len or default_length(source)
     texts = documents(source, "calibration", "--calibration")
-    tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * samples * length)
+    tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * (samples + trial) * length)
     if len(tokens) < length:
         if not len(tokens):
             raise GrailError(f"--calibration {source} is empty; give more text")
@@ -66,8 +82,16 @@ def load_calibration(
             f"--calibration {source} holds {len(tokens)} tokens, less than one window of {length}; "
             f"give more text or a smaller --seq-len"
         )
-    offsets = torch.randint(len(tokens) - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
-    return Windows.of(torch.stack([tokens[o : o + length] for o in offsets.tolist()]), source)
+    reserved = _reserved(len(tokens), length, trial, source)
+    free = torch.ones(len(tokens) - length + 1, dtype=torch.bool)
+    for start in reserved:
+        free[max(start - length + 1, 0) : start + length] = False
+    offsets = free.nonzero()[:, 0]
+    drawn = offsets[torch.randint(len(offsets), (samples,), generator=torch.Generator().manual_seed(seed))]
+    ids, held = (
+        torch.stack([tokens[o : o + length] for o in some]) if some else None for some in (drawn.tolist(), reserved)
+    )
+    return Windows.of(ids, source, held)
 
 
 def evaluation_windows(
@@ -96,6 +120,37 @@ def evaluation_windows(
         return None
     ids = tokens[: count * seq_len].view(count, seq_len)[:samples]
     return Windows.of(ids.contiguous(), source)
+
+
+def _reserved(tokens: int, length: int, trial: int, source: str) -> list[int]:
+    """Offsets of the windows for a choice: in the middle of equal stretches of the text."""
+    if not trial:
+        return []
+    count = min(trial, tokens // (TRIAL_SHARE * length))
+    if not count:
+        raise GrailError(_too_little(source, f"{tokens} tokens", f"{TRIAL_SHARE} windows of {length}"))
+    return [(2 * i + 1) * tokens // (2 * count) - length // 2 for i in range(count)]
+
+
+def _parted(ids_NL: Tensor, source: str, samples: int, trial: int) -> Windows:
+    """Of windows that are cut already every so many for a choice, and the others: as many as asked for where there are
+    enough of both."""
+    if not trial:
+        return Windows.of(ids_NL, source)
+    enough = len(ids_NL) >= samples + trial
+    count = trial if enough else min(trial, len(ids_NL) // TRIAL_SHARE)
+    if not count:
+        raise GrailError(_too_little(source, f"{len(ids_NL)} windows", f"{TRIAL_SHARE}"))
+    chosen = torch.zeros(len(ids_NL), dtype=torch.bool)
+    chosen[[(2 * i + 1) * len(ids_NL) // (2 * count) for i in range(count)]] = True
+    return Windows.of(ids_NL[~chosen], source, ids_NL[chosen])
+
+
+def _too_little(source: str, there: str, needed: str) -> str:
+    return (
+        f"--calibration {source} holds {there}, and --target stream needs at least {needed}, a part of which only "
+        f"decides about alpha and ridge; give more text, or numbers for --alpha and --ridge"
+    )
 
 
 def _tokens(source: str, texts: Iterator[str], tokenizer: Any, vocabulary: int, enough: int | None = None) -> Tensor:

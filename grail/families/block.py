@@ -167,6 +167,11 @@ class Block:
         with self._with_known(known):
             return self._forward(x_BLD)
 
+    def stream(self, x_BLD: Tensor, known: dict[str, Tensor]) -> Tensor:
+        """The residual stream after the branches that are known and before the others: these add nothing."""
+        nothing = {part: torch.zeros_like(x_BLD) for part in self.parts if part not in known}
+        return self.output(x_BLD, known | nothing)
+
     @contextmanager
     def _with_known(self, known: dict[str, Tensor]) -> Iterator[None]:
         stands: dict[str, nn.Module] = {}

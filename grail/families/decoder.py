@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +110,11 @@ class Decoder(ABC):
 
     @abstractmethod
     def output_format(
-        self, sites: list[Site], kept: dict[str, int], *, bias: bool = False, asked: str = "auto"
+        self, sites: list[Site], kept: dict[str, int], *, given_bias: Collection[str] = (), asked: str = "auto"
     ) -> OutputFormat:
         """How the result will be written when each site keeps kept[site.name] units per group; decided before work.
 
-        bias: the consumers of the sites from which something is removed get one; asked: auto, uniform, grail or
+        given_bias: names of the sites whose consumers get one; asked: auto, uniform, grail or
         padded. Raises GrailError, saying what to choose, where the format asked for cannot be.
         """
 

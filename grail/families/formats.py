@@ -8,7 +8,7 @@ widths with zeros where something was removed, for runtimes that know nothing el
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,20 +107,18 @@ class Advice:
 
 
 def output_format(
-    model: LlamaFamily, sites: list[Site], kept: dict[str, int], *, bias: bool, asked: str
+    model: LlamaFamily, sites: list[Site], kept: dict[str, int], *, given_bias: Collection[str], asked: str
 ) -> LayerFormat:
-    """The format for keeping kept[site.name] units per group at each site; bias: the consumers of the sites from
-    which something is removed get one. Raises GrailError, saying what to choose, where the format asked for cannot be.
+    """The format for keeping kept[site.name] units per group at each site; given_bias: names of the sites whose
+    consumers get one. Raises GrailError, saying what to choose, where the format asked for cannot be.
     """
     widths, biases = list(model.widths), list(model.biases)
     for site in sites:
-        count = kept[site.name]
-        if count == site.units.per_group:
-            continue
-        widths[site.layer] = _kept_widths(widths[site.layer], site, count, model.head_dim)
-        if bias:
+        if kept[site.name] < site.units.per_group:
+            widths[site.layer] = _kept_widths(widths[site.layer], site, kept[site.name], model.head_dim)
+        if site.name in given_bias:
             biases[site.layer] |= {site.consumer.rpartition(".")[2]}
-    return choose(model, widths, biases, asked, _compress_advice(model, bias), tuple(sites))
+    return choose(model, widths, biases, asked, _compress_advice(model, bool(given_bias)), tuple(sites))
 
 
 def _compress_advice(model: LlamaFamily, bias: bool) -> Advice:

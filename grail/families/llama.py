@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
@@ -125,9 +126,9 @@ class LlamaFamily(Decoder):
         return {name: self.source.get(name) for name in names if name in self.source}
 
     def output_format(
-        self, sites: list[Site], kept: dict[str, int], *, bias: bool = False, asked: str = "auto"
+        self, sites: list[Site], kept: dict[str, int], *, given_bias: Collection[str] = (), asked: str = "auto"
     ) -> OutputFormat:
-        return output_format(self, sites, kept, bias=bias, asked=asked)
+        return output_format(self, sites, kept, given_bias=given_bias, asked=asked)
 
 
 def _named_widths(raw: dict) -> LayerWidths:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 DEFAULTS = {
     "weights": None,
     "repair": False,
-    "target": "dense",
     "one_shot": False,
     "batch": 64,
     "residual_ratio": 0.0,

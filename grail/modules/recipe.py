@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import GrailError
 from ..recipe import Recipe
@@ -21,9 +21,10 @@ class ModuleRecipe(Recipe):
     residual_ratio: the share of each residual stream's channels to remove; calibration_text: captions for a text tower
     (calibration.captions)."""
 
+    TARGETS: ClassVar[tuple[str, ...]] = ("dense", "own")
+
     weights: Any = None
     repair: bool = False
-    target: str = "dense"
     one_shot: bool = False
     batch: int = 64
     residual_ratio: float = 0.0
@@ -31,8 +32,6 @@ class ModuleRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.target not in ("dense", "own"):
-            raise GrailError(f"--target {self.target}: choose dense or own")
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise GrailError(f"--batch must be a whole number, 1 or more; got {self.batch}")
         ratio = self.residual_ratio

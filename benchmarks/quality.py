@@ -1,0 +1,168 @@
+"""What each target of the repair is worth: perplexity of compressed SmolLM2-135M on text of the calibration's source
+and on text of another.
+
+    python benchmarks/quality.py grid                 # 8 methods x 3 ratios x 2 targets, 16 windows, seed 0
+    python benchmarks/quality.py seeds                # wanda-sp and slimgpt at 0.3: more windows, seeds 1 and 2
+    python benchmarks/quality.py ridges               # λ by hand, anchored and paper form
+    python benchmarks/quality.py acceptance           # the best against plain GRAIL, with 128 windows
+    python benchmarks/quality.py --render             # tables and figures from what is stored
+
+Every cell is a line of benchmarks/results/quality.jsonl, written when it is done: a run that is stopped goes on with
+the next. A cell is one `grail compress` of the multi-head form (SmolLM2's three key/value heads repeated: the same
+network, LLaMA-2 style) with its reopening check, and an evaluation of the written files on the held-out part of the
+built-in text and on the held-out docstrings of the standard library, each in windows of 512 tokens. A ratio of 0.3 is
+two of nine heads and 30 % of the channels, 0.2 one head... as --ratio rounds it, unless stated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from quality_render import render
+from quality_smollm2 import multi_head_form
+from table_llm import METHODS, code_hash
+
+from grail import compress
+from grail.checkpoint.locate import SMOLLM2, locate
+from grail.evaluate import evaluate
+from grail.report import versions
+
+RESULTS = Path(__file__).parent / "results"
+STORE = RESULTS / "quality.jsonl"
+TEXTS = ("builtin", "docstrings")
+HEADS = {0.2: 0.2222, 0.3: 0.2222, 0.5: 0.4444}
+"""Shares of heads: 2, 2 and 4 of 9."""
+KEYS = ("method", "ratio", "target", "alpha", "ridge", "ridge_form", "allocation", "samples", "seed", "compensate")
+PLAIN = {
+    "alpha": "auto", "ridge": None, "ridge_form": "anchored", "allocation": None, "samples": 16, "seed": 0,
+    "compensate": True,
+}  # fmt: skip
+TARGETS = ("hidden", "stream")
+SHRUNK = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def cell(method: str, ratio: float, target: str, **options: object) -> dict:
+    """One compression: what differs from the plain settings is named."""
+    return PLAIN | {"method": method, "ratio": ratio, "target": target} | options
+
+
+def grid() -> Iterator[dict]:
+    """Every method, ratio and target."""
+    for ratio in (0.3, 0.2, 0.5):
+        for method in METHODS:
+            yield from (cell(method, ratio, target) for target in TARGETS)
+
+
+def seeds() -> Iterator[dict]:
+    """More seeds, and more calibration text."""
+    for method in ("wanda-sp", "slimgpt"):
+        for target in TARGETS:
+            yield from (cell(method, 0.3, target, seed=seed) for seed in (1, 2))
+            yield from (cell(method, 0.3, target, samples=samples) for samples in (64, 128))
+
+
+def ridges() -> Iterator[dict]:
+    """λ by hand, and the network that is only pruned."""
+    yield cell("wanda-sp", 0.3, "hidden", compensate=False)
+    for ridge in SHRUNK:
+        for form in ("anchored", "paper"):
+            yield from (cell("wanda-sp", 0.3, target, ridge=ridge, ridge_form=form) for target in TARGETS)
+
+
+def alphas() -> Iterator[dict]:
+    """α for the whole network, against the choice by site."""
+    for samples in (32, 128):
+        yield cell("wanda-sp", 0.3, "stream", samples=samples)
+        yield from (cell("wanda-sp", 0.3, "stream", samples=samples, alpha=a) for a in (0.0, 0.25, 0.5, 1.0))
+
+
+def acceptance() -> Iterator[dict]:
+    """With all the text: both masks, every ratio, both targets, plain GRAIL's λ at its best of three."""
+    for ratio in (0.3, 0.2, 0.5):
+        for method in ("wanda-sp", "slimgpt"):
+            yield cell(method, ratio, "stream", samples=128)
+            yield from (cell(method, ratio, "hidden", samples=128, ridge=r) for r in (1e-3, 1e-2, 1e-4))
+
+
+STUDIES = {f.__name__: f for f in (acceptance, grid, seeds, ridges, alphas)}
+
+
+def measure(asked: dict, work: Path) -> dict:
+    """One compression and its evaluations."""
+    output, options = work / "cell", {key: asked[key] for key in KEYS if asked[key] is not None}
+    if asked["target"] == "hidden":
+        del options["alpha"]
+    ratio = options.pop("ratio")
+    report = compress(
+        multi_head_form(locate(SMOLLM2).folder), attn_ratio=HEADS.get(ratio, ratio), mlp_ratio=ratio, seq_len=512,
+        eval="none", output=str(output), overwrite=True, **options,
+    )  # fmt: skip
+    return asked | {
+        "perplexity": {text: perplexity_of(output, text) for text in TEXTS},
+        "parameters": report.parameters[1],
+        "alphas": [site["alpha"] for site in report.sites],
+        "lambdas": [site["lambda"] for site in report.sites],
+        "raised_sites": sum(site["retries"] > 0 for site in report.sites),
+        "seconds": {name: round(seconds, 1) for name, seconds in report.phases.items()},
+        "versions": versions(),
+        "code": code_hash(),
+    }
+
+
+def perplexity_of(folder: Path, text: str) -> float:
+    """Of at most 40 held-out windows."""
+    return evaluate(str(folder), data=text, seq_len=512, samples=40)["models"][str(folder)]["perplexity"]
+
+
+def stored() -> list[dict]:
+    """The cells that are done; a line that was cut off by a kill is not one."""
+    found = []
+    for line in STORE.read_text().splitlines() if STORE.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def append(row: dict) -> None:
+    whole = not STORE.exists() or STORE.read_bytes().endswith(b"\n")
+    with open(STORE, "a") as handle:
+        handle.write(("" if whole else "\n") + json.dumps(row) + "\n")
+
+
+def run(cells: list[dict]) -> None:
+    """Measure those that are not stored."""
+    done = {json.dumps([row.get(key) for key in KEYS]) for row in stored()}
+    if not any(row["method"] == "dense" for row in stored()):
+        folder = multi_head_form(locate(SMOLLM2).folder)
+        found = {text: perplexity_of(folder, text) for text in TEXTS}
+        append(dict.fromkeys(KEYS) | {"method": "dense", "perplexity": found, "versions": versions()})
+    with tempfile.TemporaryDirectory(prefix="grail-quality-") as work:
+        for number, asked in enumerate(cells, 1):
+            if json.dumps([asked[key] for key in KEYS]) in done:
+                continue
+            row = measure(asked, Path(work))
+            append(row)
+            told = {key: asked[key] for key in KEYS if asked[key] != PLAIN.get(key)}
+            sys.stderr.write(f"{number} of {len(cells)}: {told} {row['perplexity']}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="*", choices=[*STUDIES, []], default=[])
+    parser.add_argument("--render", action="store_true", help="only the tables and figures, from what is stored")
+    asked = parser.parse_args()
+    if not asked.render:
+        for name in asked.study or STUDIES:
+            run(list(STUDIES[name]()))
+    render(stored(), RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The repair towards the residual stream: a consumer also makes up for what all sites before it got wrong.
+
+Beside the compressed network runs the dense one. t = r_d − r_c is what the consumer would have to add to the compressed
+stream to arrive at the dense one, W h (with its bias) what it adds as it is, D = t − W h the difference. The target is
+W h + α D, so that with G = Σ h hᵀ and M = Σ h Dᵀ
+
+    W'(α) = P + α S,   P = W B0 + (W G Rᵀ − W B0 A)(A + λI)⁻¹,   S = Mᵀ Rᵀ (A + λI)⁻¹:
+
+P is the repair of the site on its own (compensation.py). Where the compressed vector z is not R h (folding), A, and the
+right-hand sides Σ z (W h − W B0 z)ᵀ and Σ z Dᵀ are moments of z. With a bias all moments are about the means.
+
+Shapes: O outputs, H width, K kept; B some outputs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grail_kernels import PackedSymmetric, RidgeSolution
+from grail_kernels.inputs import isolated
+from grail_kernels.ridge import MatrixRows
+
+from .moments import CrossMoments, PairStatistics
+from .normal_equations import ANCHORED, blocks, consumed, relative, rounded, solve
+from .reduction import Reduction
+
+
+@dataclass
+class StreamSystem:
+    """The normal equations of one site. anchor: rows of W B0, float64 [B, K]; matrix: A; own and stream: the two
+    right-hand sides, float64 [K, O], made anew at each call; scale: mean(diag A), of which --ridge is a share."""
+
+    name: str
+    form: str
+    weight: Tensor
+    matrix: MatrixRows
+    scale: float
+    anchor: Callable[[slice], Tensor]
+    own: Callable[[], Tensor]
+    stream: Callable[[], Tensor]
+
+    @classmethod
+    def of_selection(
+        cls,
+        weight_OH: Tensor,
+        gram: PackedSymmetric,
+        cross_HO: Tensor,
+        reduction: Reduction,
+        *,
+        form: str,
+        name: str,
+    ) -> StreamSystem:
+        """z = R h: everything follows from G (or the scatter) and M."""
+        channels = reduction.channels.to(cross_HO.device)
+        size = reduction.kept_width
+        form = ANCHORED if reduction.is_identity else form  # what loses nothing is not shrunk
+        return cls(
+            name,
+            form,
+            weight_OH,
+            MatrixRows(size, gram.device, lambda start, end: reduction.normal_matrix(gram, start, end)),
+            relative(1.0, reduction.normal_diagonal(gram), name),
+            lambda outputs: reduction.lift_consumer(weight_OH[outputs].double()),
+            lambda: consumed(weight_OH, gram, reduction, form).mT,
+            lambda: cross_HO[channels].double(),
+        )
+
+    @classmethod
+    def of_pairs(
+        cls, anchor_OK: Tensor, pairs: PairStatistics, stream: CrossMoments, *, form: str, name: str
+    ) -> StreamSystem:
+        """Of moments of z: `pairs` of what W_a gets wrong about W h, `stream` of D."""
+        normal, channels = pairs.normal, torch.arange(pairs.normal.width)
+
+        def own() -> Tensor:
+            rhs_KO = pairs.cross.to(torch.float64, copy=True)
+            for outputs in blocks(anchor_OK) if form != ANCHORED else ():
+                rhs_KO[:, outputs] += normal.matmul(anchor_OK[outputs].double().mT)
+            return rhs_KO
+
+        return cls(
+            name,
+            form,
+            anchor_OK,
+            MatrixRows(normal.width, normal.device, lambda start, end: normal.gather(channels[start:end], channels)),
+            relative(1.0, normal.diagonal().double(), name),
+            lambda outputs: anchor_OK[outputs].double(),
+            own,
+            lambda: stream.cross.to(torch.float64, copy=True),
+        )
+
+
+class StreamSolution:
+    """P and S for one λ (absolute, raised where needed); with `alpha` given P + α S alone. Raises GrailError naming the
+    site when no λ gives a usable factorisation."""
+
+    @isolated
+    def __init__(self, system: StreamSystem, lam: float, alpha: float | None = None):
+        self.system, self.alpha = system, alpha
+        self.outputs = len(system.weight)
+        if alpha is None:
+            rhs_KM = torch.cat([system.own().mT, system.stream().mT]).mT
+        else:
+            rhs_KM = system.own()
+            rhs_KM = rhs_KM.add_(system.stream(), alpha=alpha) if alpha else rhs_KM
+        self.solved: RidgeSolution = solve(system.matrix, rhs_KM, lam, system.name)
+
+    def own(self, outputs: slice) -> Tensor:
+        """Rows of P, float64 [B, K]."""
+        rows_BK = self.solved.solution.mT[: self.outputs][outputs]
+        return self.system.anchor(outputs) + rows_BK if self.system.form == ANCHORED else rows_BK
+
+    def stream(self, outputs: slice) -> Tensor:
+        """Rows of S, float64 [B, K]; only where no α was given."""
+        return self.solved.solution.mT[self.outputs :][outputs]
+
+    def weight(self, alpha: float, dtype: torch.dtype) -> Tensor:
+        """W'(α), [O, K]."""
+
+        def wide(outputs: slice) -> Tensor:
+            own_BK = self.own(outputs)
+            return own_BK if self.alpha is not None else own_BK.add(self.stream(outputs), alpha=alpha)
+
+        return rounded(wide, self.system.weight, self.system.matrix.size, dtype, self.system.name)
+
+
+def selection_errors(
+    weight_OH: Tensor, candidates: list[Tensor], reduction: Reduction, gram: PackedSymmetric, stream: CrossMoments
+) -> list[float]:
+    """Σ‖t − W' R h − b'‖² / Σ‖t‖² for each W' [O, K], over the rows behind the moments; with a bias its best."""
+    energies, cross_HO = [stream.difference_energy for _ in candidates], stream.cross
+    for outputs in blocks(weight_OH):
+        weight_BH, cross_BH = weight_OH[outputs].float(), cross_HO[:, outputs].mT
+        for i, candidate in enumerate(candidates):
+            delta_BH = weight_BH - reduction.expand_consumer(candidate[outputs].float())
+            lost = 2 * torch.sum(delta_BH * cross_BH, dtype=torch.float64).item()
+            energies[i] += gram.quadratic_trace(delta_BH) + lost
+    return _shares(energies, stream.target_energy)
+
+
+def pair_errors(
+    anchor_OK: Tensor, candidates: list[Tensor], pairs: PairStatistics, stream: CrossMoments, mixed: float
+) -> list[float]:
+    """The same from moments of z; mixed: Σ (W h − W_a z)·D, about the means with a bias."""
+    start = pairs.difference_energy + stream.difference_energy + 2 * mixed
+    energies, cross_KO = [start for _ in candidates], pairs.cross + stream.cross
+    for outputs in blocks(anchor_OK):
+        for i, candidate in enumerate(candidates):
+            delta_BK = candidate[outputs].double() - anchor_OK[outputs].double()
+            gained = 2 * torch.sum(delta_BK * cross_KO[:, outputs].mT, dtype=torch.float64).item()
+            energies[i] += pairs.normal.quadratic_trace(delta_BK) - gained
+    return _shares(energies, stream.target_energy)
+
+
+def _shares(energies: list[float], total: float) -> list[float]:
+    return [max(energy / total, 0.0) if total > 0 else 0.0 for energy in energies]

@@ -1,0 +1,71 @@
+"""The dense network beside the compressed one, layer by layer: what the residual stream should be after each site.
+
+Shapes: B windows, L tokens, D hidden size. The layer that is being compressed is run on both streams before its tensors
+are replaced, so that it is read once.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .chunks import Chunks
+from .families.base import Site
+from .layer import LayerPass
+
+TARGET, WEIGHT = "target", "weight"
+TINY = 1e-20
+"""No token counts more than one whose mean square this is."""
+
+
+def beside(chunks: Chunks) -> Chunks:
+    """The dense stream's chunks: those of the compressed one, without the probe."""
+    return chunks.beside(f"{chunks.name}-dense")
+
+
+class Twin:
+    """The dense stream through one layer; `run` is the layer's pass over the compressed one."""
+
+    def __init__(self, run: LayerPass):
+        self.run = run
+        chunks = beside(run.chunks)
+        self.dense = LayerPass(run.job, run.layer, chunks, chunks.all)
+        self.dense.block = run.block
+
+    @property
+    def numbers(self) -> list[int]:
+        return self.dense.chunks.all
+
+    def pass_through(self, site: Site) -> None:
+        """Compute the site's branch of the dense stream, and nothing of the difference."""
+        for number in self.numbers:
+            self.dense.consume(site, number, self.dense.hidden(site, number))
+        self.dense.note(self.run.part_of(site))
+
+    def advance(self, site: Site) -> None:
+        """The same; and store, as the run's series `target`, what the site's consumer would have to add to the
+        compressed stream to arrive at the dense one after it: t = r_d − r_c, float32 [B, L, D]. Of the chunks that
+        decide between candidates also, as `weight`, how much each token counts: 1 / mean(r_d²), float32 [B, L]."""
+        self.pass_through(site)
+        for number in self.numbers:
+            dense_BLD = self.after(site, number).float()
+            self.run.put(TARGET, number, dense_BLD - self.run.stream(number).float())
+            if number in self.run.chunks.trial:
+                self.run.put(WEIGHT, number, 1 / dense_BLD.square().mean(-1).clamp(min=TINY))
+
+    def after(self, site: Site, number: int) -> Tensor:
+        """A chunk's dense stream right after a site that it has passed, the last so far."""
+        return self.output(number) if site == self.run.sites[-1] else self.dense.stream(number)
+
+    def output(self, number: int) -> Tensor:
+        """A chunk's dense stream after the layer."""
+        return self.dense.out(number)
+
+    def close(self) -> None:
+        """A site is done: its targets are given up."""
+        for series in (TARGET, WEIGHT):
+            self.run.drop(series)
+
+    def end(self) -> tuple[str, list[int]]:
+        """The layer is done. Returns the series and numbers that can go once it is committed."""
+        self.dense.end()
+        return self.dense.chunks.series(self.run.layer), list(self.numbers)
