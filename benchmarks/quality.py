@@ -10,8 +10,9 @@ and on text of another.
 Every cell is a line of benchmarks/results/quality.jsonl, written when it is done: a run that is stopped goes on with
 the next. A cell is one `grail compress` of the multi-head form (SmolLM2's three key/value heads repeated: the same
 network, LLaMA-2 style) with its reopening check, and an evaluation of the written files on the held-out part of the
-built-in text and on the held-out docstrings of the standard library, each in windows of 512 tokens. A ratio of 0.3 is
-two of nine heads and 30 % of the channels, 0.2 one head... as --ratio rounds it, unless stated.
+built-in text and on the held-out docstrings of the standard library, each in windows of 512 tokens. Ratios are those
+of the channels; of the heads two of nine go at 0.2 and 0.3, four at 0.5. With --allocation error both kinds share one
+budget of as many parameters.
 """
 
 from __future__ import annotations
@@ -84,9 +85,12 @@ def alphas() -> Iterator[dict]:
 def acceptance() -> Iterator[dict]:
     """With all the text: both masks, every ratio, both targets, plain GRAIL's λ at its best of three."""
     for ratio in (0.3, 0.2, 0.5):
-        for method in ("wanda-sp", "slimgpt"):
-            yield cell(method, ratio, "stream", samples=128)
-            yield from (cell(method, ratio, "hidden", samples=128, ridge=r) for r in (1e-3, 1e-2, 1e-4))
+        yield cell("gram", ratio, "stream", samples=128, allocation="error")
+        for ridge in (1e-3, 1e-2, 1e-4):
+            for method in ("wanda-sp", "slimgpt"):
+                if ridge == 1e-3:
+                    yield cell(method, ratio, "stream", samples=128)
+                yield cell(method, ratio, "hidden", samples=128, ridge=ridge)
 
 
 STUDIES = {f.__name__: f for f in (acceptance, grid, seeds, ridges, alphas)}
@@ -98,13 +102,17 @@ def measure(asked: dict, work: Path) -> dict:
     if asked["target"] == "hidden":
         del options["alpha"]
     ratio = options.pop("ratio")
-    report = compress(
-        multi_head_form(locate(SMOLLM2).folder), attn_ratio=HEADS.get(ratio, ratio), mlp_ratio=ratio, seq_len=512,
-        eval="none", output=str(output), overwrite=True, **options,
-    )  # fmt: skip
+    heads = HEADS.get(ratio, ratio)
+    if asked["allocation"] == "error":
+        options["ratio"] = (heads + 2 * ratio) / 3  # a layer's attention has half as many parameters as its MLP
+    else:
+        options |= {"attn_ratio": heads, "mlp_ratio": ratio}
+    folder = multi_head_form(locate(SMOLLM2).folder)
+    report = compress(folder, seq_len=512, eval="none", output=str(output), overwrite=True, **options)
     return asked | {
         "perplexity": {text: perplexity_of(output, text) for text in TEXTS},
         "parameters": report.parameters[1],
+        "widths": [site["after"] for site in report.sites],
         "alphas": [site["alpha"] for site in report.sites],
         "lambdas": [site["lambda"] for site in report.sites],
         "raised_sites": sum(site["retries"] > 0 for site in report.sites),

@@ -16,7 +16,7 @@ from .errors import GrailError
 from .families.base import Site
 from .recipe import Recipe
 
-UNIFORM, GLOBAL, LOG = "uniform", "global", "log"
+UNIFORM, GLOBAL, LOG, ERROR = "uniform", "global", "log", "error"
 KINDS = ("heads", "channels")
 LOG_START = 0.5
 """SlimGPT's first layer loses this share of the mean ratio; the last one follows from the mean."""
@@ -77,7 +77,7 @@ def _removed(sites: list[Site], kept: dict[str, int]) -> dict[str, float]:
     return {s.name: s.units.groups * (s.units.per_group - kept[s.name]) for s in sites}
 
 
-def _heads_first(
+def heads_first(
     sites: list[Site], asked: Shares, costs: dict[str, int], allocate: Callable[[list[Site], float], dict[str, int]]
 ) -> dict[str, int]:
     """Each kind by its own ratio; where a budget binds them, the channels by what the heads have left of it."""
@@ -95,7 +95,7 @@ def uniform(sites: list[Site], recipe: Recipe, asked: Shares, costs: dict[str, i
     def allocate(of: list[Site], ratio: float) -> dict[str, int]:
         return {s.name: rounded(s, recipe, kept_per_group(s.units.per_group, ratio)) for s in of}
 
-    return _heads_first(sites, asked, costs, allocate)
+    return heads_first(sites, asked, costs, allocate)
 
 
 def logarithmic(sites: list[Site], recipe: Recipe, asked: Shares, costs: dict[str, int]) -> dict[str, int]:
@@ -121,7 +121,7 @@ def logarithmic(sites: list[Site], recipe: Recipe, asked: Shares, costs: dict[st
             owed = wanted - (per_group - kept[site.name])
         return kept
 
-    return _heads_first(sites, asked, costs, allocate)
+    return heads_first(sites, asked, costs, allocate)
 
 
 def global_threshold(
@@ -136,7 +136,7 @@ def global_threshold(
     def allocate(of: list[Site], ratio: float) -> dict[str, int]:
         return _pool(of, recipe, ratio, scores, costs)
 
-    return allocate(sites, asked.overall) if asked.overall is not None else _heads_first(sites, asked, costs, allocate)
+    return allocate(sites, asked.overall) if asked.overall is not None else heads_first(sites, asked, costs, allocate)
 
 
 def _pool(

@@ -108,7 +108,8 @@ def compress(
         bool, _data("--compare-pruned", help="Also evaluate the same pruning without repair.")
     ] = False,
     allocation: Annotated[
-        str | None, _widths("--allocation", help="How much goes where: uniform, global or log (the method's own).")
+        str | None,
+        _widths("--allocation", help="How much goes where: uniform, global, log or error (the method's own)."),
     ] = None,
     compensate: Annotated[
         bool, _repair("--compensate/--no-compensate", help="Repair each site in closed form.")

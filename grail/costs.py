@@ -19,6 +19,7 @@ from .normal_equations import CPU_ROWS
 from .recipe import AUTO
 from .selectors.base import BLOCK_GRADIENTS
 from .statistics import GRAM
+from .survey import SHARES
 from .trials import RIDGES
 
 PROBE_TOKENS = 64
@@ -41,7 +42,8 @@ class Costs:
     """Costs of a run. windows, length: of the calibration text (0, 0 without); evaluated, evaluated_length: tokens of
     the evaluation text and of one of its windows (0, 0 without); chunk_tokens, spill: as in Workspace; surveyed: the
     dense network is scored in a pass of its own; pruned_too: the pruned network is made and evaluated beside; trial:
-    windows of calibration text that only decide between candidates."""
+    windows of calibration text that only decide between candidates; deciding: tokens that go on through the dense
+    layers after each site that is compressed alone, for an allocation by errors."""
 
     job: Job
     windows: int
@@ -53,6 +55,7 @@ class Costs:
     pruned_too: bool = False
     evaluated_length: int = 0
     trial: int = 0
+    deciding: int = 0
 
     @property
     def tokens(self) -> int:
@@ -235,6 +238,9 @@ class Costs:
             "solve": sum(map(self._solve_flops, job.sites)),
             "training": self._training_flops(2.0 * layers),
         }
+        if self.deciding:  # a copy for each site, through half of the layers on the average; a solve for each width
+            found["forward"] += layers * self.deciding * len(job.sites)
+            found["solve"] *= 1 + len(SHARES)
         if job.streams:  # the dense network beside; the consumer as it is, and the cross moment of what it gets wrong
             consumers = sum(self._part(s)[1] for s in job.sites if job.touches(s))
             found["forward"] += 2.0 * layers * self.streamed * last / job.model.layer_count
@@ -276,7 +282,8 @@ class Costs:
         if self.job.streams:  # of the dense network two streams and a branch; targets in float32
             streamed += self._item * self.trial * self.length * each
             streamed += (3 * self._item + 4) * self.streamed * hidden
-        return max(streamed, self._item * self.evaluated * self.job.model.config.hidden_size)
+        copies = self._item * 2 * hidden * self.deciding * len(self.job.sites)
+        return max(streamed + copies, self._item * self.evaluated * self.job.model.config.hidden_size)
 
     def store_traffic(self) -> int:
         """Bytes written into the store and read from it again, over the whole run."""

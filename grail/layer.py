@@ -63,8 +63,15 @@ class LayerPass:
 
     def pass_through(self, site: Site, statistics: SiteStatistics | None = None) -> None:
         """Compute the site's branch with its weights as they are; count its hidden vectors on the way."""
-        part = self.part_of(site)
-        for number in self.chunks.all:
+        self.pass_chunks(site, self.chunks.all, statistics)
+        if statistics is not None:
+            statistics.sum_over(self.work.group)
+        self.close(self.part_of(site))
+
+    def pass_chunks(self, site: Site, numbers: list[int], statistics: SiteStatistics | None = None) -> None:
+        """The same for some chunks, of which those that are counted enter the statistics of this process; the branch
+        stays open."""
+        for number in numbers:
             counts = statistics is not None and number in self.chunks.counted
             goes_on = self.goes_on(number, site)
             if counts or goes_on:
@@ -75,9 +82,6 @@ class LayerPass:
             if goes_on:
                 self.consume(site, number, h_BLH)
             h_BLH = None  # or it would lie beside what the next chunk needs
-        if statistics is not None:
-            statistics.sum_over(self.work.group)
-        self.close(part)
 
     def gather(
         self, site: Site, keep_counted: bool, also: Callable[[SiteStatistics, int, Tensor], None] | None = None
@@ -186,6 +190,11 @@ class LayerPass:
         self.block.release(part)
         self.work.store.drop(self._named(HIDDEN), self.chunks.all)
         self.note(part)
+
+    @property
+    def known(self) -> list[str]:
+        """Branches whose outputs are known."""
+        return list(self._known)
 
     def note(self, part: str) -> None:
         """The outputs of a branch are known from here on."""

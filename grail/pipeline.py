@@ -22,9 +22,7 @@ from .layer import LayerPass
 from .machine import apart
 from .reduction import Reduction
 from .result import SiteResult
-from .selectors.base import BLOCK_GRADIENTS, PRODUCERS
-from .sites import compress, view_of
-from .statistics import SiteStatistics
+from .sites import compress
 from .store import ChunkStore
 from .stream_site import compress as compress_towards
 from .training import LayerTraining, Training
@@ -47,29 +45,6 @@ class Streamed:
     @property
     def reductions(self) -> dict[str, Reduction]:
         return {r.site.name: r.reduction for r in self.results if r.reduction is not None}
-
-
-def survey(
-    job: Job, work: Workspace, windows_NL: Tensor | None, track: Track = lambda layers: layers
-) -> dict[str, Tensor]:
-    """Comparable unit scores [U] of every site of the dense network, by site name: the first of two passes, for an
-    allocation over the whole network."""
-    selector, scores = job.selector, {}
-    needed = any(selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites)
-    chunks = Chunks.of(work, "survey", Texts(windows_NL if needed else None))
-    _embed(job, [chunks])
-    for layer in track(range(job.model.layer_count)):
-        run = LayerPass(job, layer, chunks, chunks.all if layer + 1 < job.model.layer_count else [])
-        for site in run.sites:
-            needs = selector.needs_of(site.kind) - {PRODUCERS, BLOCK_GRADIENTS}
-            statistics = SiteStatistics(site.units.width, needs, device=job.model.device, affine=job.affine)
-            if needed:
-                run.pass_through(site, statistics)
-            scores[site.name] = selector.global_scores(view_of(run, site, statistics)).cpu()
-        run.end()
-        work.store.drop(chunks.series(layer), chunks.all)
-    work.store.drop(chunks.series(job.model.layer_count), chunks.all)
-    return scores
 
 
 def stream(

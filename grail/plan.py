@@ -96,6 +96,7 @@ def make_plan(session: Session) -> Plan:
         session.recipe.compare_pruned and session.recipe.compensate,
         session.evaluated.ids.shape[1] if session.evaluated else 0,
         -(-session.trial_windows // session.group.size),
+        session.deciding_windows.numel() if session.widths.measures_errors and session.windows else 0,
     )
     base = resident_memory() + PROCESS_GROWTH
     store, kept = _store(session, costs, base)

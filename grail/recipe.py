@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar
 
 from .errors import GrailError
 
 AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
+RIDGE = 1e-3
 TRIAL_SHARE, MOST_TRIALS = 8, 16
 """Windows that only decide between candidates: one for so many that enter the statistics, and at most so many."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,7 +90,7 @@ class Recipe:
         self.memory = None if self.memory is None else _bytes(self.memory)
         for option, choices in {
             "ridge_form": ("anchored", "paper"),
-            "allocation": (None, "uniform", "global", "log"),
+            "allocation": (None, "uniform", "global", "log", "error"),
             "format": ("auto", "uniform", "grail", "padded"),
             "gqa": ("query", "group"),
             "store": ("auto", "memory", "disk"),
@@ -107,7 +108,7 @@ class Recipe:
             raise GrailError(f"--target {self.target}: choose one of {', '.join(self.TARGETS)}")
         streams = self.target == STREAM
         if self.ridge is None:
-            self.ridge = AUTO if streams else 1e-3
+            self.ridge = AUTO if streams else RIDGE
         number = _is_number(self.ridge) and self.ridge >= 0
         if not number and not (streams and self.ridge == AUTO):
             also = ", or auto" if streams else ""
@@ -126,6 +127,10 @@ class Recipe:
     def trial_windows(self) -> int:
         """How many."""
         return min(max(self.samples // TRIAL_SHARE, 2), MOST_TRIALS) if self.chooses else 0
+
+    def of_one_site(self) -> Recipe:
+        """The same where only one site is compressed: there is no error of others to make up for."""
+        return replace(self, target=HIDDEN, alpha=AUTO, ridge=RIDGE if self.ridge == AUTO else self.ridge)
 
     def ratio_of(self, kind: str) -> float:
         """The ratio for a kind of site, "heads" or "channels"."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import grail_kernels
 
@@ -28,17 +29,19 @@ from .families import open_family
 from .families.decoder import Decoder
 from .job import Job
 from .machine import usable_device
-from .pipeline import survey
 from .progress import Progress
 from .recipe import Recipe
 from .report import versions
 from .selectors import selector_class
+from .survey import error_survey
+from .survey import survey as score_survey
 from .widths import WidthPlan
 from .workspace import Workspace, chunk_tokens
 
 EVALUATED_BY_DEFAULT = 10**9
 PROBE_LENGTH = 64
 FAR_OFF = 0.05
+DECIDING_TOKENS = 2048
 WIDTHS = "widths"
 
 
@@ -76,8 +79,8 @@ class Session:
             self._decide_format()  # with a global allocation only to see that the biases can be written
         elif self.recipe.format == "uniform":
             raise GrailError(
-                "--format uniform needs the same widths in every layer, which --allocation global does not give; "
-                "choose --allocation uniform, or another --format"
+                f"--format uniform needs the same widths in every layer, which --allocation {self.widths.allocation} "
+                f"does not give; choose --allocation uniform, or another --format"
             )
         names = self.model.source.names()
         self.parameters = sum(torch.Size(self.model.source.info(n).shape).numel() for n in names)
@@ -85,7 +88,9 @@ class Session:
         if self.has_tokenizer:
             _ = self.tokenizer
         with self.phase("text"):
-            self.windows = self._calibration() if self.job.needs_data else None
+            changes = any(map(self.job.changes, sites))
+            needed = self.job.needs_data or (self.widths.measures_errors and changes)
+            self.windows = self._calibration() if needed else None
             self.evaluated = self._evaluated()
 
     def _decide_format(self) -> None:
@@ -98,7 +103,8 @@ class Session:
         Warns where whole units or multiples keep the result far from the ratio asked for."""
         if self.widths.needs_scores:
             done = self.group.broadcast(self.out.journal.find(WIDTHS) if self.group.main else None)
-            self.job.kept = done[0]["kept"] if done else self._survey(work)
+            if any(map(self.job.changes, self.job.sites)):
+                self.job.kept = done[0]["kept"] if done else self._survey(work)
             self._decide_format()
         asked, reached = self.widths.wanted(), self.widths.reached(self.job.kept)
         if abs(asked - reached) > FAR_OFF:
@@ -106,11 +112,22 @@ class Session:
                 f"a share of {asked:.2f} of the sites' parameters was asked for, whole units make it {reached:.2f}"
             )
 
+    @property
+    def deciding_windows(self) -> Tensor | None:
+        """The windows on which it is measured what an error costs: those that only decide, or the first of all."""
+        if self.windows is None:
+            return None
+        found = self.windows.ids if self.windows.trial is None else self.windows.trial
+        return found[: max(DECIDING_TOKENS // found.shape[1], 1)]
+
     def _survey(self, work: Workspace) -> dict[str, int]:
-        windows = self.windows and self.windows.ids
+        widths, texts = self.widths, Texts(self.windows and self.windows.ids, self.deciding_windows)
+        survey, settle = (
+            (error_survey, widths.from_curves) if widths.measures_errors else (score_survey, widths.from_scores)
+        )
         with self.phase("survey"):
-            scores = survey(self.job, work, windows, self.progress.layers("scoring the dense network"))
-        kept = self.group.broadcast(self.widths.from_scores(scores) if self.group.main else None)
+            found = survey(self.job, work, texts, self.progress.layers("scoring the dense network"))
+        kept = self.group.broadcast(settle(found) if self.group.main else None)
         if self.group.main:
             self.out.journal.append({"step": WIDTHS, "kept": kept})
         return kept

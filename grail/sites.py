@@ -73,10 +73,10 @@ def select(run: LayerPass, view: SiteView) -> Reduction:
 def _prune(run: LayerPass, site: Site) -> SiteResult:
     """Gather, then select and repair in the main process."""
     view = view_of(run, site, run.gather(site, keep_counted=False))
-    return from_main(run.work.group, site, lambda: _select_and_repair(run, site, view))
+    return from_main(run.work.group, site, lambda: select_and_repair(run, site, view))
 
 
-def _select_and_repair(run: LayerPass, site: Site, view: SiteView) -> SiteResult:
+def select_and_repair(run: LayerPass, site: Site, view: SiteView) -> SiteResult:
     """A reduction whose compressed vector follows from the dense one, z = R h, and its new consumer."""
     job, recipe = run.job, run.job.recipe
     reduction = select(run, view)

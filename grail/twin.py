@@ -37,8 +37,7 @@ class Twin:
 
     def pass_through(self, site: Site) -> None:
         """Compute the site's branch of the dense stream, and nothing of the difference."""
-        for number in self.numbers:
-            self.dense.consume(site, number, self.dense.hidden(site, number))
+        self.dense.pass_chunks(site, self.numbers)
         self.dense.note(self.run.part_of(site))
 
     def advance(self, site: Site) -> None:

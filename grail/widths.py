@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .allocation import GLOBAL, LOG, Shares, global_threshold, logarithmic, shares, uniform
+from .allocation import ERROR, GLOBAL, LOG, Shares, global_threshold, logarithmic, shares, uniform
 from .checkpoint.reader import SafetensorsFolder
+from .error_allocation import ErrorCurve, least_error
 from .errors import GrailError
 from .families.base import Site
 from .recipe import Recipe
@@ -16,7 +17,7 @@ from .selectors import Selector
 
 @dataclass
 class WidthPlan:
-    """allocation: uniform, global or log; asked: the ratios; costs: parameters of one unit, by site name."""
+    """allocation: uniform, global, log or error; asked: the ratios; costs: parameters of one unit, by site name."""
 
     sites: list[Site]
     recipe: Recipe
@@ -29,9 +30,10 @@ class WidthPlan:
         """Raises GrailError for a global allocation of a method that folds, and when the method's fixed number of heads
         does not fit the ratio."""
         allocation = recipe.allocation or selector.own_allocation()
-        if allocation == GLOBAL and any(selector.folds(site.kind) for site in sites):
+        if allocation in (GLOBAL, ERROR) and any(selector.folds(site.kind) for site in sites):
             raise GrailError(
-                f"--allocation global: method {selector.name} folds and ranks nothing; use --allocation uniform or log"
+                f"--allocation {allocation}: method {selector.name} folds and ranks nothing; use --allocation uniform "
+                f"or log"
             )
         costs = {site.name: _unit_cost(site, source) for site in sites}
         asked = shares(sites, recipe, costs, selector.fixed_heads())
@@ -39,11 +41,16 @@ class WidthPlan:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the widths follow from scores of the whole dense network: two passes."""
-        return self.allocation == GLOBAL
+        """Whether the widths follow from what the whole dense network shows: two passes."""
+        return self.allocation in (GLOBAL, ERROR)
+
+    @property
+    def measures_errors(self) -> bool:
+        """Whether that is each site's error, and what it costs the network."""
+        return self.allocation == ERROR
 
     def before_work(self) -> dict[str, int]:
-        """Kept units by site; for a global allocation a stand-in that says which sites may change at all."""
+        """Kept units by site; where two passes are needed a stand-in that says which sites may change at all."""
         if self.allocation == LOG:
             return logarithmic(self.sites, self.recipe, self.asked, self.costs)
         kept = uniform(self.sites, self.recipe, self.asked, self.costs)
@@ -66,6 +73,10 @@ class WidthPlan:
         by_kind = self.asked.by_kind
         gone = sum(s.units.count * self.costs[s.name] * by_kind[s.kind] for s in self.sites)
         return gone / total if self.asked.overall is None else self.asked.overall
+
+    def from_curves(self, curves: dict[str, ErrorCurve]) -> dict[str, int]:
+        """Kept units by site that cost the network least."""
+        return least_error(self.sites, self.recipe, self.asked, curves, self.costs)
 
     def from_scores(self, scores: dict[str, Tensor]) -> dict[str, int]:
         """Kept units by site under a global threshold."""

@@ -69,7 +69,21 @@ def refusal_of(source, **options) -> str:
     return message
 
 
+BUILTIN = pytest.mark.parametrize("source", ["builtin", "docstrings"])
+
+
 class TestBuiltin:
+    def test_docstrings_are_long_distinct_and_of_the_standard_library(self):
+        texts = [*documents("docstrings", "evaluation"), *documents("docstrings", "calibration")]
+        assert all(len(text) >= 400 for text in documents("docstrings", "evaluation"))
+        assert len(set(texts)) == len(texts) > 100
+        assert any("ArgumentParser" in text for text in texts)
+
+    def test_a_python_without_sources_is_refused(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+        with pytest.raises(GrailError, match=r"^docstrings: this Python comes without"):
+            documents("docstrings", "calibration")
+
     def test_topics_are_sorted_and_every_fifth_is_held_out(self):
         from pydoc_data.topics import topics
 
@@ -82,12 +96,14 @@ class TestBuiltin:
             first = text.split("\n\n")[0]
             assert any(first in candidate for candidate in rest), "topics keep their order"
 
-    def test_no_held_out_paragraph_stands_in_calibration_text(self):
-        held = {p for text in documents("builtin", "evaluation") for p in text.split("\n\n") if p.strip()}
-        assert not [p for text in documents("builtin", "calibration") for p in text.split("\n\n") if p in held]
+    @BUILTIN
+    def test_no_held_out_paragraph_stands_in_calibration_text(self, source):
+        held = {p for text in documents(source, "evaluation") for p in text.split("\n\n") if p.strip()}
+        assert not [p for text in documents(source, "calibration") for p in text.split("\n\n") if p in held]
 
-    def test_no_held_out_topic_is_also_a_calibration_topic(self):
-        calibration, held = set(documents("builtin", "calibration")), set(documents("builtin", "evaluation"))
+    @BUILTIN
+    def test_no_held_out_topic_is_also_a_calibration_topic(self, source):
+        calibration, held = set(documents(source, "calibration")), set(documents(source, "evaluation"))
         assert [text[:40] for text in calibration & held] == []
 
     def test_windows_default_to_512_tokens(self):
