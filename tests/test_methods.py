@@ -173,7 +173,7 @@ def test_the_obs_weights_are_the_anchored_solution_at_its_own_ridge(tmp_path, fo
 def test_what_cannot_be_written_is_refused_before_the_network_is_scored(tmp_path, folders, calibration, monkeypatch):
     from grail import session
 
-    monkeypatch.setattr(session, "survey", lambda *_: pytest.fail("the survey ran"))
+    monkeypatch.setattr(session, "score_survey", lambda *_: pytest.fail("the survey ran"))
     for network, options in (("qwen3", {"format": "padded"}), ("gqa", {"format": "uniform"})):
         with pytest.raises(grail.GrailError, match="--format"):
             compressed(folders(network), tmp_path / "out", calibration, method="flap", **options)

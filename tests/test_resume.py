@@ -243,7 +243,7 @@ def test_bad_input_takes_everything_away(tmp_path):
 def test_widths_are_not_computed_twice(cases, tmp_path, monkeypatch, lines):
     case, files = cases("flap")
     interrupted(case, tmp_path / "out", lines)
-    monkeypatch.setattr(grail.session, "survey", lambda *args: pytest.fail("scored the network a second time"))
+    monkeypatch.setattr(grail.session, "score_survey", lambda *args: pytest.fail("scored the network a second time"))
     assert case.compress(tmp_path / "out", resume=True)["first"] == lines - 2
     assert files_of(tmp_path / "out") == files
 
