@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("reopen_here", "small_runs_on_one_thread")
 METHODS = sorted(methods().keys() - {"wanda", "mag-l2"})
 ATTENTION, MLP = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"
 DISK, SECOND = {"store": "disk", "target": "stream"}, "model.layers.1.self_attn.o_proj.weight"
-TRIAL, REST = [3, 9], [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12]  # of 13 windows: the middles of halves only decide
+TRIAL, REST = [11, 12], list(range(11))  # of 13 windows the last two only decide
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +83,18 @@ class TestWindows:
         assert found.trial.shape == (min(trial, tokens // (5 * length)), length)
         for ids in (found.ids, found.trial):
             assert torch.equal(ids, ids[:, :1] + torch.arange(length)) and 0 <= ids.min() <= ids.max() < tokens
-        for start in found.trial[:, 0]:
-            others = torch.cat([found.ids[:, 0], found.trial[found.trial[:, 0] != start, 0]])
-            assert ((others - start).abs() >= length).all()
+        assert found.ids.max() < found.trial.min() and (found.trial[:, 0].diff() >= length).all()
         assert torch.equal(found.ids, again.ids) and torch.equal(found.trial, again.trial)
         assert found.sha256 == again.sha256 != load(file, samples, 0, length, seed).sha256
 
-    def test_every_other_place_can_be_drawn_and_without_trials_all_as_ever(self, text):
+    def test_that_decide_are_the_end_of_the_text_and_the_others_lie_anywhere_before(self, text):
+        """Between the others they would be about the same things, and overfitting would look like learning."""
         file, tokens = text
-        found, places = load(file, 20_000, 3), torch.arange(tokens - 7)
-        free = ((places[:, None] - found.trial[:, 0]).abs() >= 8).all(1)
-        assert torch.equal(found.ids[:, 0].unique(), places[free])
-        assert (found.trial[:, 0].diff() - tokens / 3).abs().max() <= 1
+        found = load(file, 20_000, 3)
+        starts = found.trial[:, 0]
+        assert torch.equal(found.ids[:, 0].unique(), torch.arange(starts[0] - 7))
+        assert starts[0] == tokens - tokens // 8 and starts[-1] == tokens - 8
+        assert (starts.diff() - (tokens // 8 - 8) / 2).abs().max() <= 1
         starts = torch.randint(tokens - 8 + 1, (50,), generator=torch.Generator().manual_seed(3))
         found = load(file, 50, 0, seed=3)
         assert torch.equal(found.ids, starts[:, None] + torch.arange(8)) and found.trial is None

@@ -20,6 +20,8 @@ BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
 ENOUGH = 8
 TRIAL_SHARE = 5
 """Windows that only decide are at most one of so many."""
+TRIAL_STRETCH = 8
+"""They lie in the last of so many parts of the text, if they fit."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ def load_calibration(
     trial: int = 0,
 ) -> Windows:
     """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and `trial` (at most a fifth of what
-    there is) that lie evenly spread between them.
+    there is) from the end of the text, which the others do not reach.
 
     source: "builtin", "wikitext2", "c4", a path, or (Python) a tensor, a list of tensors or an iterable of batches.
     `tokenizer` is only called when there is text to tokenise. Raises GrailError naming a source without a full window,
@@ -83,10 +85,7 @@ def load_calibration(
             f"give more text or a smaller --seq-len"
         )
     reserved = _reserved(len(tokens), length, trial, source)
-    free = torch.ones(len(tokens) - length + 1, dtype=torch.bool)
-    for start in reserved:
-        free[max(start - length + 1, 0) : start + length] = False
-    offsets = free.nonzero()[:, 0]
+    offsets = torch.arange((reserved[0] if reserved else len(tokens)) - length + 1)
     drawn = offsets[torch.randint(len(offsets), (samples,), generator=torch.Generator().manual_seed(seed))]
     ids, held = (
         torch.stack([tokens[o : o + length] for o in some]) if some else None for some in (drawn.tolist(), reserved)
@@ -123,17 +122,19 @@ def evaluation_windows(
 
 
 def _reserved(tokens: int, length: int, trial: int, source: str) -> list[int]:
-    """Offsets of the windows for a choice: in the middle of equal stretches of the text."""
+    """Offsets of the windows for a choice, spread over the end of the text: one between the others would be about
+    what they are about, and not tell what was learnt from what was learnt by heart."""
     if not trial:
         return []
     count = min(trial, tokens // (TRIAL_SHARE * length))
     if not count:
         raise GrailError(_too_little(source, f"{tokens} tokens", f"{TRIAL_SHARE} windows of {length}"))
-    return [(2 * i + 1) * tokens // (2 * count) - length // 2 for i in range(count)]
+    room = max(tokens // TRIAL_STRETCH, count * length)
+    return [tokens - room + i * (room - length) // max(count - 1, 1) for i in range(count)]
 
 
 def _parted(ids_NL: Tensor, source: str, samples: int, trial: int) -> Windows:
-    """Of windows that are cut already every so many for a choice, and the others: as many as asked for where there are
+    """Of windows that are cut already the last ones for a choice, and the others: as many as asked for where there are
     enough of both."""
     if not trial:
         return Windows.of(ids_NL, source)
@@ -141,9 +142,7 @@ def _parted(ids_NL: Tensor, source: str, samples: int, trial: int) -> Windows:
     count = trial if enough else min(trial, len(ids_NL) // TRIAL_SHARE)
     if not count:
         raise GrailError(_too_little(source, f"{len(ids_NL)} windows", f"{TRIAL_SHARE}"))
-    chosen = torch.zeros(len(ids_NL), dtype=torch.bool)
-    chosen[[(2 * i + 1) * len(ids_NL) // (2 * count) for i in range(count)]] = True
-    return Windows.of(ids_NL[~chosen], source, ids_NL[chosen])
+    return Windows.of(ids_NL[:-count], source, ids_NL[-count:].clone())
 
 
 def _too_little(source: str, there: str, needed: str) -> str:
