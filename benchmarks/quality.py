@@ -5,6 +5,8 @@ and on text of another.
     python benchmarks/quality.py seeds                # wanda-sp and slimgpt at 0.3: more windows, seeds 1 and 2
     python benchmarks/quality.py ridges               # λ by hand, anchored and paper form
     python benchmarks/quality.py acceptance           # the best against plain GRAIL, with 128 windows
+    python benchmarks/quality.py headline             # the README's rows: three of these cells
+    python benchmarks/quality.py alphas               # α for all sites, against the choice by site
     python benchmarks/quality.py --render             # tables and figures from what is stored
 
 Every cell is a line of benchmarks/results/quality.jsonl, written when it is done: a run that is stopped goes on with
@@ -82,6 +84,13 @@ def alphas() -> Iterator[dict]:
         yield from (cell("wanda-sp", 0.3, "stream", samples=samples, alpha=a) for a in (0.0, 0.25, 0.5, 1.0))
 
 
+def headline() -> Iterator[dict]:
+    """The README's rows."""
+    yield cell("wanda-sp", 0.3, "hidden", samples=128, ridge=1e-3)
+    yield cell("wanda-sp", 0.3, "stream", samples=128)
+    yield cell("gram", 0.3, "stream", samples=128, allocation="error")
+
+
 def acceptance() -> Iterator[dict]:
     """With all the text: both masks, every ratio, both targets, plain GRAIL's λ at its best of three."""
     for ratio in (0.3, 0.2, 0.5):
@@ -93,7 +102,7 @@ def acceptance() -> Iterator[dict]:
                 yield cell(method, ratio, "hidden", samples=128, ridge=ridge)
 
 
-STUDIES = {f.__name__: f for f in (acceptance, grid, seeds, ridges, alphas)}
+STUDIES = {f.__name__: f for f in (headline, acceptance, grid, seeds, ridges, alphas)}
 
 
 def measure(asked: dict, work: Path) -> dict:
