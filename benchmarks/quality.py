@@ -28,7 +28,7 @@ from pathlib import Path
 
 from quality_render import render
 from quality_smollm2 import multi_head_form
-from table_llm import METHODS, code_hash
+from table_llm import METHODS, append, code_hash, stored
 
 from grail import compress
 from grail.checkpoint.locate import SMOLLM2, locate
@@ -136,49 +136,34 @@ def perplexity_of(folder: Path, text: str) -> float:
     return evaluate(str(folder), data=text, seq_len=512, samples=40)["models"][str(folder)]["perplexity"]
 
 
-def stored() -> list[dict]:
-    """The cells that are done; a line that was cut off by a kill is not one."""
-    found = []
-    for line in STORE.read_text().splitlines() if STORE.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def append(row: dict) -> None:
-    whole = not STORE.exists() or STORE.read_bytes().endswith(b"\n")
-    with open(STORE, "a") as handle:
-        handle.write(("" if whole else "\n") + json.dumps(row) + "\n")
-
-
 def run(cells: list[dict]) -> None:
     """Measure those that are not stored."""
-    done = {json.dumps([row.get(key) for key in KEYS]) for row in stored()}
-    if not any(row["method"] == "dense" for row in stored()):
+    done = {json.dumps([row.get(key) for key in KEYS]) for row in stored(STORE)}
+    if not any(row["method"] == "dense" for row in stored(STORE)):
         folder = multi_head_form(locate(SMOLLM2).folder)
         found = {text: perplexity_of(folder, text) for text in TEXTS}
-        append(dict.fromkeys(KEYS) | {"method": "dense", "perplexity": found, "versions": versions()})
+        append(dict.fromkeys(KEYS) | {"method": "dense", "perplexity": found, "versions": versions()}, STORE)
     with tempfile.TemporaryDirectory(prefix="grail-quality-") as work:
         for number, asked in enumerate(cells, 1):
             if json.dumps([asked[key] for key in KEYS]) in done:
                 continue
             row = measure(asked, Path(work))
-            append(row)
+            append(row, STORE)
             told = {key: asked[key] for key in KEYS if asked[key] != PLAIN.get(key)}
             sys.stderr.write(f"{number} of {len(cells)}: {told} {row['perplexity']}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="*", choices=[*STUDIES, []], default=[])
+    parser.add_argument(
+        "study", nargs="*", choices=[*STUDIES, []], default=[], metavar="study", help=", ".join(STUDIES)
+    )
     parser.add_argument("--render", action="store_true", help="only the tables and figures, from what is stored")
     asked = parser.parse_args()
     if not asked.render:
         for name in asked.study or STUDIES:
             run(list(STUDIES[name]()))
-    render(stored(), RESULTS)
+    render(stored(STORE), RESULTS)
 
 
 if __name__ == "__main__":

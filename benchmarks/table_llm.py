@@ -78,10 +78,10 @@ def _errors(report: Report) -> dict:
     }
 
 
-def stored() -> list[dict]:
+def stored(store: Path = STORE) -> list[dict]:
     """The cells that are done; a line that was cut off by a kill is not one."""
     found = []
-    for line in STORE.read_text().splitlines() if STORE.exists() else ():
+    for line in store.read_text().splitlines() if store.exists() else ():
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -102,10 +102,11 @@ def key_of(cell: dict) -> tuple:
     return tuple(cell[key] for key in KEYS)
 
 
-def append(row: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    whole = not STORE.exists() or STORE.read_bytes().endswith(b"\n")
-    with open(STORE, "a") as handle:
+def append(row: dict, store: Path = STORE) -> None:
+    """Add a cell that is done."""
+    store.parent.mkdir(exist_ok=True)
+    whole = not store.exists() or store.read_bytes().endswith(b"\n")
+    with open(store, "a") as handle:
         handle.write(("" if whole else "\n") + json.dumps(row) + "\n")
 
 

@@ -13,7 +13,7 @@ from .errors import GrailError
 
 AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
 RIDGE = 1e-3
-TRIAL_SHARE, MOST_TRIALS = 8, 16
+TRIALS_EVERY, MOST_TRIALS = 8, 16
 """Windows that only decide between candidates: one for so many that enter the statistics, and at most so many."""
 DTYPES = ("float32", "bfloat16", "float16")
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called"}
@@ -121,12 +121,12 @@ class Recipe:
     @property
     def chooses(self) -> bool:
         """Whether windows are needed that only decide between candidates."""
-        return self.compensate and AUTO in ([self.alpha, self.ridge] if self.target == STREAM else [self.ridge])
+        return self.compensate and self.target == STREAM and AUTO in (self.alpha, self.ridge)
 
     @property
     def trial_windows(self) -> int:
         """How many."""
-        return min(max(self.samples // TRIAL_SHARE, 2), MOST_TRIALS) if self.chooses else 0
+        return min(max(self.samples // TRIALS_EVERY, 2), MOST_TRIALS) if self.chooses else 0
 
     def of_one_site(self) -> Recipe:
         """The same where only one site is compressed: there is no error of others to make up for."""

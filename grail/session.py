@@ -33,8 +33,7 @@ from .progress import Progress
 from .recipe import Recipe
 from .report import versions
 from .selectors import selector_class
-from .survey import error_survey
-from .survey import survey as score_survey
+from .survey import error_survey, score_survey
 from .widths import WidthPlan
 from .workspace import Workspace, chunk_tokens
 

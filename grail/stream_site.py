@@ -17,6 +17,7 @@ from .compensation import Compensation
 from .families.base import Site
 from .layer import HIDDEN, LayerPass
 from .moments import CrossMoments, PairStatistics
+from .recipe import AUTO
 from .reduction import Reduction, Selection
 from .result import SiteResult, from_main
 from .sites import apply, folded, narrowed_producers, select, view_of
@@ -148,8 +149,8 @@ def _repair(run: LayerPass, site: Site, prepared: Prepared) -> SiteResult:
     """Solve for every candidate ridge, let the held-out windows decide, and give all processes the best."""
     recipe, group, system = run.job.recipe, run.work.group, prepared.system
     dtype = run.job.written_dtype(prepared.lifted.dtype)
-    alpha = None if recipe.alpha == "auto" else recipe.alpha
-    ridges = RIDGES if recipe.ridge == "auto" else (recipe.ridge,)
+    alpha = None if recipe.alpha == AUTO else recipe.alpha
+    ridges = RIDGES if recipe.ridge == AUTO else (recipe.ridge,)
     best: tuple[float, Compensation | None] | None = None
     for ridge in ridges:
         single = alpha is not None and len(ridges) == 1

@@ -34,7 +34,7 @@ FEW = 16
 """With so many units per group or fewer the error is measured at every number of them."""
 
 
-def survey(job: Job, work: Workspace, texts: Texts, track: Track = lambda layers: layers) -> dict[str, Tensor]:
+def score_survey(job: Job, work: Workspace, texts: Texts, track: Track = lambda layers: layers) -> dict[str, Tensor]:
     """Comparable unit scores [U] of every site of the dense network, by site name."""
     selector, scores = job.selector, {}
     needed = any(selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites)
