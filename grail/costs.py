@@ -172,11 +172,11 @@ class Costs:
 
     def _beside(self, site: Site) -> int:
         """Bytes alive in a forward pass beside the branch itself where the dense stream runs too: the consumer as it
-        is, t and D and what they are made of."""
+        is, t and what it is made of."""
         if not self.job.streams:
             return 0
         outputs = self._part(site)[1] // site.units.width
-        return self._item * self._part(site)[1] + (2 * 4 + 3 * self._item) * self.chunk * outputs
+        return self._item * self._part(site)[1] + (4 + 3 * self._item) * self.chunk * outputs
 
     def _solve(self, site: Site) -> int:
         """Selection and repair of one site: the larger of the two, and the consumer as stored."""
@@ -191,6 +191,7 @@ class Costs:
             # A, a side [K, O] for each part of the solution, the dense weight as float64 rows, and the best so far
             needed = 8 * kept**2 + 8 * sides * kept * outputs + 8 * width * min(outputs, CPU_ROWS) + ALLOCATOR
             needed += self._stored(site) * kept * outputs + 4 * sides * kept * outputs
+            needed += (2 * kept**2 + 4 * kept * outputs) * self.job.recipe.chooses  # moments of held-out windows
         elif self.job.recipe.compensate or self.job.selector.updates_weights():
             needed = solve_bytes(outputs, width, kept)
             if self.job.recipe.ridge_form == "paper":
@@ -241,11 +242,12 @@ class Costs:
         if self.deciding:  # a copy for each site, through half of the layers on the average; a solve for each width
             found["forward"] += layers * self.deciding * len(job.sites)
             found["solve"] *= 1 + len(SHARES)
-        if job.streams:  # the dense network beside; the consumer as it is, and the cross moment of what it gets wrong
-            consumers = sum(self._part(s)[1] for s in job.sites if job.touches(s))
+        if job.streams:  # the dense network beside, the cross moment, and moments of the held-out windows
             found["forward"] += 2.0 * layers * self.streamed * last / job.model.layer_count
-            found["forward"] += 2.0 * consumers * self.streamed
-            found["gram"] += 2.0 * consumers * self.tokens
+            for site in filter(job.touches, job.sites):
+                consumer, kept = self._part(site)[1], self._kept(site)
+                found["gram"] += 2.0 * consumer * self.tokens
+                found["gram"] += self.trial * self.length * kept * (kept + 2.0 * consumer / site.units.width)
         head = 2.0 * config.vocab_size * config.hidden_size
         found["evaluation"] = self.evaluated * (2 + self.pruned_too) * (2.0 * layers + head)
         return found
@@ -264,6 +266,8 @@ class Costs:
         recipe = self.job.recipe
         sides = 1 + (recipe.alpha == AUTO)
         each = kept**3 / 3 + 2.0 * kept**2 * sides * outputs + 2.0 * outputs * (width - kept) * kept
+        each += 3.0 * kept**2 * outputs * recipe.chooses
+        own += 2.0 * width**2 * outputs
         return each * (len(RIDGES) if recipe.ridge == AUTO else 1) + own
 
     def _training_flops(self, layer_flops: float) -> float:

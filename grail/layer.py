@@ -154,11 +154,6 @@ class LayerPass:
         with self.work.profile.phase("forward"):
             return self.block.stream(self.state(number), self._branches(number))
 
-    def with_consumer(self, site: Site, h_BLH: Tensor) -> Tensor:
-        """What the site's consumer, as it is, makes of its input: [B, L, O]."""
-        with self.work.profile.phase("forward", flops=2 * h_BLH.numel() * self.job.model.config.hidden_size):
-            return self.block.consume(self.part_of(site), h_BLH)
-
     def consume(
         self, site: Site, number: int, h: Tensor, weight_OK: Tensor | None = None, bias_O: Tensor | None = None
     ) -> None:

@@ -1,8 +1,8 @@
 """Statistics of pairs: a hidden vector, and what its consumer should make of it.
 
-Shapes: K width of the hidden vector z, O outputs of the consumer. y (O) is the target output, d what some given weight
-gets wrong about it. Accumulating the difference means that equal inputs give exactly zero (DESIGN section 1, general
-form).
+Shapes: K width of the hidden vector z, O outputs of the consumer, T rows, B some outputs. y (O) is the target output,
+d what some given weight gets wrong about it. Accumulating the difference means that equal inputs give exactly zero
+(DESIGN section 1, general form).
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ from torch import Tensor
 
 from grail_kernels import CrossAccumulator, GramAccumulator, PackedSymmetric
 
+from .normal_equations import blocks
+
 if TYPE_CHECKING:
     from .distributed import Group
+
+
+def dot(a_TO: Tensor, b_TO: Tensor) -> float:
+    """Σ a·b of float32 rows: in float32 along a row, in float64 over the rows (float64 throughout takes a hundred times
+    as long)."""
+    return torch.linalg.vecdot(a_TO, b_TO).sum(dtype=torch.float64).item()
 
 
 class CrossMoments:
@@ -32,19 +40,36 @@ class CrossMoments:
         self._target = torch.zeros(outputs, dtype=torch.float64, device=gram.device)
         self._difference_energy = self._target_energy = 0.0
 
-    def update(self, z: Tensor, target: Tensor, difference: Tensor) -> None:
-        """Add rows that the Gram matrix holds already: z [..., K], y [..., O] and d [..., O]."""
-        z_TK, y_TO, d_TO = (t.reshape(-1, t.shape[-1]).float() for t in (z, target, difference))
+    def update(self, z: Tensor, target: Tensor, difference: Tensor | None = None) -> None:
+        """Add rows that the Gram matrix holds already: z [..., K], y [..., O] and d [..., O], without which it is y."""
+        d = target if difference is None else difference
+        z_TK, y_TO, d_TO = (t.reshape(-1, t.shape[-1]).float() for t in (z, target, d))
         if not len(z_TK):
             return
         self.count += len(z_TK)
-        if self.affine and self._origin is None:
-            self._origin = self._gram.mean.float()
+        if self.affine:
+            if self._origin is None:
+                self._origin = self._gram.mean.float()
+            self._difference += d_TO.sum(0, dtype=torch.float64)
+            self._target += y_TO.sum(0, dtype=torch.float64)
         self._cross.update(z_TK if self._origin is None else z_TK - self._origin, d_TO)
-        self._difference += d_TO.sum(0, dtype=torch.float64)
-        self._target += y_TO.sum(0, dtype=torch.float64)
-        self._difference_energy += d_TO.double().square().sum().item()
-        self._target_energy += y_TO.double().square().sum().item()
+        self._difference_energy += dot(d_TO, d_TO)
+        self._target_energy += dot(y_TO, y_TO)
+
+    def minus_(self, weight_OK: Tensor, gram: PackedSymmetric) -> None:
+        """Let d be d − W z from here on, of the rows so far: C − A Wᵀ in float64, instead of a product for each row.
+        gram: A of the same rows (with `affine` about their mean), of all processes as these moments are."""
+        energy = self.difference_energy
+        for outputs in blocks(weight_OK):
+            weight_BK = weight_OK[outputs].double()
+            made_KB, cross_KB = gram.matmul(weight_BK.mT), self.columns(outputs).double()
+            energy += torch.sum(weight_BK.mT * (made_KB - 2 * cross_KB)).item()
+            cross_KB -= made_KB
+            if self._origin is not None:
+                self._difference[outputs] -= self.count * (weight_BK @ self._gram.mean)
+                cross_KB += self._moved(outputs)
+            self._cross.value[:, outputs] = cross_KB
+        self._difference_energy = energy + self._about_mean(self._difference)
 
     def sum_over(self, group: Group) -> None:
         """Let these be the statistics of the pairs of all processes, of which some may have none; the same bits on
@@ -70,10 +95,16 @@ class CrossMoments:
     @property
     def cross(self) -> Tensor:
         """C [K, O]: float32, or float64 where it was moved to the means."""
-        if not self.affine or self._origin is None:
-            return self._cross.value
-        moved_K = self._gram.mean - self._origin.double()
-        return self._cross.value.double() - torch.outer(moved_K, self._difference)
+        return self.columns(slice(None))
+
+    def columns(self, outputs: slice) -> Tensor:
+        """C for some outputs, [K, B]."""
+        cross_KB = self._cross.value[:, outputs]
+        return cross_KB if self._origin is None else cross_KB.double() - self._moved(outputs)
+
+    def _moved(self, outputs: slice) -> Tensor:
+        """What about the origin that was kept to is more than about the mean, float64 [K, B]."""
+        return torch.outer(self._gram.mean - self._origin.double(), self._difference[outputs])
 
     @property
     def mean(self) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: H a site's width, K what is kept of it, O outputs of its consumer; B win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 from .compensation import Compensation
 from .families.base import Site
 from .layer import HIDDEN, LayerPass
-from .moments import CrossMoments, PairStatistics
+from .moments import CrossMoments, PairStatistics, dot
 from .recipe import AUTO
 from .reduction import Reduction, Selection
 from .result import SiteResult, from_main
 from .sites import apply, folded, narrowed_producers, select, view_of
 from .statistics import SiteStatistics
 from .stream_repair import StreamSolution, StreamSystem, pair_errors, selection_errors
-from .trials import RIDGES, TrialErrors
+from .trials import RIDGES, TrialErrors, TrialMoments
 from .twin import TARGET, WEIGHT, Twin
 
 
@@ -67,9 +67,9 @@ def _prune(run: LayerPass, site: Site) -> Prepared:
     def count(statistics: SiteStatistics, number: int, h_BLH: Tensor) -> None:
         if not moments:
             moments.append(CrossMoments(statistics.accumulator, _outputs(run, site), affine=job.affine))
-        target_BLO, difference_BLO = _difference(run, site, number, h_BLH)
-        with run.work.profile.phase("cross moment", flops=2 * h_BLH.numel() * difference_BLO.shape[-1]):
-            moments[0].update(h_BLH, target_BLO, difference_BLO)
+        target_BLO = run.take(TARGET, number)
+        with run.work.profile.phase("cross moment", flops=2 * h_BLH.numel() * target_BLO.shape[-1]):
+            moments[0].update(h_BLH, target_BLO, _less_own_bias(run, site, target_BLO))
 
     statistics = run.gather(site, keep_counted=False, also=count)
     stream = moments[0] if moments else CrossMoments(statistics.accumulator, _outputs(run, site), affine=job.affine)
@@ -77,6 +77,8 @@ def _prune(run: LayerPass, site: Site) -> Prepared:
     view = view_of(run, site, statistics)
     reduction = _selection(run, site, lambda: select(run, view))
     weight_OH, gram = view.weight_OH, view.matrix
+    with run.work.profile.phase("solve"):
+        stream.minus_(weight_OH, gram)
     found = Prepared(
         reduction,
         reduction.lift_consumer(weight_OH),
@@ -109,26 +111,26 @@ def _fold(run: LayerPass, site: Site) -> Prepared:
     anchor_OK = lifted_OK.float()
     pairs = PairStatistics(reduction.kept_width, len(anchor_OK), device=run.device, affine=job.affine)
     stream = CrossMoments(pairs.accumulator, len(anchor_OK), affine=job.affine)
-    mixed = torch.zeros((), dtype=torch.float64, device=run.device)
+    mixed = 0.0
     for number in run.chunks.all:
         counts = number in run.chunks.counted
         if not (counts or number in run.chunks.trial or run.goes_on(number, site)):
             continue
         z_BLK = folded(run, site, number, narrow)
         if counts:
-            h_BLH = run.hidden_again(site, number)
-            target_BLO, difference_BLO = _difference(run, site, number, h_BLH)
+            h_BLH, target_BLO = run.hidden_again(site, number), run.take(TARGET, number)
             own_BLO = h_BLH.float() @ view.weight_OH.float().mT
             folding_BLO = own_BLO - z_BLK.float() @ anchor_OK.mT
+            difference_BLO = _less_own_bias(run, site, target_BLO) - own_BLO
             with run.work.profile.phase("gram"):
                 pairs.update(z_BLK, own_BLO, folding_BLO)
                 stream.update(z_BLK, target_BLO, difference_BLO)
-            mixed += torch.sum(folding_BLO * difference_BLO, dtype=torch.float64)
+            mixed += dot(folding_BLO.flatten(0, -2), difference_BLO.flatten(0, -2))
         if run.work.spill:
             run.put(HIDDEN, number, z_BLK)
     pairs.sum_over(group)
     stream.sum_over(group)
-    products = group.sum_(mixed).item()
+    products = group.sum_(torch.tensor([mixed], dtype=torch.float64)).item()
     if job.affine:
         products -= pairs.count * (pairs.mean_difference @ stream.mean_difference).item()
     found = Prepared(
@@ -151,11 +153,12 @@ def _repair(run: LayerPass, site: Site, prepared: Prepared) -> SiteResult:
     dtype = run.job.written_dtype(prepared.lifted.dtype)
     alpha = None if recipe.alpha == AUTO else recipe.alpha
     ridges = RIDGES if recipe.ridge == AUTO else (recipe.ridge,)
+    single = alpha is not None and len(ridges) == 1
+    trial = None if single else _trial_moments(run, site, prepared)
     best: tuple[float, Compensation | None] | None = None
     for ridge in ridges:
-        single = alpha is not None and len(ridges) == 1
         solution = _solved(run, system, ridge, alpha if single else None)
-        errors = None if single else _tried(run, site, prepared, solution)
+        errors = None if single else _tried(run, site, prepared, solution, trial)
         chosen = alpha if alpha is not None else errors.best_alpha
         value = 0.0 if single else errors.at(chosen)
         if best is None or value < best[0]:
@@ -192,7 +195,20 @@ def _compensation(
     )  # fmt: skip
 
 
-def _tried(run: LayerPass, site: Site, prepared: Prepared, solution: StreamSolution | None) -> TrialErrors:
+def _trial_moments(run: LayerPass, site: Site, prepared: Prepared) -> TrialMoments:
+    """Of this process's held-out windows."""
+    biased = run.job.affine or run.job.consumer_bias(site) is not None
+    found = TrialMoments(prepared.reduction.kept_width, _outputs(run, site), device=run.device, biased=biased)
+    for number in run.chunks.trial:
+        z_BLK, target_BLO, weight_BL = prepared.z(number), run.take(TARGET, number), run.take(WEIGHT, number)
+        with run.work.profile.phase("trials"):
+            found.update(z_BLK, target_BLO, weight_BL)
+    return found
+
+
+def _tried(
+    run: LayerPass, site: Site, prepared: Prepared, solution: StreamSolution | None, trial: TrialMoments
+) -> TrialErrors:
     """How P and S do on the held-out windows of all processes."""
     group = run.work.group
     own_OK, stream_OK = (
@@ -204,22 +220,15 @@ def _tried(run: LayerPass, site: Site, prepared: Prepared, solution: StreamSolut
         biases = tuple(bias_O.float() for bias_O in prepared.biases(own_OK, stream_OK))
     elif (own_O := run.job.consumer_bias(site)) is not None:
         biases = (own_O.float(), None)
-
-    def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for number in run.chunks.trial:
-            target_BLO, weight_BL = run.take(TARGET, number), run.take(WEIGHT, number)
-            z_BLK = prepared.z(number).float()
-            yield z_BLK.flatten(0, -2), target_BLO.flatten(0, -2), weight_BL.flatten()
-
     with run.work.profile.phase("trials"):
-        found = TrialErrors.of(rows(), (own_OK, biases[0]), (stream_OK, biases[1]))
+        found = trial.errors((own_OK, biases[0]), (stream_OK, biases[1]))
     return found.sum_over(group)
 
 
-def _difference(run: LayerPass, site: Site, number: int, h_BLH: Tensor) -> tuple[Tensor, Tensor]:
-    """t and D = t − W h of a chunk, float32 [B, L, O]."""
-    target_BLO = run.take(TARGET, number)
-    return target_BLO, target_BLO - run.with_consumer(site, h_BLH).float()
+def _less_own_bias(run: LayerPass, site: Site, target_BLO: Tensor) -> Tensor:
+    """What of t a weight has to make."""
+    own_O = run.job.consumer_bias(site)
+    return target_BLO if own_O is None else target_BLO - own_O.to(run.device).float()
 
 
 def _outputs(run: LayerPass, site: Site) -> int:

@@ -1,25 +1,66 @@
 """Candidates for one site, judged on windows of their own that enter no statistic: how much of the stream's error it
 should take on (α), and the ridge.
 
-For each ridge the error Σ ‖t − W'(α) z − b'(α)‖² is a parabola in α, known from three sums. A token counts by how large
-the dense stream is there, 1 / mean(r_d²): what reads the stream normalises it.
-Shapes: O outputs, K kept; T tokens.
+For each ridge the error Σ ‖t − W'(α) z − b'(α)‖² is a parabola in α, known from moments of z and t. A token counts by
+how large the dense stream is there, 1 / mean(r_d²): what reads the stream normalises it.
+Shapes: O outputs, K kept (plus one of the constant 1, where there is a bias); T tokens, B some outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from grail_kernels import CrossAccumulator, GramAccumulator
+
 from .distributed import Group
+from .moments import dot
+from .normal_equations import blocks
 
 NOTHING = 1e-6
 """A smaller share of the error is not worth a change."""
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates of --ridge auto."""
+
+
+class TrialMoments:
+    """Σ w z zᵀ, Σ w z tᵀ and Σ w ‖t‖² of this process's held-out rows: with them a candidate costs as much for many
+    rows as for few. biased: candidates have a bias."""
+
+    def __init__(self, width: int, outputs: int, *, device: torch.device, biased: bool):
+        self.biased = biased
+        self.total = 0.0
+        self._gram = GramAccumulator(width + biased, device=device)
+        self._cross = CrossAccumulator(width + biased, outputs, device=device)
+
+    def update(self, z: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Add rows z [..., K] and t [..., O], and how much each counts [...]."""
+        scale_T1 = weight.reshape(-1, 1).float().sqrt()
+        z_TK, t_TO = (rows.reshape(-1, rows.shape[-1]).float() * scale_T1 for rows in (z, target))
+        z_TK = torch.cat([z_TK, scale_T1], 1) if self.biased else z_TK
+        self._gram.update(z_TK)
+        self._cross.update(z_TK, t_TO)
+        self.total += dot(t_TO, t_TO)
+
+    def errors(self, own: tuple[Tensor, Tensor | None], stream: tuple[Tensor, Tensor | None]) -> TrialErrors:
+        """Those of P and b₀, and S and b₁ (None: no bias; [O, K] and [O])."""
+        found, gram = TrialErrors(self.total, self.total), self._gram.packed
+        for outputs in blocks(own[0]):
+            own_BK, stream_BK = (self._rows(*candidate, outputs) for candidate in (own, stream))
+            cross_BK, made_BK = self._cross.value[:, outputs].mT, gram.matmul(stream_BK.mT).mT
+            found.own += gram.quadratic_trace(own_BK) - 2 * dot(own_BK, cross_BK)
+            found.mixed += dot(stream_BK, cross_BK) - dot(own_BK, made_BK)
+            found.stream += dot(stream_BK, made_BK)
+        return found
+
+    def _rows(self, weight_OK: Tensor, bias_O: Tensor | None, outputs: slice) -> Tensor:
+        rows_BK = weight_OK[outputs].float()
+        if not self.biased:
+            return rows_BK
+        bias_B = rows_BK.new_zeros(len(rows_BK)) if bias_O is None else bias_O[outputs].float()
+        return torch.cat([rows_BK, bias_B[:, None]], 1)
 
 
 @dataclass
@@ -30,23 +71,6 @@ class TrialErrors:
     own: float = 0.0
     mixed: float = 0.0
     stream: float = 0.0
-
-    @classmethod
-    def of(
-        cls,
-        rows: Iterable[tuple[Tensor, Tensor, Tensor]],
-        own: tuple[Tensor, Tensor | None],
-        stream: tuple[Tensor, Tensor | None],
-    ) -> TrialErrors:
-        """rows: chunks of z [T, K], t [T, O] and each token's weight [T]; own: P and b₀, stream: S and b₁ (float32)."""
-        found = torch.zeros(4, dtype=torch.float64, device=own[0].device)
-        for z_TK, t_TO, weight_T in rows:
-            scale_T1 = weight_T.sqrt()[:, None]
-            u_TO = (t_TO - torch.nn.functional.linear(z_TK, *own)) * scale_T1
-            v_TO = torch.nn.functional.linear(z_TK, *stream) * scale_T1
-            pairs = (t_TO * scale_T1,) * 2, (u_TO, u_TO), (u_TO, v_TO), (v_TO, v_TO)
-            found += torch.stack([torch.sum(a * b, dtype=torch.float64) for a, b in pairs])
-        return cls(*found.tolist())
 
     def sum_over(self, group: Group) -> TrialErrors:
         """Those of all processes, the same on each."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from grail.compensation import compensate, compensate_pairs, mean_bias
-from grail.moments import PairStatistics
+from grail.moments import CrossMoments, PairStatistics
 from grail.reduction import Selection
-from grail.statistics import GRAM, SiteStatistics
+from grail.statistics import GRAM, MOMENTS, SiteStatistics
 
 T, K, O = 400, 12, 7  # noqa: E741
 
@@ -103,3 +103,35 @@ def test_affine_selection_is_least_squares_with_an_intercept(mean):
     both = error(found.weight, bias_new)
     assert both <= error(weight_only, bias) * (1 + 1e-6)
     assert both <= error(plain, mean_bias(weight, plain, kept, statistics, bias)) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("outputs", [1, 7, 600])
+def test_what_a_weight_makes_is_taken_off_as_if_off_each_row(affine, centred, outputs):
+    """Also where the Gram matrix is kept about a mean that is large beside the spread (flap's)."""
+    if affine and not centred:
+        return
+    generator = torch.Generator().manual_seed(outputs)
+    z, weight = torch.randn(T, K, generator=generator) + 8 * centred, torch.randn(outputs, K, generator=generator)
+    target = z @ weight.mT + torch.randn(T, outputs, generator=generator) + 0.5
+    left = target.double() - z.double() @ weight.double().mT
+    needs = frozenset({GRAM, MOMENTS}) if centred else frozenset({GRAM})
+    statistics = SiteStatistics(K, needs, affine=affine)
+    found = CrossMoments(statistics.accumulator, outputs, affine=affine)
+    for z_part, y_part in zip(z.split(150), target.split(150)):
+        statistics.update(z_part)
+        found.update(z_part, y_part)
+    found.minus_(weight, statistics.scatter if affine else statistics.gram)
+
+    def about(rows: torch.Tensor) -> torch.Tensor:
+        return rows.double() - affine * rows.double().mean(0)
+
+    scale = about(z).norm() * about(target).norm()
+    assert (found.cross.double() - about(z).mT @ about(left)).norm() < 1e-6 * scale
+    assert found.difference_energy == pytest.approx(
+        about(left).square().sum().item(), abs=1e-6 * about(target).square().sum().item()
+    )
+    assert found.target_energy == pytest.approx(about(target).square().sum().item(), rel=1e-5)
+    if affine:
+        torch.testing.assert_close(found.mean_difference, left.mean(0), rtol=0, atol=1e-4)

@@ -18,7 +18,7 @@ from grail.cli import app
 from grail.errors import GrailError, Interrupted
 from grail.recipe import Recipe
 from grail.selectors import methods
-from grail.trials import RIDGES, TrialErrors
+from grail.trials import RIDGES, TrialErrors, TrialMoments
 from tests.killed_runs import Case, Events, committed_layers, files_of
 from tests.test_calibration import Numbers, no_tokenizer, numbered_text
 from tests.test_compensation import normal
@@ -47,8 +47,10 @@ def test_errors_are_those_of_the_data_and_the_best_alpha_is_found(pull, affine, 
     own, stream = normal(5, 7, seed=seed + 2), normal(5, 7, seed=seed + 3)
     biases = [normal(5, seed=seed + 4 + i) * affine for i in (0, 1)]
     t = z @ own.mT + biases[0] + pull * (z @ stream.mT + biases[1]) + 0.3 * normal(61, 5, seed=seed + 6)
-    rows = zip(*(x.float().split([20, 1, 40]) for x in (z, t, weight)), strict=True)
-    found = TrialErrors.of(rows, *((w.float(), b.float() if affine else None) for w, b in zip((own, stream), biases)))
+    moments = TrialMoments(7, 5, device=torch.device("cpu"), biased=affine)
+    for rows in zip(*(x.float().split([20, 1, 40]) for x in (z, t, weight)), strict=True):
+        moments.update(*rows)
+    found = moments.errors(*((w, b if affine else None) for w, b in zip((own, stream), biases)))
 
     def error(alpha: float) -> float:
         left = t - z @ (own + alpha * stream).mT - biases[0] - alpha * biases[1]
