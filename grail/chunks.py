@@ -13,22 +13,27 @@ from .workspace import Workspace
 @dataclass(frozen=True)
 class Texts:
     """Token ids: the calibration windows [N, L]; those that only decide between candidates [V, L]; the probe [1, L],
-    whose logits are compared after reopening. Any may be None."""
+    whose logits are compared after reopening; and how much each token of the first two counts, float32. Any may be
+    None."""
 
     windows: Tensor | None = None
     trial: Tensor | None = None
     probe: Tensor | None = None
+    weights: Tensor | None = None
+    trial_weights: Tensor | None = None
 
 
 @dataclass
 class Chunks:
     """The chunks of one pass that this process computes: `counted` enter the statistics, `trial` only decide between
     candidates, the `probe` (or None) only passes through. `windows` counts the calibration windows of all processes.
-    The hidden states before layer k are the store's series `name-k`; lasting: a later run may go on from them."""
+    weights: by a chunk's number, what each token counts [B, L]; none where all count the same. The hidden states before
+    layer k are the store's series `name-k`; lasting: a later run may go on from them."""
 
     work: Workspace
     name: str
     ids: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
     counted: list[int] = field(default_factory=list)
     trial: list[int] = field(default_factory=list)
     windows: int = 0
@@ -41,16 +46,26 @@ class Chunks:
         parts = [[] if ids is None else work.split(ids) for ids in (texts.windows, texts.trial)]
         ids = dict(enumerate(parts[0] + parts[1] + [texts.probe]))
         start = len(parts[0])
+        weights = [
+            part for all_NL in (texts.weights, texts.trial_weights) if all_NL is not None for part in work.split(all_NL)
+        ]
         has_probe = texts.probe is not None and work.group.main
         return cls(
             work,
             name,
             ids,
+            dict(enumerate(weights)),
             work.mine(start),
             [start + number for number in work.mine(len(parts[1]))],
             0 if texts.windows is None else len(texts.windows),
             len(ids) - 1 if has_probe else None,
         )
+
+    def weighed(self, number: int, rows_BLX: Tensor) -> Tensor:
+        """A chunk's vectors times the root of what each token counts, so that their products count as much."""
+        if number not in self.weights:
+            return rows_BLX
+        return rows_BLX * self.weights[number].to(rows_BLX.device).sqrt()[..., None]
 
     @property
     def all(self) -> list[int]:
@@ -67,7 +82,8 @@ class Chunks:
 
     def beside(self, name: str) -> Chunks:
         """The same windows, without the probe, in series of another name."""
-        return Chunks(self.work, name, self.ids, self.counted, self.trial, self.windows, lasting=self.lasting)
+        named = (self.work, name, self.ids, self.weights, self.counted, self.trial, self.windows)
+        return Chunks(*named, lasting=self.lasting)
 
     def series(self, layer: int) -> str:
         """The series of the hidden states before a layer (or, one past the last, before the final norm)."""

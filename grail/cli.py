@@ -94,7 +94,7 @@ def compress(
         str,
         _data(
             "--calibration",
-            help="builtin, docstrings, wikitext2, c4, .txt, .jsonl, .safetensors; images: folder, idx, .npz, hf:NAME.",
+            help="builtin, docstrings, wikitext2, c4, .txt, .jsonl, .safetensors, a+b; images: folder, .npz, hf:NAME.",
         ),
     ] = "builtin",
     samples: Annotated[int, _data("--samples", help="Calibration windows, at random offsets.")] = 128,

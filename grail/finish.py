@@ -98,8 +98,9 @@ def _pruned_perplexity(session: Session, work: Workspace, out: OutputFolder) -> 
     with pruned if session.group.main else nullcontext():
         session.group.barrier()
         with session.phase("pruned only"):
-            windows = session.windows.ids if job.needs_data else None
-            texts = Texts(windows, probe=session.probe)
+            texts = Texts(probe=session.probe)
+            if job.needs_data:
+                texts = replace(texts, windows=session.windows.ids, weights=session.windows.weights)
             stream(job, work, texts, pruned, session.progress.layers("pruning only"), "pruned")
         if session.group.main:
             write_rest(session, job, pruned)

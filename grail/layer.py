@@ -77,7 +77,7 @@ class LayerPass:
             if counts or goes_on:
                 h_BLH = self.hidden(site, number)
             if counts:
-                self._count(statistics, h_BLH)
+                self._count(statistics, self.chunks.weighed(number, h_BLH))
                 statistics.check_finite(site.name)
             if goes_on:
                 self.consume(site, number, h_BLH)
@@ -88,7 +88,7 @@ class LayerPass:
     ) -> SiteStatistics:
         """The statistics of a site, over all processes. Where inputs of consumers are spilled, those that will be
         needed again are put into the store; keep_counted: those of all counted chunks will. also: called with each
-        counted chunk's number and hidden vectors once the statistics, of this process so far, hold them."""
+        counted chunk's number and hidden vectors, weighed, once the statistics, of this process so far, hold them."""
         needs = self.job.statistics_of(site)
         statistics = SiteStatistics(site.units.width, needs, device=self.device, affine=self.job.affine)
         self._trim()
@@ -100,9 +100,11 @@ class LayerPass:
                 continue
             h_BLH = self.hidden(site, number)
             if counts and needs:
-                self._count(statistics, h_BLH)
+                weighed_BLH = self.chunks.weighed(number, h_BLH)
+                self._count(statistics, weighed_BLH)
                 if also is not None:
-                    also(statistics, number, h_BLH)
+                    also(statistics, number, weighed_BLH)
+                weighed_BLH = None
             if keeps:
                 self.put(HIDDEN, number, h_BLH)
             del h_BLH  # or it would lie beside what the next chunk needs

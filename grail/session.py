@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor
 import grail_kernels
 
 from .calibration import Windows, evaluation_windows, load_calibration
+from .calibration.mixture import absolute, parts_of
 from .calibration.text import default_length
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint.locate import Located, locate
@@ -33,6 +33,7 @@ from .progress import Progress
 from .recipe import Recipe
 from .report import versions
 from .selectors import selector_class
+from .statistics import MOMENTS
 from .survey import error_survey, score_survey
 from .widths import WidthPlan
 from .workspace import Workspace, chunk_tokens
@@ -120,7 +121,8 @@ class Session:
         return found[: max(DECIDING_TOKENS // found.shape[1], 1)]
 
     def _survey(self, work: Workspace) -> dict[str, int]:
-        widths, texts = self.widths, Texts(self.windows and self.windows.ids, self.deciding_windows)
+        widths, windows = self.widths, self.windows
+        texts = Texts(windows and windows.ids, self.deciding_windows, weights=windows and windows.weights)
         survey, settle = (
             (error_survey, widths.from_curves) if widths.measures_errors else (score_survey, widths.from_scores)
         )
@@ -132,6 +134,11 @@ class Session:
         return kept
 
     @property
+    def _uses_means(self) -> bool:
+        """Whether the selection reads means of activations, which weights of rows do not give."""
+        return any(MOMENTS in self.job.statistics_of(site) for site in self.job.sites)
+
+    @property
     def trial_windows(self) -> int:
         """Calibration windows that only decide between candidates."""
         return 0 if self.windows is None or self.windows.trial is None else len(self.windows.trial)
@@ -141,7 +148,8 @@ class Session:
         """The windows that go through the network."""
         if self.windows is None:
             return Texts(probe=self.probe)
-        return Texts(self.windows.ids, self.windows.trial, self.probe)
+        windows = self.windows
+        return Texts(windows.ids, windows.trial, self.probe, windows.weights, windows.trial_weights)
 
     @property
     def spill(self) -> bool:
@@ -185,8 +193,8 @@ class Session:
         return open_family(folder, device=usable_device(self.group.device), dtype=dtype, **options)
 
     def _local_texts(self) -> list[Path]:
-        named = (self.recipe.calibration, self.recipe.eval)
-        return [Path(text) for text in named if isinstance(text, str) and Path(text).is_file()]
+        named = [text for text in (self.recipe.calibration, self.recipe.eval) if isinstance(text, str)]
+        return [Path(part) for text in named for part in parts_of(text) if Path(part).is_file()]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -214,6 +222,9 @@ class Session:
             seed=recipe.seed,
             trial=recipe.trial_windows,
         )
+        if windows.weights is not None and (self.job.affine or self._uses_means):
+            what = "--bias" if self.job.affine else f"--method {recipe.method}"
+            raise GrailError(f"{windows.source}: weights of tokens are not offered with {what}; leave one of them out")
         widest = max(site.units.width for site in self.job.sites if self.job.changes(site))
         if windows.tokens < widest:
             self.progress.warn(
@@ -227,7 +238,7 @@ class Session:
         if asked == "none":
             return None
         if asked is None:
-            tokenised = not isinstance(given, str) or given.endswith(".safetensors")
+            tokenised = not isinstance(given, str) or any(p.endswith(".safetensors") for p in parts_of(given))
             if tokenised or self.parameters >= EVALUATED_BY_DEFAULT:
                 return None
             if not self.has_tokenizer:
@@ -235,8 +246,7 @@ class Session:
                     f"{self.located.folder} has no tokenizer: no evaluation (name token ids with --eval)"
                 )
                 return None
-        source = asked or given
-        source = os.path.abspath(source) if Path(source).is_file() else source
+        source = absolute(asked or given)
         length = self.recipe.seq_len or (self.windows.ids.shape[1] if self.windows else default_length(source))
         found = evaluation_windows(
             source,
@@ -252,7 +262,7 @@ class Session:
     def held_out(self, source: str) -> bool:
         """Whether only the part of `source` that calibration never sees may be used for evaluation."""
         given = self.recipe.calibration
-        return isinstance(given, str) and (source == given or os.path.abspath(given) == source)
+        return isinstance(given, str) and source in (given, absolute(given))
 
     @cached_property
     def _source_sha256(self) -> str:
@@ -277,6 +287,7 @@ class Session:
             "seq_len": length,
             "tokens": self.windows.tokens,
             "trial_windows": self.trial_windows,
+            "weighted": self.windows.weights is not None,
         }
 
     @contextmanager

@@ -118,9 +118,10 @@ def _fold(run: LayerPass, site: Site) -> tuple[SiteResult, dict[str, Tensor]]:
             continue
         z_BLK = folded(run, site, number, narrow)
         if counts:
-            target_BLO = run.hidden_again(site, number).float() @ dense_OH.mT
+            h_BLH, counted_BLK = (run.chunks.weighed(number, x) for x in (run.hidden_again(site, number), z_BLK))
+            target_BLO = h_BLH.float() @ dense_OH.mT
             with run.work.profile.phase("gram"):
-                pairs.update(z_BLK, target_BLO, target_BLO - z_BLK.float() @ anchor_OK.mT)
+                pairs.update(counted_BLK, target_BLO, target_BLO - counted_BLK.float() @ anchor_OK.mT)
         if run.work.spill:
             run.put(HIDDEN, number, z_BLK)
     pairs.sum_over(group)

@@ -68,8 +68,9 @@ def _prune(run: LayerPass, site: Site) -> Prepared:
         if not moments:
             moments.append(CrossMoments(statistics.accumulator, _outputs(run, site), affine=job.affine))
         target_BLO = run.take(TARGET, number)
+        targets = (run.chunks.weighed(number, t) for t in (target_BLO, _less_own_bias(run, site, target_BLO)))
         with run.work.profile.phase("cross moment", flops=2 * h_BLH.numel() * target_BLO.shape[-1]):
-            moments[0].update(h_BLH, target_BLO, _less_own_bias(run, site, target_BLO))
+            moments[0].update(h_BLH, *targets)
 
     statistics = run.gather(site, keep_counted=False, also=count)
     stream = moments[0] if moments else CrossMoments(statistics.accumulator, _outputs(run, site), affine=job.affine)
@@ -118,13 +119,16 @@ def _fold(run: LayerPass, site: Site) -> Prepared:
             continue
         z_BLK = folded(run, site, number, narrow)
         if counts:
-            h_BLH, target_BLO = run.hidden_again(site, number), run.take(TARGET, number)
-            own_BLO = h_BLH.float() @ view.weight_OH.float().mT
-            folding_BLO = own_BLO - z_BLK.float() @ anchor_OK.mT
-            difference_BLO = _less_own_bias(run, site, target_BLO) - own_BLO
+            target_BLO = run.take(TARGET, number)
+            h_BLH, counted_BLK, target_BLO, left_BLO = (
+                run.chunks.weighed(number, x).float()
+                for x in (run.hidden_again(site, number), z_BLK, target_BLO, _less_own_bias(run, site, target_BLO))
+            )
+            own_BLO = h_BLH @ view.weight_OH.float().mT
+            folding_BLO, difference_BLO = own_BLO - counted_BLK @ anchor_OK.mT, left_BLO - own_BLO
             with run.work.profile.phase("gram"):
-                pairs.update(z_BLK, own_BLO, folding_BLO)
-                stream.update(z_BLK, target_BLO, difference_BLO)
+                pairs.update(counted_BLK, own_BLO, folding_BLO)
+                stream.update(counted_BLK, target_BLO, difference_BLO)
             mixed += dot(folding_BLO.flatten(0, -2), difference_BLO.flatten(0, -2))
         if run.work.spill:
             run.put(HIDDEN, number, z_BLK)
@@ -200,7 +204,8 @@ def _trial_moments(run: LayerPass, site: Site, prepared: Prepared) -> TrialMomen
     biased = run.job.affine or run.job.consumer_bias(site) is not None
     found = TrialMoments(prepared.reduction.kept_width, _outputs(run, site), device=run.device, biased=biased)
     for number in run.chunks.trial:
-        z_BLK, target_BLO, weight_BL = prepared.z(number), run.take(TARGET, number), run.take(WEIGHT, number)
+        z_BLK, target_BLO = prepared.z(number), run.take(TARGET, number)
+        weight_BL = run.take(WEIGHT, number) * run.chunks.weights.get(number, torch.ones(())).to(run.device)
         with run.work.profile.phase("trials"):
             found.update(z_BLK, target_BLO, weight_BL)
     return found

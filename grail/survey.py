@@ -38,7 +38,7 @@ def score_survey(job: Job, work: Workspace, texts: Texts, track: Track = lambda 
     """Comparable unit scores [U] of every site of the dense network, by site name."""
     selector, scores = job.selector, {}
     needed = any(selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites)
-    chunks = Chunks.of(work, "survey", Texts(texts.windows if needed else None))
+    chunks = Chunks.of(work, "survey", Texts(texts.windows, weights=texts.weights) if needed else Texts())
     _embed(job, chunks)
     for layer in track(range(job.model.layer_count)):
         run = LayerPass(job, layer, chunks, chunks.all if layer + 1 < job.model.layer_count else [])

@@ -80,9 +80,10 @@ class TrialErrors:
     @property
     def best_alpha(self) -> float:
         """The α in 0..1 of the least error; 0 where that gains nothing but rounding."""
-        if not self.stream > 0 or self.mixed <= 0 or self.mixed**2 <= NOTHING * self.own * self.stream:
+        if not self.stream > 0 or self.mixed <= 0:
             return 0.0
-        return min(self.mixed / self.stream, 1.0)
+        alpha = min(self.mixed / self.stream, 1.0)
+        return alpha if alpha * (2 * self.mixed - alpha * self.stream) > NOTHING * self.own else 0.0
 
     def at(self, alpha: float) -> float:
         """The error at an α, as a share of Σ ‖t‖²."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
-from .sources import BUILTIN, documents, no_such_text
+from .mixture import parts_of, shares
+from .sources import BUILTIN, documents
+from .tokens import checked, from_batches, pretokenised, stored_weights, weigh, within
 
 JOINER = dict.fromkeys([*BUILTIN, "wikitext2"], "\n\n")
 BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
@@ -26,20 +27,31 @@ TRIAL_STRETCH = 8
 
 @dataclass
 class Windows:
-    """ids [N, L]; source is what the user named; sha256 over the ids. trial [V, L] or None: windows of the same source
-    that the others do not overlap, for a choice between candidates."""
+    """ids [N, L]; source is what the user named; sha256 over all tensors. trial [V, L] or None: windows of the same
+    source that the others do not overlap, for a choice between candidates. weights [N, L] and trial_weights [V, L],
+    float32, or None: how much each token counts, 1 in the mean of the first."""
 
     ids: Tensor
     source: str
     sha256: str
     trial: Tensor | None = None
+    weights: Tensor | None = None
+    trial_weights: Tensor | None = None
 
     @classmethod
-    def of(cls, ids: Tensor, source: str, trial: Tensor | None = None) -> Windows:
+    def of(
+        cls,
+        ids: Tensor,
+        source: str,
+        trial: Tensor | None = None,
+        weights: Tensor | None = None,
+        trial_weights: Tensor | None = None,
+    ) -> Windows:
         hashed = hashlib.sha256(ids.numpy().tobytes())
-        if trial is not None:
-            hashed.update(trial.numpy().tobytes())
-        return cls(ids, source, hashed.hexdigest(), trial)
+        for more in (trial, weights, trial_weights):
+            if more is not None:
+                hashed.update(more.numpy().tobytes())
+        return cls(ids, source, hashed.hexdigest(), trial, weights, trial_weights)
 
     @property
     def tokens(self) -> int:
@@ -47,7 +59,9 @@ class Windows:
 
 
 def default_length(source: Any) -> int:
-    return BUILTIN_LENGTH if source in BUILTIN else DEFAULT_LENGTH
+    """Tokens of a window where --seq-len is not given; of a mixture the least of its parts."""
+    parts = parts_of(source) if isinstance(source, str) else [None]
+    return min(BUILTIN_LENGTH if part in BUILTIN else DEFAULT_LENGTH for part in parts)
 
 
 def load_calibration(
@@ -63,17 +77,40 @@ def load_calibration(
     """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and `trial` (at most a fifth of what
     there is) from the end of the text, which the others do not reach.
 
-    source: "builtin", "wikitext2", "c4", a path, or (Python) a tensor, a list of tensors or an iterable of batches.
-    `tokenizer` is only called when there is text to tokenise. Raises GrailError naming a source without a full window,
-    or with `trial` one without enough for both.
+    source: "builtin", "wikitext2", "c4", a path, several of these joined by "+" (as many windows each), or (Python) a
+    tensor, a list of tensors or an iterable of batches. `tokenizer` is only called when there is text to tokenise.
+    Raises GrailError naming a source without a full window, or with `trial` one without enough for both.
     """
     if not isinstance(source, (str, Path)):
-        ids = _checked(_from_batches(source, samples + trial, seq_len), vocabulary, "calibration")
-        return _parted(ids, "given in Python", samples, trial)
-    source = str(source)
+        ids, weights = from_batches(source, samples + trial, seq_len)
+        ids = checked(ids, vocabulary, "calibration")
+        return _parted(ids, "given in Python", samples, trial, weigh(weights, ids, "calibration"))
+    parts = parts_of(str(source))
+    if len(parts) == 1:
+        return _of_one(parts[0], tokenizer, vocabulary, samples, seq_len, seed, trial)
+    if samples < len(parts):
+        raise GrailError(f"--calibration {source}: --samples {samples} is less than a window of each of its texts")
+    length = seq_len or default_length(source)
+    counts = zip(parts, shares(samples, len(parts)), shares(max(trial, len(parts)) if trial else 0, len(parts)))
+    found = [_of_one(part, tokenizer, vocabulary, some, length, seed, few) for part, some, few in counts]
+    if any(windows.weights is not None for windows in found):
+        raise GrailError(f"--calibration {source}: texts that are joined cannot have weights; give one file")
+    held = torch.cat([windows.trial for windows in found]) if trial else None
+    return Windows.of(torch.cat([windows.ids for windows in found]), str(source), held)
+
+
+def _of_one(
+    source: str,
+    tokenizer: Callable[[], Any],
+    vocabulary: int,
+    samples: int,
+    seq_len: int | None,
+    seed: int,
+    trial: int,
+) -> Windows:
     if source.endswith(".safetensors"):
-        ids = _pretokenised(Path(source), vocabulary, "--calibration", seq_len)[: samples + trial]
-        return _parted(ids.contiguous(), source, samples, trial)
+        ids = pretokenised(Path(source), vocabulary, "--calibration", seq_len)[: samples + trial].contiguous()
+        return _parted(ids, source, samples, trial, weigh(stored_weights(Path(source)), ids, source))
     length = seq_len or default_length(source)
     texts = documents(source, "calibration", "--calibration")
     tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * (samples + trial) * length)
@@ -106,19 +143,24 @@ def evaluation_windows(
     """Non-overlapping windows of a source, the last partial one dropped; None when there is no full window.
 
     held_out: of a local text file only the part that calibration never sees (built-in text and data sets have splits
-    of their own; a pre-tokenised file is always evaluated whole). seq_len None: the file's own, or the default.
+    of their own; a pre-tokenised file is always evaluated whole). seq_len None: the file's own, or the default. Of
+    texts joined by "+" as many windows each, all of the shortest.
     """
-    if source.endswith(".safetensors"):
-        ids = _pretokenised(Path(source), vocabulary, option, seq_len)
-        return Windows.of(ids[:samples].contiguous(), source)
-    seq_len = seq_len or default_length(source)
+    parts = parts_of(source)
+    seq_len = seq_len or (default_length(source) if len(parts) > 1 else None)
     split = "evaluation" if held_out else "all"
-    tokens = _tokens(source, documents(source, split, option), tokenizer(), vocabulary)
-    count = len(tokens) // seq_len
-    if not count:
-        return None
-    ids = tokens[: count * seq_len].view(count, seq_len)[:samples]
-    return Windows.of(ids.contiguous(), source)
+    found = []
+    for part in parts:
+        if part.endswith(".safetensors"):
+            found.append(pretokenised(Path(part), vocabulary, option, seq_len))
+            continue
+        length = seq_len or default_length(part)
+        tokens = _tokens(part, documents(part, split, option), tokenizer(), vocabulary)
+        found.append(tokens[: len(tokens) // length * length].view(-1, length))
+    least = min(map(len, found))
+    counts = [least] * len(parts) if samples is None else [min(least, n) for n in shares(samples, len(parts))]
+    ids = torch.cat([windows[:count] for windows, count in zip(found, counts, strict=True)])
+    return Windows.of(ids.contiguous(), source) if len(ids) else None
 
 
 def _reserved(tokens: int, length: int, trial: int, source: str) -> list[int]:
@@ -133,16 +175,18 @@ def _reserved(tokens: int, length: int, trial: int, source: str) -> list[int]:
     return [tokens - room + i * (room - length) // max(count - 1, 1) for i in range(count)]
 
 
-def _parted(ids_NL: Tensor, source: str, samples: int, trial: int) -> Windows:
+def _parted(ids_NL: Tensor, source: str, samples: int, trial: int, weights_NL: Tensor | None) -> Windows:
     """Of windows that are cut already the last ones for a choice, and the others: as many as asked for where there are
     enough of both."""
     if not trial:
-        return Windows.of(ids_NL, source)
+        return Windows.of(ids_NL, source, None, weights_NL)
     enough = len(ids_NL) >= samples + trial
     count = trial if enough else min(trial, len(ids_NL) // TRIAL_SHARE)
     if not count:
         raise GrailError(_too_little(source, f"{len(ids_NL)} windows", f"{TRIAL_SHARE}"))
-    return Windows.of(ids_NL[:-count], source, ids_NL[-count:].clone())
+    parts = [None if t is None else (t[:-count], t[-count:].clone()) for t in (ids_NL, weights_NL)]
+    weights = parts[1] or (None, None)
+    return Windows.of(parts[0][0], source, parts[0][1], *weights)
 
 
 def _too_little(source: str, there: str, needed: str) -> str:
@@ -165,46 +209,4 @@ def _tokens(source: str, texts: Iterator[str], tokenizer: Any, vocabulary: int, 
             if enough is not None and len(pieces) >= enough:
                 break
     tokens = torch.tensor(pieces, dtype=torch.int64)
-    return _within(tokens, vocabulary, f"{source}, tokenised") if len(tokens) else tokens
-
-
-def _pretokenised(path: Path, vocabulary: int, option: str, seq_len: int | None) -> Tensor:
-    if not path.is_file():
-        raise GrailError(no_such_text(str(path), option))
-    folder = SafetensorsFolder(path)
-    if "input_ids" not in folder:
-        raise GrailError(f"{path} holds no tensor input_ids [windows, length]")
-    ids = _checked(folder.get("input_ids"), vocabulary, str(path))
-    if seq_len is not None and seq_len > ids.shape[1]:
-        raise GrailError(f"{path} holds windows of {ids.shape[1]} tokens; --seq-len {seq_len} is longer")
-    return ids[:, :seq_len]
-
-
-def _from_batches(source: Any, samples: int, seq_len: int | None) -> Tensor:
-    found: list[Tensor] = []
-    try:
-        for batch in [source] if isinstance(source, Tensor) else source:
-            ids = torch.as_tensor(batch["input_ids"] if hasattr(batch, "keys") else batch)
-            found += list(ids[None] if ids.dim() == 1 else ids)
-            if len(found) >= samples:
-                break
-        return torch.stack(found[:samples])[:, :seq_len].cpu()
-    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise GrailError(
-            "calibration: expected token ids [windows, length]: a tensor, a list of tensors of one length, or batches "
-            f"with input_ids ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _checked(ids: Tensor, vocabulary: int, where: str) -> Tensor:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.shape[1] < 2 or not len(ids):
-        found = f"{ids.dtype} {list(ids.shape)}"
-        raise GrailError(f"{where}: input_ids must be integers [windows, length >= 2]; got {found}")
-    return _within(ids.long(), vocabulary, where)
-
-
-def _within(ids: Tensor, vocabulary: int, where: str) -> Tensor:
-    outside = ids[(ids < 0) | (ids >= vocabulary)]
-    if len(outside):
-        raise GrailError(f"{where}: token id {int(outside[0])} is not within the model's vocabulary of {vocabulary}")
-    return ids
+    return within(tokens, vocabulary, f"{source}, tokenised") if len(tokens) else tokens

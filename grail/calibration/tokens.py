@@ -1,0 +1,89 @@
+"""Token ids, and what each token counts, as they are given: pre-tokenised files, tensors and batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.reader import SafetensorsFolder
+from ..errors import GrailError
+from .sources import no_such_text
+
+TENSORS = ("input_ids", "weights")
+"""Names in pre-tokenised files and batches."""
+
+
+def pretokenised(path: Path, vocabulary: int, option: str, seq_len: int | None) -> Tensor:
+    """input_ids of a file, int64 [N, seq_len]. Raises GrailError naming it."""
+    if not path.is_file():
+        raise GrailError(no_such_text(str(path), option))
+    folder = SafetensorsFolder(path)
+    if "input_ids" not in folder:
+        raise GrailError(f"{path} holds no tensor input_ids [windows, length]")
+    ids = checked(folder.get("input_ids"), vocabulary, str(path))
+    if seq_len is not None and seq_len > ids.shape[1]:
+        raise GrailError(f"{path} holds windows of {ids.shape[1]} tokens; --seq-len {seq_len} is longer")
+    return ids[:, :seq_len]
+
+
+def from_batches(source: Any, samples: int, seq_len: int | None) -> tuple[Tensor, Tensor | None]:
+    """Token ids, and the weights of those batches that have them (1 in the others; None: none has)."""
+    found: list[Tensor] = []
+    weights: list[Tensor | None] = []
+    try:
+        for batch in [source] if isinstance(source, Tensor) or hasattr(source, "keys") else source:
+            named = batch if hasattr(batch, "keys") else {"input_ids": batch}
+            ids, own = (torch.atleast_2d(torch.as_tensor(named[k])) if k in named else None for k in TENSORS)
+            found += list(ids)
+            weights += [None] * len(ids) if own is None else list(own)
+            if len(found) >= samples:
+                break
+        ids = torch.stack(found[:samples])[:, :seq_len].cpu()
+        if all(own is None for own in weights):
+            return ids, None
+        ones = torch.ones(len(found[0]))
+        stacked = torch.stack([ones if own is None else own.float().cpu() for own in weights[:samples]])
+        return ids, stacked[:, :seq_len]
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise GrailError(
+            "calibration: expected token ids [windows, length]: a tensor, a list of tensors of one length, or batches "
+            f"with input_ids, and with weights of the same shape if any ({type(error).__name__}: {error})"
+        ) from error
+
+
+def stored_weights(path: Path) -> Tensor | None:
+    """weights of a file, if it has any."""
+    folder = SafetensorsFolder(path)
+    return folder.get(TENSORS[1]) if TENSORS[1] in folder else None
+
+
+def weigh(weights: Tensor | None, ids_NL: Tensor, where: str) -> Tensor | None:
+    """How much each of these tokens counts, float32 [N, L] and 1 in the mean; None where all count the same. weights:
+    at least as many. Raises GrailError naming where they come from when they are none."""
+    if weights is None:
+        return None
+    if weights.dim() != 2 or any(a < b for a, b in zip(weights.shape, ids_NL.shape, strict=True)):
+        raise GrailError(f"{where}: weights {list(weights.shape)} do not fit input_ids {list(ids_NL.shape)}")
+    weights_NL = weights[: ids_NL.shape[0], : ids_NL.shape[1]].float().contiguous()
+    if not bool(torch.isfinite(weights_NL).all()) or bool((weights_NL < 0).any()) or not bool(weights_NL.any()):
+        raise GrailError(f"{where}: weights must be finite numbers, 0 or more, and not all 0")
+    return weights_NL / weights_NL.mean()
+
+
+def checked(ids: Tensor, vocabulary: int, where: str) -> Tensor:
+    """The same as int64; raises GrailError naming where they come from when they are no token ids [N, L]."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.shape[1] < 2 or not len(ids):
+        found = f"{ids.dtype} {list(ids.shape)}"
+        raise GrailError(f"{where}: input_ids must be integers [windows, length >= 2]; got {found}")
+    return within(ids.long(), vocabulary, where)
+
+
+def within(ids: Tensor, vocabulary: int, where: str) -> Tensor:
+    """The same; raises GrailError for an id outside of the vocabulary."""
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(outside):
+        raise GrailError(f"{where}: token id {int(outside[0])} is not within the model's vocabulary of {vocabulary}")
+    return ids
