@@ -165,9 +165,10 @@ def repair(
     *,
     affine: bool,
 ) -> Compensation:
-    """The consumer's new weight in the layout of `narrow.consumer_matrix`, and its bias where one is fitted and α is not
-    0 (else it is --target own's). own: P for a ridge, lifted_OK: W B0, both in that layout; trial: inputs to choose by, where there is anything to choose. Raises
-    GrailError naming the site where no λ makes the system solvable."""
+    """The consumer's new weight in the layout of `narrow.consumer_matrix`, and its bias where one is fitted; None with
+    α = 0, where it is that of --target own. own: P for a ridge, lifted_OK: W B0, both in that layout; trial: inputs to
+    choose by, where there is anything to choose. Raises GrailError naming the site where no λ makes the system
+    solvable."""
     layer = beside.consumer
     bias_O = None if layer.bias is None else layer.bias.detach().float()
     moments = Moments(beside, bias_O, affine=affine)
