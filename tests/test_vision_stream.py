@@ -206,7 +206,7 @@ def dense_from_here(module: nn.Module, compressed: nn.Module, x: Tensor) -> Tens
 
 class TestChoice:
     def test_trial_inputs_enter_no_moment(self, monkeypatch):
-        """With α and the only ridge given, other trial images change figures alone, other calibration images weights."""
+        """With α and the only ridge given, other trial images change no weight; other calibration images do."""
         module, x = built("cifar"), images(32)
         flags = {"method": "wanda", "ratio": 0.5, "target": "stream", "alpha": 0.5}
         chosen = torch.randperm(32, generator=torch.Generator().manual_seed(0))[-4:]

@@ -168,7 +168,7 @@ def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **i
         kept |= plan.from_scores({name: scores for found in ranked for name, scores in found.items()})
     start = time.perf_counter()
     results = [result for job in passes for result in job.run(progress)]
-    repaired = repair(work, images[0].batches, images[0].dense.call) if recipe.repair else 0
+    repaired = repair(work, images[0].everything(recipe.batch), images[0].dense.call) if recipe.repair else 0
     seconds = time.perf_counter() - start
     examples = {tower.dense.call: tower.batches[0][:1] for tower in towers if tower.batches}
     return ModuleReport(

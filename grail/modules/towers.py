@@ -45,6 +45,10 @@ class Tower:
         """All sites, residual streams first."""
         return [*self.dense.residual, *self.dense.sites]
 
+    def everything(self, batch: int) -> list[Tensor]:
+        """All calibration inputs in batches, those that only decided too: for what follows when all is decided."""
+        return list(torch.cat([*self.batches, *self.trial]).split(batch)) if self.trial else self.batches
+
 
 def towers_of(
     module: nn.Module,
