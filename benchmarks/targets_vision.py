@@ -1,4 +1,5 @@
-"""What compressed hidden vectors should stand for: the dense network's, the compressed network's own, or one-shot.
+"""What compressed hidden vectors should stand for: the dense network's, the compressed network's own, what takes the
+residual stream back to the dense one, or one-shot.
 
     python benchmarks/targets_vision.py             # all cells that are not stored yet, and the table
     python benchmarks/targets_vision.py --render    # only the table, from what is stored
@@ -27,7 +28,12 @@ from benchmarks.vision_train import NETS, THREADS
 DATA, SAMPLES = "fashion-mnist", 128
 TABLE = RESULTS / "targets_vision.md"
 METHODS, RATIOS = ("wanda", "fold"), (0.3, 0.5, 0.65, 0.8)
-TARGETS = {"dense": {"target": "dense"}, "own": {"target": "own"}, "one-shot": {"one_shot": True}}
+TARGETS = {
+    "dense": {"target": "dense"},
+    "own": {"target": "own"},
+    "stream": {"target": "stream"},
+    "one-shot": {"one_shot": True},
+}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def compress(
         str | None,
         _repair(
             "--target",
-            help="hidden: each site on its own; stream: it also makes up for those before it. Vision: dense or own.",
+            help="hidden: each site on its own; stream: it makes up for those before. Vision: dense, own or stream.",
         ),
     ] = None,
     alpha: Annotated[

@@ -13,8 +13,8 @@ from .errors import GrailError
 
 AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
 RIDGE = 1e-3
-TRIALS_EVERY, MOST_TRIALS = 8, 16
-"""Windows that only decide between candidates: one for so many that enter the statistics, and at most so many."""
+TRIALS_EVERY, FEWEST_TRIALS = 8, 2
+"""Windows that only decide between candidates: one for so many that enter the statistics, and at least so many."""
 DTYPES = ("float32", "bfloat16", "float16")
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called"}
 """Where the result goes and how it is computed; the rest decides what it is."""
@@ -29,6 +29,8 @@ class Recipe:
     sites before it got wrong ("stream"), of which alpha is the share."""
 
     TARGETS: ClassVar[tuple[str, ...]] = (HIDDEN, STREAM)
+    MOST_TRIALS: ClassVar[int] = 16
+    """Windows that only decide, at most."""
 
     model: Any
     method: str = "wanda-sp"
@@ -126,7 +128,7 @@ class Recipe:
     @property
     def trial_windows(self) -> int:
         """How many."""
-        return min(max(self.samples // TRIALS_EVERY, 2), MOST_TRIALS) if self.chooses else 0
+        return min(max(self.samples // TRIALS_EVERY, FEWEST_TRIALS), self.MOST_TRIALS) if self.chooses else 0
 
     def of_one_site(self) -> Recipe:
         """The same where only one site is compressed: there is no error of others to make up for."""

@@ -73,4 +73,6 @@ def _moved(site: ModuleSite) -> ModuleSite:
     pairs = {key: tuple((f"visual.{n}", a) for n, a in getattr(site, key)) for key in ("counts", "widths")}
     producers = tuple(Producer(f"visual.{p.name}", p.rows_per_unit, p.sections) for p in site.producers)
     names = {"name": f"visual.{site.name}", "consumer": f"visual.{site.consumer}"}
-    return replace(site, producers=producers, norms=longer(site.norms), readers=longer(site.readers), **names, **pairs)
+    names |= {key: longer(getattr(site, key)) for key in ("norms", "readers", "reader_norms", "scales")}
+    stream = site.stream and (f"visual.{site.stream[0]}", site.stream[1])
+    return replace(site, producers=producers, stream=stream, **names, **pairs)

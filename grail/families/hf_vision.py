@@ -3,7 +3,8 @@
 Heads: q_proj, k_proj and v_proj -> out_proj (CLIP: `self_attn`) or o_proj (the others: `attention`). Their forwards
 reshape by `head_dim`, which stays; the number of heads is an attribute that nothing reads, and is kept right. Channels:
 mlp.fc1 -> mlp.fc2, or gate_proj and up_proj -> down_proj. What scales a block's output (LayerScale) lies behind the
-consumers. CLIP's text tower is causal and pools at the end of a text: what stands behind that counts for nothing.
+consumers; all are pre-norm, so that a norm reads the stream. CLIP's text tower is causal and pools at the end of a
+text: what stands behind that counts for nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from functools import partial
 
 from torch import nn
 
-from .network import IMAGES, TEXT, ModuleSite, Network, channels, heads
+from .network import IMAGES, INPUT, TEXT, ModuleSite, Network, channels, heads
 from .texts import up_to_the_end
 
 IMAGE_CALL, TEXT_CALL = "get_image_features", "get_text_features"
 IMAGE_TOWER, TEXT_TOWER = "vision_model", "text_model"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 ATTENTION = (("self_attn", "out_proj"), ("attention", "o_proj"))
+NORMS = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"), ("layer_norm1", "layer_norm2"))
+SCALES = ("layer_scale1", "layer_scale2")
+"""Of the attention and of the MLP."""
 MLP = ((("fc1",), "fc2"), (("gate_proj", "up_proj"), "down_proj"))
 LEGACY_END = 2
 """An end-of-text id that stands for the largest id of a text (configurations before transformers' #24773)."""
@@ -58,12 +62,25 @@ def _sites(block: nn.Module, name: str, number: int) -> list[ModuleSite]:
     producers = [f"{here}.{projection}" for projection in PROJECTIONS]
     count = attention.q_proj.out_features // size
     of_heads = heads(
-        producers, f"{here}.{consumer}", count=count, size=size, counts=counts, name=here, layer=number
+        producers, f"{here}.{consumer}", count=count, size=size, counts=counts, name=here, layer=number,
+        **_added(block, name, 0),
     )  # fmt: skip
     producers, consumer = _mlp(block)
     width = getattr(block.mlp, consumer).in_features
     made = [f"{name}.mlp.{producer}" for producer in producers]
-    return [of_heads, channels(made, f"{name}.mlp.{consumer}", width=width, name=f"{name}.mlp", layer=number)]
+    of_channels = channels(
+        made, f"{name}.mlp.{consumer}", width=width, name=f"{name}.mlp", layer=number, **_added(block, name, 1)
+    )  # fmt: skip
+    return [of_heads, of_channels]
+
+
+def _added(block: nn.Module, name: str, number: int) -> dict:
+    """Where the output of the attention (0) or of the MLP (1) is added (ModuleSite); {} where no norm is known."""
+    norm = next((norms[number] for norms in NORMS if all(hasattr(block, each) for each in norms)), None)
+    if norm is None:
+        return {}
+    scales = (f"{name}.{SCALES[number]}",) if hasattr(block, SCALES[number]) else ()
+    return {"stream": (f"{name}.{norm}", INPUT), "scales": scales}
 
 
 def _attention(block: nn.Module) -> tuple[str, str] | None:

@@ -24,6 +24,7 @@ from .base import Producer, Site
 
 LAYERS = (nn.Linear, _ConvNd)
 IMAGES, TEXT = "images", "text"
+INPUT, OUTPUT = SIDES = "input", "output"
 RESIDUAL = "residual"
 """The kind of sites that are residual streams."""
 STILL = frozenset({RESIDUAL})
@@ -35,13 +36,20 @@ class ModuleSite(Site):
     """A site of a network in memory. norms: BatchNorms between producers and consumer, one for each producer that has
     one, in the producers' order; counts: (module, attribute) pairs that hold the number of units (`num_heads`), widths:
     those that hold the width. A residual stream (kind "residual") has all that write into it as producers,
-    `readers` beside the consumer, and as reader_norms the BatchNorms through which some of them read it."""
+    `readers` beside the consumer, and as reader_norms the BatchNorms through which some of them read it.
+
+    stream: where the residual stream can be seen to which the consumer's output is added, before the addition: the
+    input or output of a module, ("norm1", "input"); None where there is none or it is not known. scales: modules
+    between the consumer and the addition, each a scale and a shift of every channel for itself (LayerScale,
+    BatchNorm), in order."""
 
     norms: tuple[str, ...] = ()
     counts: tuple[tuple[str, str], ...] = ()
     widths: tuple[tuple[str, str], ...] = ()
     readers: tuple[str, ...] = ()
     reader_norms: tuple[str, ...] = ()
+    stream: tuple[str, str] | None = None
+    scales: tuple[str, ...] = ()
 
     @property
     def consumers(self) -> tuple[str, ...]:
@@ -67,7 +75,8 @@ class ModuleSite(Site):
         """The inverse."""
         pairs = {key: tuple(tuple(pair) for pair in found[key]) for key in ("counts", "widths")}
         producers = tuple(Producer(**producer) for producer in found["producers"])
-        names = {key: tuple(found.get(key, ())) for key in ("norms", "readers", "reader_norms")}
+        names = {key: tuple(found.get(key, ())) for key in ("norms", "readers", "reader_norms", "scales")}
+        names["stream"] = found.get("stream") and tuple(found["stream"])
         return cls(**found | {"producers": producers, "units": Units(**found["units"])} | names | pairs)
 
 
@@ -113,14 +122,17 @@ def channels(
     sections: int = 1,
     name: str | None = None,
     layer: int = 0,
+    stream: tuple[str, str] | None = None,
+    scales: Sequence[str] = (),
 ) -> ModuleSite:
     """A site of `width` channels between producers and a consumer, each read by `size` consecutive inputs of the
     consumer (more than one: a linear layer behind a flattened map). All producers' channels are multiplied or added
-    element by element on the way (gate and up)."""
+    element by element on the way (gate and up). stream and scales as in ModuleSite."""
     producers = (producer,) if isinstance(producer, str) else tuple(producer)
     made = tuple(Producer(each, 1, sections) for each in producers)
     units = Units(1, width, size)
-    return ModuleSite(name or producers[0], "channels", layer, made, consumer, units, tuple(norms))
+    added = {"stream": stream and tuple(stream), "scales": tuple(scales)}
+    return ModuleSite(name or producers[0], "channels", layer, made, consumer, units, tuple(norms), **added)
 
 
 def heads(
@@ -134,14 +146,17 @@ def heads(
     widths: Iterable[tuple[str, str]] = (),
     name: str | None = None,
     layer: int = 0,
+    stream: tuple[str, str] | None = None,
+    scales: Sequence[str] = (),
 ) -> ModuleSite:
     """A site of `count` attention heads of `size` channels; `sections` is 3 for a fused projection to queries, keys and
-    values."""
+    values. stream and scales as in ModuleSite."""
     producers = (producer,) if isinstance(producer, str) else tuple(producer)
     made = tuple(Producer(each, size, sections) for each in producers)
     units = Units(1, count, size)
     pairs = tuple(map(tuple, counts)), tuple(map(tuple, widths))
-    return ModuleSite(name or consumer, "heads", layer, made, consumer, units, (), *pairs)
+    added = {"stream": stream and tuple(stream), "scales": tuple(scales)}
+    return ModuleSite(name or consumer, "heads", layer, made, consumer, units, (), *pairs, **added)
 
 
 def residual(
@@ -176,6 +191,7 @@ def check(network: Network) -> None:
         for name in (*(p.name for p in site.producers), *site.norms, *site.reader_norms, *site.consumers):
             if name not in known:
                 raise GrailError(f"{site.name}: the network has no module {name}")
+        _check_stream(site, known)
         for producer in site.producers:
             _check_layer(site, producer.name, known[producer.name])
             rows, wanted = known[producer.name].weight.shape[0], producer.sections * producer.rows_per_unit
@@ -201,6 +217,14 @@ def check(network: Network) -> None:
                 )
             if norm.num_features != site.units.count:
                 raise GrailError(f"{site.name}: {name} has {norm.num_features} channels, the site {site.units.count}")
+
+
+def _check_stream(site: ModuleSite, known: dict[str, nn.Module]) -> None:
+    if site.stream is not None and (len(site.stream) != 2 or site.stream[1] not in SIDES):
+        raise GrailError(f"{site.name}: stream names a module and its side, {' or '.join(SIDES)}; got {site.stream}")
+    for name in (*(site.stream or ())[:1], *site.scales):
+        if name not in known:
+            raise GrailError(f"{site.name}: the network has no module {name}")
 
 
 def _check_layer(site: ModuleSite, name: str, layer: nn.Module) -> None:

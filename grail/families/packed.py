@@ -6,25 +6,41 @@ called. Channels: the two linear layers of the MLP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..errors import GrailError
 from .attention import Attention, replace_attention
-from .network import ModuleSite, Network, channels, heads
+from .network import INPUT, ModuleSite, Network, channels, heads
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Names within a block: the attention, the first and the last layer of the MLP."""
+    """Names within a block: the attention, the first and the last layer of the MLP; the scales behind both."""
 
     attention: str
     first: str
     last: str
+    scales: tuple[str, str] | None = None
+
+    def added(self, block: nn.Module, name: str, number: int) -> dict:
+        """Where the output of the attention (0) or of the MLP (1) is added (ModuleSite): these blocks are pre-norm."""
+        norm = f"ln_{number + 1}"
+        if _child(block, norm) is None or any(True for _ in block.parameters(recurse=False)):
+            return {}
+        scale = _child(block, self.scales[number]) if self.scales else None
+        scaled = scale is not None and any(True for _ in scale.parameters())
+        return {
+            "stream": (f"{name}.{norm}", INPUT),
+            "scales": (f"{name}.{self.scales[number]}",) if scaled else (),
+        }
 
 
-PARTS = (Parts("attn", "mlp.c_fc", "mlp.c_proj"), Parts("self_attention", "mlp.0", "mlp.3"))
+PARTS = (
+    Parts("attn", "mlp.c_fc", "mlp.c_proj", ("ls_1", "ls_2")),
+    Parts("self_attention", "mlp.0", "mlp.3"),
+)
 """open_clip's blocks, and those of torchvision's vision transformers."""
 
 
@@ -39,11 +55,15 @@ def tower(module: nn.Module, blocks: dict[str, Parts], still: frozenset[str]) ->
     attention that computes otherwise."""
     sites: list[ModuleSite] = []
     for number, (name, parts) in enumerate(blocks.items()):
+        block = module.get_submodule(name)
         if "heads" not in still:
-            sites.append(_attention(module, f"{name}.{parts.attention}", number))
+            site, attention = _attention(module, f"{name}.{parts.attention}", number)
+            # without batch_first out_proj's tokens stand in another order than the stream's
+            sites.append(replace(site, **parts.added(block, name, 0)) if attention.batch_first else site)
         first, last = f"{name}.{parts.first}", f"{name}.{parts.last}"
         width = module.get_submodule(first).out_features
-        sites.append(channels(first, last, width=width, name=f"{name}.mlp", layer=number))
+        added = parts.added(block, name, 1)
+        sites.append(channels(first, last, width=width, name=f"{name}.mlp", layer=number, **added))
     return Network(module, sites, list(blocks))
 
 
@@ -62,13 +82,14 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _attention(module: nn.Module, name: str, number: int) -> ModuleSite:
+def _attention(module: nn.Module, name: str, number: int) -> tuple[ModuleSite, Attention]:
     replace_attention(module, [name])
     found = module.get_submodule(name)
     if not isinstance(found, Attention):
         raise GrailError(f"{name} is a {type(found).__name__}, whose heads cannot be removed; use --attn-ratio 0")
     size = found.head_dim
-    return heads(
+    site = heads(
         f"{name}.in_proj", f"{name}.out_proj", count=found.num_heads, size=size, sections=3,
         counts=[(name, "num_heads")], name=name, layer=number,
     )  # fmt: skip
+    return site, found

@@ -4,6 +4,9 @@ A block is any module with children conv1, conv2 (and conv3); sites are conv1 ->
 BatchNorm that is registered between the two. In a post-activation block that is the producer's own, in a
 pre-activation one the consumer's: in both cases it reads the producer's output (`modules.verify` proves it).
 
+What a block's last convolution makes is added, behind a BatchNorm where one follows, to the shortcut's output or to the
+block's input; no addition is named where anything else with a state of its own (squeeze and excitation) stands between.
+
 Residual streams, narrowed only on demand: all blocks up to the next one with a convolution in its shortcut add to one
 stream. What stands before the first block begins the first stream, the classifier reads the last.
 """
@@ -17,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GrailError
-from .network import RESIDUAL, STILL, ModuleSite, Network, channels, residual
+from .network import INPUT, OUTPUT, RESIDUAL, STILL, ModuleSite, Network, channels, residual
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 SHORTCUTS = ("downsample", "shortcut")
@@ -57,9 +60,22 @@ def _sites(name: str, block: nn.Module, number: int) -> list[ModuleSite]:
                 width=children[producer].out_channels,
                 norms=[f"{name}.{norm}" for norm in norms],
                 layer=number,
+                **(_added(name, block) if consumer == present[-1] else {}),
             )
         )
     return found
+
+
+def _added(name: str, block: nn.Module) -> dict:
+    """Where the output of a block's last convolution is added (ModuleSite); {} where that is not known."""
+    children = {child: part for child, part in block.named_children() if child not in SHORTCUTS}
+    last = max(list(children).index(conv) for conv in CONVOLUTIONS if conv in children)
+    behind = [child for child in list(children)[last + 1 :] if _has_state(children[child])]
+    if len(behind) > 1 or not all(isinstance(children[child], _BatchNorm) for child in behind):
+        return {}
+    shortcut = next((child for child in SHORTCUTS if isinstance(getattr(block, child, None), nn.Module)), None)
+    stream = (name, INPUT) if shortcut is None else (f"{name}.{shortcut}", OUTPUT)
+    return {"stream": stream, "scales": tuple(f"{name}.{child}" for child in behind)}
 
 
 def _streams(module: nn.Module, blocks: list[str]) -> list[ModuleSite]:

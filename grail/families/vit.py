@@ -3,15 +3,18 @@ torchvision, whose blocks are described in packed.py.
 
 Heads: attn.qkv -> attn.proj, the projection to queries, keys and values being one matrix of three sections. Channels:
 mlp.fc1 -> mlp.fc2; in gated MLPs fc1 holds two sections, or fc1_g and fc1_x stand beside each other. LayerScale
-and drop path lie behind the consumers and do not matter.
+lies behind the consumers. A pre-norm block reads its stream through norm1 and norm2; where the norms stand elsewhere, a
+block scales with parameters of its own or windows its tokens, no stream is named.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from ..errors import GrailError
-from .network import STILL, ModuleSite, Network, channels, heads
+from .network import INPUT, STILL, ModuleSite, Network, channels, heads
 from .packed import blocks_of, tower
 
 
@@ -24,7 +27,8 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
         block = module.get_submodule(name)
         for kind, part in (("heads", block.attn), ("channels", block.mlp)):
             if kind not in still or not _norms(part):
-                sites.append(_attention(name, part, number) if kind == "heads" else _mlp(name, part, number))
+                found = _attention(name, part, number) if kind == "heads" else _mlp(name, part, number)
+                sites.append(replace(found, **_added(name, block, kind)))
     if not sites and (packed := blocks_of(module)):
         return tower(module, packed, still)
     return Network(module, sites, blocks) if sites else None
@@ -40,6 +44,26 @@ def _is_block(module: nn.Module) -> bool:
 def _norms(part: nn.Module) -> list[str]:
     """What mixes or gates all units of a site, by name."""
     return [c for c in ("norm", "gate") if not isinstance(getattr(part, c, None), (nn.Identity, type(None)))]
+
+
+PARTS = {"heads": ("attn", "norm1", "ls1"), "channels": ("mlp", "norm2", "ls2")}
+"""What makes a site's output, the norm in front of it, and the scale behind."""
+
+
+def _added(name: str, block: nn.Module, kind: str) -> dict:
+    """Where the outputs of a block's sites are added (ModuleSite); {} where that is not known."""
+    children = list(dict(block.named_children()))
+    part, norm, scale = PARTS[kind]
+    otherwise = hasattr(block, "window_size") or any(True for _ in block.parameters(recurse=False))
+    if otherwise or norm not in children or children.index(norm) > children.index(part):
+        return {}
+    scaled = isinstance(getattr(block, scale, None), nn.Module)
+    scales = (f"{name}.{scale}",) if scaled and _has_parameters(block, scale) else ()
+    return {"stream": (f"{name}.{norm}", INPUT), "scales": scales}
+
+
+def _has_parameters(block: nn.Module, child: str) -> bool:
+    return any(True for _ in getattr(block, child).parameters())
 
 
 def _attention(name: str, attention: nn.Module, number: int) -> ModuleSite:

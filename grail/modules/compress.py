@@ -1,13 +1,15 @@
 """Every site of a network in memory: gather, select, narrow the producers, repair the consumer, go on.
 
 Closed loop (the default): statistics are those of the network as compressed so far; the target is what the dense
-network's consumer reads ("dense") or what the compressed one's would have read ("own"). One-shot: all statistics come
-from the dense network. Shapes as in narrow.py.
+network's consumer reads ("dense") or what the compressed one's would have read ("own"), or the dense residual stream
+("stream", stream_target.py; where none is known, "own"). One-shot: all statistics come from the dense network. Shapes
+as in narrow.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,13 @@ from ..compensation import Compensation, compensate
 from ..errors import GrailError
 from ..families.network import ModuleSite, Network
 from ..progress import Progress
+from ..recipe import AUTO, RIDGE, STREAM
 from ..reduction import Folding, Reduction
 from ..result import SiteResult
 from ..selectors import Selector, SiteView
 from ..selectors.base import BLOCK_GRADIENTS, PRODUCERS
 from ..statistics import GRAM, MOMENTS, SiteStatistics
-from . import narrow
+from . import narrow, stream_target
 from .pairs import HiddenPairs
 from .recipe import ModuleRecipe
 from .stream import Stream, watched
@@ -31,7 +34,8 @@ from .stream import Stream, watched
 class ModulePass:
     """dense: the network as it was given; work: the one that is narrowed, a copy; batches: calibration inputs, of which
     there may be none where nothing needs them; kept: units by site name; counted: which tokens of each batch enter the
-    statistics, bool [B, L] (None: all)."""
+    statistics, bool [B, L] (None: all). trial and trial_counted: the same of inputs that only decide between candidates
+    of --target stream."""
 
     dense: Network
     work: Network
@@ -40,6 +44,8 @@ class ModulePass:
     selector: Selector
     recipe: ModuleRecipe
     counted: list[Tensor] | None = None
+    trial: list[Tensor] = field(default_factory=list)
+    trial_counted: list[Tensor] | None = None
 
     def __post_init__(self):
         if self.selector.regional_options() is not None or BLOCK_GRADIENTS in self.selector.needs:
@@ -61,18 +67,22 @@ class ModulePass:
                 )
         self.affine = self.selector.bias if self.recipe.bias is None else self.recipe.bias
         self.reads_dense = self.recipe.one_shot or self.recipe.target == "dense"
+        self.streams = self.recipe.compensate and self.recipe.target == STREAM
+        self.own_ridge = RIDGE if self.recipe.ridge == AUTO else self.recipe.ridge
 
     def run(self, progress: Progress) -> list[SiteResult]:
         """Narrow `work` site by site. Raises GrailError naming a site that cannot be repaired."""
-        self.dense_stream = Stream(self.dense, self.batches) if self.reads_dense else None
+        both = self.reads_dense or self.streams
+        self.dense_stream = Stream(self.dense, self.batches) if both else None
         self.work_stream = None if self.recipe.one_shot else Stream(self.work, self.batches)
+        self.trial_streams = [Stream(network, self.trial) for network in (self.dense, self.work) if self.trial]
         results: dict[str, SiteResult] = {}
         blocks = self.work.blocks or [""]
         for number in progress.layers("compressing")(range(len(blocks))):
             for site in (s for s in self.work.sites if self.work.block_of(s.consumer) == blocks[number]):
                 changes = self.kept[site.name] < site.units.count
                 results[site.name] = self._compress(site) if changes else SiteResult(site)
-            for stream in filter(None, (self.dense_stream, self.work_stream)):
+            for stream in filter(None, (self.dense_stream, self.work_stream, *self.trial_streams)):
                 stream.advance(blocks[number])
         return [results[site.name] for site in self.work.sites]
 
@@ -90,7 +100,7 @@ class ModulePass:
     def _compress(self, site: ModuleSite) -> SiteResult:
         view = self._view(site, self._gather(site))
         reduction = self.selector.select(view)
-        target = self.dense_stream or self.work_stream.at(self.work.clone())
+        target = self.dense_stream if self.reads_dense else self.work_stream.at(self.work.clone())
         emitted = self._narrowed(site, reduction)
         found = [self._consumed(view, reduction, site, name, target, emitted) for name in site.consumers]
         if isinstance(reduction, Folding):
@@ -103,12 +113,28 @@ class ModulePass:
         """Give a consumer its new weight; what the repair took, without it, or None where there is none."""
         consumer = self.work.layer(name)
         weight_OH = narrow.consumer_matrix(consumer)
-        found = self._repaired(view, weight_OH, reduction, site, name, target, emitted)
-        old = _Frozen(consumer)
-        narrow.set_consumer(consumer, reduction.lift_consumer(weight_OH) if found is None else found.weight)
-        if self.affine:
+        own = self._repairs(view, weight_OH, reduction, site, name, target, emitted)
+        lifted_OK, old = reduction.lift_consumer(weight_OH), _Frozen(consumer)
+        if own is not None and self.streams and site.stream is not None:
+            found = self._towards_stream(own, lifted_OK, site, target, emitted)
+        else:
+            found = own and own(self.own_ridge)
+        narrow.set_consumer(consumer, lifted_OK if found is None else found.weight)
+        if found is not None and found.bias is not None:
+            narrow.set_bias(consumer, found.bias)
+        elif self.affine:
             self._fit_bias(name, old, consumer, target, emitted)
-        return found and replace(found, weight=None)
+        return found and replace(found, weight=None, bias=None)
+
+    def _towards_stream(
+        self, own: Callable[[float], Compensation], lifted_OK: Tensor, site: ModuleSite, target: Stream, emitted: Stream
+    ) -> Compensation:
+        beside = stream_target.Beside(site, self.dense_stream, target, emitted, self.counted)
+        trial = None
+        if self.trial_streams:
+            dense, narrowed = self.trial_streams
+            trial = stream_target.Beside(site, dense, narrowed.at(target.network), narrowed, self.trial_counted)
+        return stream_target.repair(beside, trial, own, lifted_OK, self.recipe, affine=self.affine)
 
     def _gather(self, site: ModuleSite) -> SiteStatistics:
         """Statistics of what all consumers read."""
@@ -171,7 +197,7 @@ class ModulePass:
         for name, statistics in zip(site.norms, seen, strict=True):
             narrow.settle_norm(self.work.layer(name), statistics.mean(), statistics.variance())
 
-    def _repaired(
+    def _repairs(
         self,
         view: SiteView,
         weight_OH: Tensor,
@@ -180,8 +206,8 @@ class ModulePass:
         name: str,
         target: Stream,
         emitted: Stream,
-    ) -> Compensation | None:
-        """A consumer's new weight, or None where it is only pruned or folded."""
+    ) -> Callable[[float], Compensation] | None:
+        """A consumer's new weight for a ridge, or None where it is only pruned or folded."""
         recipe = self.recipe
         lam = None if recipe.compensate else self.selector.own_ridge(view)
         if not recipe.compensate and lam is None:
@@ -190,13 +216,12 @@ class ModulePass:
         sliced = not isinstance(reduction, Folding) and not site.readers
         if sliced and (lam is not None or recipe.one_shot or not self.reads_dense):
             # the compressed vector is a slice of the target: their Gram matrix says all
-            ridge = {"ridge": recipe.ridge} if lam is None else {"lam": lam}
-            return compensate(weight_OH, view.matrix, reduction, **options, **ridge)
+            return lambda ridge: compensate(weight_OH, view.matrix, reduction, ridge=ridge, lam=lam, **options)
         pairs = HiddenPairs(reduction, device=weight_OH.device, affine=self.affine)
         consumer = self.work.layer(name)
         for number, (target_BXH, z_BXK) in enumerate(zip(target.hidden(name), emitted.hidden(name), strict=True)):
             pairs.update(self._rows(consumer, z_BXK, number), self._rows(consumer, target_BXH, number))
-        return pairs.repair(weight_OH, ridge=recipe.ridge, **options)
+        return lambda ridge: pairs.repair(weight_OH, ridge=ridge, **options)
 
     @torch.no_grad()
     def _fit_bias(self, name: str, old: _Frozen, new: nn.Module, target: Stream, emitted: Stream) -> None:

@@ -12,6 +12,7 @@ from grail_kernels.inputs import all_finite
 from ..calibration.images import open_images
 from ..calibration.preprocessing import Preprocessing
 from ..errors import GrailError
+from ..recipe import FEWEST_TRIALS, TRIALS_EVERY
 from .recipe import ModuleRecipe
 
 
@@ -47,6 +48,24 @@ def _tensors(given: Tensor, recipe: ModuleRecipe) -> tuple[list[Tensor], dict, N
     content = chosen.cpu().contiguous().flatten().view(torch.uint8).numpy()
     told = {"source": "given in Python", "sha256": hashlib.sha256(content).hexdigest(), "images": len(chosen)}
     return list(chosen.split(recipe.batch)), told | {"size": list(chosen.shape[1:])}, None
+
+
+def parted(batches: list[Tensor], recipe: ModuleRecipe) -> tuple[list[Tensor], list[Tensor]]:
+    """(inputs that enter the statistics, inputs that only decide between candidates), in batches: of those drawn some
+    at random, since files often lie in order of their classes. Raises GrailError where there are too few."""
+    total = sum(map(len, batches))
+    count = min(recipe.trial_windows, max(total // TRIALS_EVERY, FEWEST_TRIALS))
+    if not count:
+        return batches, []
+    if total < 2 * FEWEST_TRIALS:
+        raise GrailError(
+            f"calibration holds {total} inputs, and --target stream needs at least {2 * FEWEST_TRIALS}, a part of "
+            f"which only decides about alpha and ridge; give more, or numbers for --alpha and --ridge"
+        )
+    everything = torch.cat(batches)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(recipe.seed)).to(everything.device)
+    parts = (everything[some.sort().values] for some in (order[:-count], order[-count:]))
+    return tuple(list(part.split(recipe.batch)) for part in parts)
 
 
 def _not_prepared(_: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ tap of a convolution for itself: its weight [o, H, ...] stands as [o · taps, H]
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import GrailError
 from ..families.base import Producer
 from ..families.network import ModuleSite, Network
 from ..reduction import Folding, Reduction, Selection
@@ -27,6 +29,39 @@ def rows_of(layer: nn.Module, hidden: Tensor) -> Tensor:
     if all(k == 1 for k in layer.kernel_size) and not any(_paddings(layer)):
         hidden = hidden[(..., *(slice(None, None, step) for step in layer.stride))]
     return hidden.movedim(1, -1)
+
+
+def patches_of(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """What each of the layer's outputs is made of, as rows [N, T, H · taps]: a channel's taps one after another, zeros
+    or what else pads included. Raises GrailError for a convolution that is not of two dimensions."""
+    if isinstance(layer, nn.Linear):
+        return hidden
+    if not isinstance(layer, nn.Conv2d):
+        raise GrailError(f"--target stream takes linear layers and convolutions of maps, not {type(layer).__name__}")
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        hidden, padding = F.pad(hidden, layer._reversed_padding_repeated_twice, mode=mode), 0
+    else:
+        padding = layer.padding
+    found = F.unfold(hidden, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return found.mT
+
+
+def outputs_of(layer: nn.Module, made: Tensor) -> Tensor:
+    """The layer's output as rows in the order of `patches_of`, [..., T, O]."""
+    return made if isinstance(layer, nn.Linear) else made.flatten(2).mT
+
+
+def to_patches(layer: nn.Module, weight_OK: Tensor) -> Tensor:
+    """A weight in the layout of `consumer_matrix` as one for `patches_of`, [o, K · taps]."""
+    outputs = len(layer.weight)
+    return weight_OK.reshape(outputs, -1, weight_OK.shape[1]).mT.reshape(outputs, -1)
+
+
+def from_patches(layer: nn.Module, weight_OX: Tensor) -> Tensor:
+    """The inverse."""
+    taps = layer.weight[0, 0].numel()
+    return weight_OX.reshape(len(weight_OX), -1, taps).mT.reshape(len(weight_OX) * taps, -1)
 
 
 def _paddings(layer: nn.Module) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import GrailError
-from ..recipe import Recipe
+from ..recipe import STREAM, Recipe
 
 ELSEWHERE = (
     "gqa", "dtype", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len", "profile",
@@ -17,11 +17,13 @@ ELSEWHERE = (
 class ModuleRecipe(Recipe):
     """weights: a .safetensors file for a named architecture; repair: estimate BatchNorm statistics anew afterwards;
     target: what compressed hidden vectors should stand for, the dense network's ("dense") or those that the network as
-    compressed so far would have ("own"); one_shot: look at the dense network alone; batch: images at once;
+    compressed so far would have ("own"); or what takes the residual stream back to the dense one ("stream"; "own" where
+    no stream is known), of which alpha is the share; one_shot: look at the dense network alone; batch: images at once;
     residual_ratio: the share of each residual stream's channels to remove; calibration_text: captions for a text tower
     (calibration.captions)."""
 
-    TARGETS: ClassVar[tuple[str, ...]] = ("dense", "own")
+    TARGETS: ClassVar[tuple[str, ...]] = ("dense", "own", STREAM)
+    MOST_TRIALS: ClassVar[int] = 64
 
     weights: Any = None
     repair: bool = False
@@ -37,6 +39,14 @@ class ModuleRecipe(Recipe):
         ratio = self.residual_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
             raise GrailError(f"--residual-ratio must be at least 0 and below 1; got {ratio}")
+        if self.one_shot and self.target == STREAM:
+            raise GrailError(
+                "--target stream follows the network as it is compressed, and --one-shot does not: take one"
+            )
+        if self.residual_ratio and self.target == STREAM:
+            raise GrailError(
+                "--target stream compares streams of one width, and --residual-ratio narrows them: take one"
+            )
         plain = Recipe(model=None)
         for option in ELSEWHERE:
             if getattr(self, option) != getattr(plain, option):

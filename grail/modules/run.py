@@ -19,12 +19,14 @@ from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
-from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite
+from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network
 from ..machine import usable_device
 from ..progress import Progress
+from ..recipe import STREAM
 from ..selectors import selector_class
 from ..widths import WidthPlan
 from . import hf
+from .addition import verify_additions
 from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, classifier, held_out
@@ -154,7 +156,10 @@ def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **i
     for tower in towers:
         if tower.batches:
             example = tower.batches[0][:2]
-            verify(tower.dense, [site for site in tower.sites if kept[site.name] < site.units.count], example)
+            changed = [site for site in tower.sites if kept[site.name] < site.units.count]
+            verify(tower.dense, changed, example)
+            if recipe.compensate and recipe.target == STREAM:
+                _follow_streams(tower.dense, changed, example, progress)
             tower.dense.blocks = tower.dense.blocks if chained(tower.dense, example) else []
     work = copy.deepcopy(dense)
     passes = [job for tower in towers for job in _passes(tower, work, kept, selector, recipe)]
@@ -163,7 +168,7 @@ def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **i
         kept |= plan.from_scores({name: scores for found in ranked for name, scores in found.items()})
     start = time.perf_counter()
     results = [result for job in passes for result in job.run(progress)]
-    repaired = repair(work, images[0].batches, images[0].dense.call) if recipe.repair else 0
+    repaired = repair(work, images[0].everything(recipe.batch), images[0].dense.call) if recipe.repair else 0
     seconds = time.perf_counter() - start
     examples = {tower.dense.call: tower.batches[0][:1] for tower in towers if tower.batches}
     return ModuleReport(
@@ -184,11 +189,26 @@ def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **i
     )
 
 
+def _follow_streams(network: Network, changed: list[ModuleSite], example: Tensor, progress: Progress) -> None:
+    """Prove where the sites that change add to a residual stream, and say which are not known to."""
+    known = [site for site in changed if site.stream is not None]
+    verify_additions(network, known, example)
+    if changed and not known:
+        raise GrailError(
+            f"--target stream: of no site that is to change ({changed[0].name}, ...) is it known where it adds to a "
+            f"residual stream; say so (stream=...), or choose another --target"
+        )
+    others = [site.name for site in changed if site.stream is None]
+    if others:
+        progress.say(f"repaired as with --target own, their streams not being known: {', '.join(others)}")
+
+
 def _passes(tower: Tower, work: nn.Module, *asked: Any) -> list[ModulePass]:
     """Residual streams first, by whole forwards; then the sites within the blocks."""
     streams = replace(tower.dense, sites=tower.dense.residual, blocks=[])
     networks = [network for network in (streams, tower.dense) if network.sites]
-    return [ModulePass(n, replace(n, module=work), tower.batches, *asked, tower.counted) for n in networks]
+    trial = tower.trial, tower.trial_counted
+    return [ModulePass(n, replace(n, module=work), tower.batches, *asked, tower.counted, *trial) for n in networks]
 
 
 def _macs(module: nn.Module, examples: dict[str, Tensor]) -> int:

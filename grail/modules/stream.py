@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import GrailError
-from ..families.network import Network
+from ..families.network import OUTPUT, ModuleSite, Network
 from .verify import answer
 
 
@@ -68,6 +70,46 @@ def given_to(layer: nn.Module, name: str, run: Callable, x: Tensor, rest: Rest =
     raise GrailError(f"{name} is never called in a forward of the network: its hidden vector cannot be seen")
 
 
+@torch.no_grad()
+def seen_at(network: Network, places: list[tuple[str, str]], run: Callable, x: Tensor, rest: Rest) -> list[Tensor]:
+    """What goes into or comes out of modules, each a name and a side, at its first call when `run` is called with x and
+    the rest, as far as the last of them. Raises GrailError naming one that is never called."""
+    found: dict[tuple[str, str], Tensor] = {}
+
+    def see(place: tuple[str, str], tensor: Tensor) -> None:
+        if place not in found:
+            found[place] = tensor
+            if len(found) == len(places):
+                raise _AllSeen
+            found[place] = tensor.clone()  # what follows may change it in place
+
+    handles = [seeing(network.layer(place[0]), place[1], partial(see, place)) for place in places]
+    try:
+        run(x.clone(), *rest.args, **rest.kwargs)
+    except _AllSeen:
+        return [found[place] for place in places]
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = next(name for name, side in places if (name, side) not in found)
+    raise GrailError(f"{missing} is never called in a forward of the network: the residual stream cannot be seen")
+
+
+class _AllSeen(Exception):
+    """Unwinds a forward."""
+
+
+def seeing(layer: nn.Module, side: str, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """A hook on a layer: what goes into it or comes out of it, the first of several things, is given to `see`."""
+    if side == OUTPUT:
+        return layer.register_forward_hook(lambda _, __, output: see(_first(output)))
+
+    def before(_: nn.Module, arguments: tuple, options: dict) -> None:
+        see(next(iter((*arguments, *options.values()))))
+
+    return layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
 class Stream:
     """One network and the states of all calibration batches before its current block. Without blocks the states are the
     network's inputs and never advance. `number` is that of the batch that is run."""
@@ -87,6 +129,14 @@ class Stream:
         for number, state in enumerate(self.states):
             self.number = number
             yield given_to(layer, consumer, run, *state)[0]
+
+    def added(self, site: ModuleSite) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each batch what the site's consumer makes, and the residual stream before that is added."""
+        block = self.network.block_of(site.consumer)
+        run = self.network.layer(block) if block else self.network.run
+        for number, state in enumerate(self.states):
+            self.number = number
+            yield tuple(seen_at(self.network, [(site.consumer, OUTPUT), site.stream], run, *state))
 
     @torch.no_grad()
     def advance(self, block: str) -> None:

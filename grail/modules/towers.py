@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, chec
 from ..progress import Progress
 from ..selectors import selector_class
 from ..selectors.base import PRODUCERS
-from .inputs import calibration_inputs
+from .inputs import calibration_inputs, parted
 from .recipe import ModuleRecipe
 
 NONE, BUILTIN = "none", "builtin"
@@ -28,12 +28,15 @@ Tokenizer = Callable[[list[str]], Tensor]
 @dataclass
 class Tower:
     """dense: a network of the copied module, as it was given; batches: its calibration inputs, of which there may be
-    none where nothing needs them; counted: which tokens of them count, bool [B, L] (None: all); told: what the inputs
+    none where nothing needs them; counted: which tokens of them count, bool [B, L] (None: all); trial and
+    trial_counted: the same of inputs that only decide between candidates; told: what the inputs
     are, for the report; classes: names of classes where images have some."""
 
     dense: Network
     batches: list[Tensor]
     counted: list[Tensor] | None = None
+    trial: list[Tensor] = field(default_factory=list)
+    trial_counted: list[Tensor] | None = None
     told: dict | None = None
     classes: list[str] | None = None
 
@@ -41,6 +44,10 @@ class Tower:
     def sites(self) -> list[ModuleSite]:
         """All sites, residual streams first."""
         return [*self.dense.residual, *self.dense.sites]
+
+    def everything(self, batch: int) -> list[Tensor]:
+        """All calibration inputs in batches, those that only decided too: for what follows when all is decided."""
+        return list(torch.cat([*self.batches, *self.trial]).split(batch)) if self.trial else self.batches
 
 
 def towers_of(
@@ -113,17 +120,20 @@ def _of_images(
         return Tower(network, [])
     batches, told, classes = calibration_inputs(recipe, preprocessing)
     device, dtype = _place(network)
-    return Tower(network, [batch.to(device, dtype) for batch in batches], None, told, classes)
+    batches, trial = parted([batch.to(device, dtype) for batch in batches], recipe)
+    told |= {"images": sum(map(len, batches)), "trial_windows": sum(map(len, trial))}
+    return Tower(network, batches, None, trial, None, told, classes)
 
 
 def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, tokenizer: Tokenizer | None) -> Tower:
     batches, told = captions(recipe.calibration_text, tokenizer, recipe.samples, recipe.seed, recipe.batch)
-    batches = [batch.to(_place(network)[0]) for batch in batches]
-    counted = network.counted and [network.counted(batch) for batch in batches]
+    batches, trial = parted([batch.to(_place(network)[0]) for batch in batches], recipe)
+    counted, trial_counted = (network.counted and [network.counted(x) for x in part] for part in (batches, trial))
+    told |= {"captions": sum(map(len, batches)), "trial_windows": sum(map(len, trial))}
     told["tokens"] = sum(map(Tensor.numel, batches)) if counted is None else int(sum(mask.sum() for mask in counted))
     if not told["tokens"]:
         raise GrailError("--calibration-text: no token of the captions counts; give texts, not what fills them up")
-    return Tower(network, batches, counted, told)
+    return Tower(network, batches, counted, trial, trial_counted, told)
 
 
 def _place(network: Network) -> tuple[torch.device, torch.dtype]:

@@ -1,0 +1,119 @@
+"""Where a consumer's output is added to a residual stream: what scales it on the way, and the proof by example that a
+description has both right.
+
+Shapes: O channels of the stream, along axis 1 of maps and the last axis of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import GrailError
+from ..families.network import OUTPUT, ModuleSite, Network
+from .stream import seeing
+from .verify import REFUSALS, TOLERANCE, answer
+
+ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+@torch.no_grad()
+def scale_of(network: Network, site: ModuleSite) -> tuple[Tensor, Tensor]:
+    """(a, b), float32 [O]: of what the consumer makes, y, the stream is given a y + b. Raises GrailError naming the
+    site where what stands between does not take its channels."""
+    weight = network.layer(site.consumer).weight
+    shape = _along(weight, len(weight))
+    try:
+        at_0, at_1 = (_through(network, site, weight.new_full(shape, value)).float() for value in (0, 1))
+    except REFUSALS as error:
+        scales = ", ".join(site.scales)
+        raise GrailError(f"{site.name}: {scales} does not scale what {site.consumer} makes") from error
+    return at_1 - at_0, at_0
+
+
+def _through(network: Network, site: ModuleSite, x: Tensor) -> Tensor:
+    for name in site.scales:
+        x = network.layer(name)(x)
+    return x.flatten()
+
+
+def _along(weight: Tensor, outputs: int) -> list[int]:
+    """A shape with the channels where a layer of this weight [O, ...] has them in its output."""
+    return [1, 1, outputs] if weight.dim() == 2 else [1, outputs, *[1] * (weight.dim() - 2)]
+
+
+@torch.no_grad()
+def verify_additions(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> None:
+    """Somewhere in a forward the stream of each site, as described, and a y + b must be added. Raises GrailError naming
+    the first site for which that does not happen. example: one input batch; float32 arithmetic, whatever the
+    network's."""
+    if any(p.dtype != torch.float32 for p in network.module.parameters()):
+        network = network.clone()
+        network.module.float()
+    additions = [_Addition(network, site) for site in sites]
+    with ExitStack() as stack:
+        for addition in additions:
+            for hook in addition.hooks():
+                stack.callback(hook.remove)
+        with _Watch(additions):
+            answer(network.run, example.float() if example.is_floating_point() else example)
+    for addition in additions:
+        if not addition.proven:
+            site = addition.site
+            scaled = f", scaled by {', '.join(site.scales)}," if site.scales else ""
+            raise GrailError(
+                f"{site.name}: what {site.consumer} makes{scaled} is not added to the {site.stream[1]} of "
+                f"{site.stream[0]}; describe its stream anew, or choose another --target"
+            )
+
+
+class _Addition:
+    """One site's, while a forward runs."""
+
+    def __init__(self, network: Network, site: ModuleSite):
+        self.network, self.site, self.proven = network, site, False
+        weight = network.layer(site.consumer).weight
+        self.scale, self.shift = (part.reshape(_along(weight, len(weight))) for part in scale_of(network, site))
+        self.branch: Tensor | None = None
+        self.stream: Tensor | None = None
+
+    def hooks(self) -> list[Any]:
+        """Registered ones, that note both summands."""
+        places = {"branch": (self.site.consumer, OUTPUT), "stream": self.site.stream}
+        return [seeing(self.network.layer(p[0]), p[1], partial(self._see, name)) for name, p in places.items()]
+
+    def _see(self, name: str, tensor: Tensor) -> None:
+        if getattr(self, name) is None:
+            setattr(self, name, self.scale * tensor + self.shift if name == "branch" else tensor.clone())
+
+    def look(self, a: Tensor, b: Tensor) -> None:
+        """At two tensors that are added."""
+        if self.proven or self.branch is None or self.stream is None:
+            return
+        self.proven = any(_equal(x, self.branch) and _equal(y, self.stream) for x, y in ((a, b), (b, a)))
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    return bool(torch.linalg.vector_norm(found - expected) <= TOLERANCE * torch.linalg.vector_norm(expected))
+
+
+class _Watch(TorchDispatchMode):
+    """Shows all additions of tensors to those that wait for theirs."""
+
+    def __init__(self, additions: list[_Addition]):
+        super().__init__()
+        self.additions = additions
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        plain = func in ADDITIONS and not kwargs and all(isinstance(arg, Tensor) for arg in args)
+        for addition in self.additions if plain else ():
+            addition.look(*args)
+        return func(*args, **(kwargs or {}))
