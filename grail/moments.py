@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from .distributed import Group
 
 
-def dot(a_TO: Tensor, b_TO: Tensor) -> float:
-    """Σ a·b of float32 rows: in float32 along a row, in float64 over the rows (float64 throughout takes a hundred times
-    as long)."""
+def dot(a_TO: Tensor, b_TO: Tensor, *, exact: bool = False) -> float:
+    """Σ a·b of float32 rows: in float32 along a row, in float64 over the rows. exact: all in float64, which takes
+    a hundred times as long, for sums from which those of the means are taken off."""
+    if exact:
+        return torch.sum(a_TO.double() * b_TO.double()).item()
     return torch.linalg.vecdot(a_TO, b_TO).sum(dtype=torch.float64).item()
 
 
@@ -53,8 +55,8 @@ class CrossMoments:
             self._difference += d_TO.sum(0, dtype=torch.float64)
             self._target += y_TO.sum(0, dtype=torch.float64)
         self._cross.update(z_TK if self._origin is None else z_TK - self._origin, d_TO)
-        self._difference_energy += dot(d_TO, d_TO)
-        self._target_energy += dot(y_TO, y_TO)
+        self._difference_energy += dot(d_TO, d_TO, exact=self.affine)
+        self._target_energy += dot(y_TO, y_TO, exact=self.affine)
 
     def minus_(self, weight_OK: Tensor, gram: PackedSymmetric) -> None:
         """Let d be d − W z from here on, of the rows so far: C − A Wᵀ in float64, instead of a product for each row.

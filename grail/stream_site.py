@@ -129,7 +129,7 @@ def _fold(run: LayerPass, site: Site) -> Prepared:
             with run.work.profile.phase("gram"):
                 pairs.update(counted_BLK, own_BLO, folding_BLO)
                 stream.update(counted_BLK, target_BLO, difference_BLO)
-            mixed += dot(folding_BLO.flatten(0, -2), difference_BLO.flatten(0, -2))
+            mixed += dot(folding_BLO.flatten(0, -2), difference_BLO.flatten(0, -2), exact=job.affine)
         if run.work.spill:
             run.put(HIDDEN, number, z_BLK)
     pairs.sum_over(group)
