@@ -12,7 +12,7 @@ from .numbers import short
 
 MOST_POINTS = 240
 """Of a longer series every second, third, ... point is drawn."""
-ROW, LABEL, VALUE = 25, 128, 74
+ROW, LABEL, VALUE = 25, 150, 74
 """Of horizontal bars: height of one, room for its name and for its value."""
 LONGEST = 21
 
