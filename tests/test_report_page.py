@@ -322,7 +322,8 @@ class TestWhatIsMissing:
         recipe = example()["recipe"] | {"model": evil, "method": evil, "set": {evil: evil}}
         document = variant(
             recipe=recipe, source={"id": evil, "sha256": evil}, loads_with=evil, class_changed=evil,
-            versions={evil: evil}, calibration={"source": evil}, sites=[s | {"name": evil + s["name"]} for s in example()["sites"]],
+            versions={evil: evil}, calibration={"source": evil},
+            sites=[s | {"name": evil + s["name"]} for s in example()["sites"]],
             evaluation={"data": evil, "perplexity": {"dense": 1.0, "compressed": 2.0}},
         )  # fmt: skip
         found = read(page(Run(evil, document, ran() | {"seconds": {evil: 3.0}, "platform": evil})))

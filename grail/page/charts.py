@@ -196,8 +196,27 @@ def scatter(title: str, note: str, points: Sequence[Point], x_label: str, keys: 
     for point in points:
         x, y = area.x(x_axis, point.x), area.y(y_axis, point.y)
         drawn.append(marker(x, y, point.slot, point.shape, 5, hollow=point.hollow, hint=point.hint))
-        if point.name:
-            drawn.append(words(x + 8, y + 4, point.name))
+    drawn += _named([(area.x(x_axis, p.x), area.y(y_axis, p.y), p.name) for p in points])
     kind = note + (", logarithmic" if log else "")
     shown = drawing(f"{title}, {kind}", area.height, frame(area, x_axis, y_axis, x_label), *drawn)
     return figure(title, kind, shown, legend(keys))
+
+
+def _named(marks: Sequence[tuple[float, float, str]]) -> list[Markup]:
+    """Names beside marks: to the right, else where no mark and no other name is."""
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in marks]
+    found = []
+    for x, y, name in marks:
+        if not name:
+            continue
+        wide = 7 * len(name)
+        places = [(x + 8, y), (x - 8 - wide, y), (x + 8, y - 11), (x + 8, y + 11), (x - 8 - wide, y - 11)]
+        boxes = [(left, middle - 5, left + wide, middle + 5) for left, middle in places]
+        box = next((b for b in boxes if not any(_touch(b, other) for other in taken)), boxes[0])
+        taken.append(box)
+        found.append(words(box[0], box[1] + 9, name))
+    return found
+
+
+def _touch(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -106,8 +106,8 @@ def _keys(points: list[Point], methods: list[str], used: list[int]) -> list[tupl
     return found
 
 
-HEAD = ["", "folder", "model", "method", "measured on", "removed", "parameters", "", "size",
-        "dense", "pruned only", "repaired"]  # fmt: skip
+HEAD = ["", "folder", "method", "dense", "pruned only", "repaired", "parameters", "change", "size", "removed",
+        "measured on", "model"]  # fmt: skip
 
 
 def _table(runs: list[Run]) -> Markup:
@@ -115,12 +115,12 @@ def _table(runs: list[Run]) -> Markup:
     for number_of, run in enumerate(runs, 1):
         before, after = run.sizes("parameters")
         measure = run.measure
+        row = [str(number_of), run.folder, run.method]
+        row += [_value(run, measure, name) for name in ("dense", "pruned", "compressed")]
+        row += [scaled(after), change(before, after) or "–", scaled(run.sizes("bytes")[1], "B"), _removed(run)]
         model = run.model.rstrip("/").rsplit("/", 1)[-1] or run.model
-        data = _data(measure) if measure else "not evaluated"
-        row = [str(number_of), run.folder, model, run.method, data, _removed(run), scaled(after)]
-        row += [change(before, after) or "–", scaled(run.sizes("bytes")[1], "B")]
-        rows.append(row + [_value(run, measure, name) for name in ("dense", "pruned", "compressed")])
-    return grid(HEAD, rows, words=5)
+        rows.append([*row, _data(measure) if measure else "not evaluated", model])
+    return grid(HEAD, rows, words={0, 1, 2, 10, 11})
 
 
 def _data(measure: Measure) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .markup import Markup, element, join
 from .style import CSS
 
@@ -36,11 +38,11 @@ def facts(rows: dict[str, object]) -> Markup:
     return element("table", element("tbody", *lines), class_="facts")
 
 
-def grid(head: list[str], rows: list[list[str]], *, words: int = 1) -> Markup:
-    """A table that scrolls sideways where it is wider than the page; its first `words` columns are text."""
+def grid(head: list[str], rows: list[list[str]], *, words: Collection[int] = (0,)) -> Markup:
+    """A table that scrolls sideways where it is wider than the page; the columns in `words` are text."""
 
     def cell(tag: str, number: int, value: str, scope: str | None) -> Markup:
-        return element(tag, value, scope=scope, class_="text" if number < words else None)
+        return element(tag, value, scope=scope, class_="text" if number in words else None)
 
     top = element("tr", *(cell("th", i, name, "col") for i, name in enumerate(head)))
     body = [

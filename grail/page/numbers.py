@@ -6,9 +6,17 @@ UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def short(value: float | None, digits: int = 4) -> str:
-    """So many significant digits, exponents without padding; a dash for None."""
+    """So many significant digits, below a million at least those before the point; exponents without padding; a dash
+    for None."""
     if value is None:
         return "–"
+    if 10**digits <= abs(value) < 1e6:
+        return f"{value:.0f}".replace("-", "−")
+    return power(value, digits)
+
+
+def power(value: float, digits: int) -> str:
+    """So many significant digits, with an exponent where there are more before the point."""
     mantissa, _, exponent = format(float(value), f".{digits}g").partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa.replace("-", "−", 1)
 

@@ -6,7 +6,7 @@ from .charts import bars, dots
 from .command import call, command
 from .document import document, facts, paragraph, plots, section, tiles
 from .markup import Markup, element, join
-from .numbers import change, percent, scaled, seconds, short, whole
+from .numbers import change, percent, power, scaled, seconds, short, whole
 from .run import KINDS, Run, SiteRow, mapping, number, numbers, string
 from .sites import site_plots, table
 
@@ -128,7 +128,7 @@ def _reached(run: Run) -> dict[str, object]:
     parallel = number(run.grail.get("tensor_parallel"))
     return {
         "sites": f"{len(sites)}, of which {sum(s.before != s.after for s in sites)} were made narrower",
-        "worst condition": short(max(conditions), 2) if conditions else None,
+        "worst condition": power(max(conditions), 2) if conditions else None,
         "ridge raised": f"at {raised} of {len(sites)} sites, where the Gram matrix is singular" if raised else None,
         "trained afterwards": f"{len(regional)} layers" if isinstance(regional, list) and regional else None,
         "BatchNorms": f"{norms:.0f} estimated anew" if norms else None,
@@ -160,7 +160,8 @@ def _evaluated(run: Run) -> Markup | None:
         return None
     rows = [(run.variant(name), value, measure.shown(value)) for name, value in measure.values.items()]
     if measure.name == "accuracy":
-        return dots("Accuracy", f"top 1, on {measure.data}", rows, log=False)
+        rows = [(name, 100 * value, shown) for name, value, shown in rows]
+        return dots("Accuracy", f"top 1 in percent, on {measure.data}", rows, log=False)
     return dots("Perplexity", f"on {measure.data}, logarithmic; lower is better", rows, log=True)
 
 

@@ -8,7 +8,7 @@ from .charts import Series, columns, lines
 from .document import grid, paragraph
 from .marks import SHAPES, SLOTS
 from .markup import Markup, join
-from .numbers import short, whole
+from .numbers import power, short, whole
 from .run import KINDS, SiteRow
 
 MOST_ROWS = 1000
@@ -68,7 +68,7 @@ COLUMNS: dict[str, Callable[[SiteRow], str]] = {
     "error after": _number("error_after"),
     "λ": _number("lam"),
     "retries": _width("retries"),
-    "condition": _number("condition", 2),
+    "condition": lambda site: "" if site.condition is None else power(site.condition, 2),
     "effective rank": _number("effective_rank", 4),
     "α": _number("alpha", 2),
     "held out, own": _held_out(0),

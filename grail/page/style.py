@@ -66,8 +66,9 @@ tbody th{font-weight:400;font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,
 .scroll thead th:first-child{background:var(--panel)}
 .facts{width:100%;table-layout:fixed}
 .facts th,.facts td{text-align:left;white-space:normal;vertical-align:top;overflow-wrap:anywhere;padding:5px 8px 5px 0}
-.facts th{color:var(--faint);width:clamp(104px,22%,190px);font-family:inherit;font-weight:400}
+.facts th{color:var(--faint);width:30%;font-family:inherit;font-weight:400}
 .facts tr:first-child>*{border-top:0}
+@media (min-width:700px){.facts th{width:190px}}
 @media print{
 body{font-size:10pt}
 main{max-width:none;padding:0}
