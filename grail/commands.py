@@ -1,4 +1,4 @@
-"""The shorter commands: eval, convert, export, soup, methods. Each is one call, and what is shown of it."""
+"""The shorter commands: eval, convert, export, report, soup, methods. Each is one call, and what is shown of it."""
 
 from __future__ import annotations
 
@@ -162,6 +162,32 @@ def soup_command(
 
 
 @guarded
+def report_command(
+    folders: Annotated[list[str], typer.Argument(help="Folders that grail compress wrote; several are compared.")],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="The page (FOLDER/report.html; of several report.html in this folder)."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write report.html of a folder, whenever it was written, or one that compares several.
+
+    Example: grail report small smaller smallest --output sizes.html
+    """
+    start(quiet, verbose)
+    from .page import write_report
+
+    found = write_report(folders, output, overwrite=overwrite)
+    if as_json:
+        write_json(found)
+    else:
+        typer.echo(found["output"])
+
+
+@guarded
 def methods_command(
     name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
     as_json: Json = False,
@@ -188,6 +214,7 @@ COMMANDS = {
     "eval": evaluate_command,
     "convert": convert_command,
     "export": export_command,
+    "report": report_command,
     "soup": soup_command,
     "methods": methods_command,
 }

@@ -35,7 +35,9 @@ class Compensation:
     was raised, the first LAPACK info, the reciprocal condition of the equilibrated system; error of the anchor and of
     `weight` (see `reconstruction_errors`; with an α the stream's, stream_repair.py), both with their best bias where
     affine. held_out: the same error on windows of their own, of the repair without the stream (α = 0) and of this one;
-    None where nothing was to be chosen."""
+    None where nothing was to be chosen. effective_rank: (tr G)² / ‖G‖_F² of the Gram matrix, with a bias the scatter,
+    that the repair used: that of the hidden vector where the compressed one is a slice of it, else of the compressed
+    one; None where nothing was removed."""
 
     weight: Tensor
     lam: float
@@ -47,6 +49,7 @@ class Compensation:
     bias: Tensor | None = None
     alpha: float | None = None
     held_out: tuple[float, float] | None = None
+    effective_rank: float | None = None
 
 
 @isolated
@@ -85,6 +88,7 @@ def compensate(
     lam = relative(ridge, reduction.normal_diagonal(gram), name) if lam is None else lam
     # W' first: what it took is free again when the errors are computed
     found = _repaired(weight_OH, gram, reduction, lam, form, name, dtype)
+    found.effective_rank = gram.effective_rank()
 
     def lifted(outputs: slice) -> Tensor:
         return reduction.lift_consumer(weight_OH[outputs].double()).to(dtype)
@@ -151,6 +155,7 @@ def compensate_pairs(
 
     weight_OK = rounded(wide, anchor_OK, normal.width, dtype or anchor_OK.dtype, name)
     found = Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    found.effective_rank = normal.effective_rank()
     _judge_pairs(found, anchor_OK, pairs)
     return found
 

@@ -104,7 +104,7 @@ class Report:
         }
 
     def run_json(self) -> dict:
-        """run.json: what differs between equal runs."""
+        """run.json: what differs between equal runs; from both report.html is made (grail.page)."""
         return machine_json() | {
             "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
             "profile": self.profile.to_json(),
@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
 def site_entry(result: SiteResult, trained: bool) -> dict:
     """A site as grail.json has it."""
     width = result.site.units.width
-    entry = {"name": result.site.name, "before": width, "after": width}
+    entry = {"name": result.site.name, "kind": result.site.kind, "before": width, "after": width}
     if result.reduction is not None:
         entry["after"] = result.reduction.kept_width
     done = result.compensation
@@ -148,6 +148,7 @@ def site_entry(result: SiteResult, trained: bool) -> dict:
         "rcond": done.rcond if done and math.isfinite(done.rcond) else None,
         "error_before": done and done.error_before,
         "error_after": done and done.error_after,
+        "effective_rank": done and done.effective_rank,
         "alpha": done and done.alpha,
         "held_out_errors": done and done.held_out and list(done.held_out),
         "trained": trained and result.reduction is not None,

@@ -14,7 +14,7 @@ from .distributed import Group
 from .families.base import Site
 from .reduction import Folding, Reduction, Selection
 
-FIGURES = ("lam", "retries", "info", "rcond", "error_before", "error_after", "alpha", "held_out")
+FIGURES = ("lam", "retries", "info", "rcond", "error_before", "error_after", "alpha", "held_out", "effective_rank")
 
 
 @dataclass

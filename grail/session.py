@@ -270,11 +270,12 @@ class Session:
 
     def source_entry(self) -> dict:
         located = self.located
-        return {
+        found = {
             "id": self.recipe.called or located.id,
             "revision": located.revision,
             "sha256": self._source_sha256,
         }
+        return found | ({"given_in_python": True} if self.recipe.called else {})
 
     def calibration_entry(self) -> dict | None:
         if self.windows is None:

@@ -32,7 +32,8 @@ from .reduction import Reduction
 @dataclass
 class StreamSystem:
     """The normal equations of one site. anchor: rows of W B0, float64 [B, K]; matrix: A; own and stream: the two
-    right-hand sides, float64 [K, O], made anew at each call; scale: mean(diag A), of which --ridge is a share."""
+    right-hand sides, float64 [K, O], made anew at each call; scale: mean(diag A), of which --ridge is a share;
+    effective_rank: as in compensation.Compensation."""
 
     name: str
     form: str
@@ -42,6 +43,7 @@ class StreamSystem:
     anchor: Callable[[slice], Tensor]
     own: Callable[[], Tensor]
     stream: Callable[[], Tensor]
+    effective_rank: float
 
     @classmethod
     def of_selection(
@@ -67,6 +69,7 @@ class StreamSystem:
             lambda outputs: reduction.lift_consumer(weight_OH[outputs].double()),
             lambda: consumed(weight_OH, gram, reduction, form).mT,
             lambda: cross_HO[channels].double(),
+            gram.effective_rank(),
         )
 
     @classmethod
@@ -91,6 +94,7 @@ class StreamSystem:
             lambda outputs: anchor_OK[outputs].double(),
             own,
             lambda: stream.cross.to(torch.float64, copy=True),
+            normal.effective_rank(),
         )
 
 

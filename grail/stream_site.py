@@ -171,6 +171,7 @@ def _repair(run: LayerPass, site: Site, prepared: Prepared) -> SiteResult:
 
     def finished() -> SiteResult:
         bias_O = None
+        done.effective_rank = system.effective_rank
         done.error_before, done.error_after = prepared.errors([prepared.lifted.to(dtype), done.weight])
         if run.job.affine:
             own_O, stream_O = prepared.base, done.alpha * prepared.mean_difference

@@ -72,6 +72,7 @@ def test_the_folder_opens_again_with_the_narrow_widths_and_says_what_was_done(wr
         "config.json",
         "grail.json",
         "model.safetensors",
+        "report.html",
         "run.json",
     ]
     module = grail.load(folder)

@@ -295,3 +295,27 @@ def test_a_clone_is_independent_and_alike(packed):
 def test_another_width_is_refused():
     with pytest.raises(ValueError, match="24"):
         PackedSymmetric(WIDTH, tile=TILE).copy_(PackedSymmetric(24, tile=TILE))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["trimmed", "padded"])
+@pytest.mark.parametrize(("width", "tile"), SHAPES)
+def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues(width, tile, padded):
+    x = torch.randn(3 * width, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    dense = x.mT @ (x * torch.linspace(0.01, 3, width, dtype=torch.float64))
+    dense = (dense + dense.mT).float()
+    packed = PackedSymmetric.from_dense(dense, tile=tile, padded=padded, backend="torch" if padded else None)
+    if padded:  # what lies beyond the width says nothing
+        panels = packed.data.split([end * packed.tile for _, end in packed.bounds])
+        for panel, (start, end) in zip(panels, packed.bounds, strict=True):
+            panel.view(end, packed.tile)[:, end - start :] = float("nan")
+    values = torch.linalg.eigvalsh(dense.double())
+    assert packed.effective_rank() == pytest.approx((values.sum().square() / values.square().sum()).item(), rel=1e-9)
+
+
+def test_effective_rank_of_known_matrices():
+    one = torch.arange(1.0, WIDTH + 1)
+    assert PackedSymmetric.from_dense(torch.outer(one, one), tile=TILE).effective_rank() == pytest.approx(1)
+    assert PackedSymmetric.from_dense(7 * torch.eye(WIDTH), tile=TILE).effective_rank() == pytest.approx(WIDTH)
+    assert PackedSymmetric(WIDTH, tile=TILE).effective_rank() == 0.0
+    huge = PackedSymmetric.from_dense(1e30 * torch.eye(WIDTH), tile=TILE)
+    assert huge.effective_rank() == pytest.approx(WIDTH), "squares that float32 does not hold"

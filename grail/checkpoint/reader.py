@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..documents import read_json
 from ..errors import GrailError
 
 DTYPES = {
@@ -150,19 +151,6 @@ def _tensor_info(file: Path, name: str, entry: object, base: int, size: int) -> 
     if base + end > size:
         raise GrailError(f"{file} is truncated: {name} ends at byte {base + end}, the file has {size}; fetch it again")
     return TensorInfo(file, dtype, shape, base + start, base + end)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file, or GrailError naming it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GrailError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise GrailError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise GrailError(f"{path} must hold a JSON object")
-    return value
 
 
 def _shards(path: Path) -> list[tuple[Path, list[str] | None]]:

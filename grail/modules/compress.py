@@ -240,10 +240,11 @@ class ModulePass:
 
 
 def _together(found: list[Compensation]) -> Compensation | None:
-    """What the repairs of all consumers took: the worst of each, and their mean errors."""
+    """What the repairs of all consumers took: the worst of each, and their mean errors and effective rank."""
     if len(found) < 2:
         return found[0] if found else None
-    means = {key: sum(getattr(f, key) for f in found) / len(found) for key in ("error_before", "error_after")}
+    averaged = ("error_before", "error_after", "effective_rank")
+    means = {key: sum(getattr(f, key) for f in found) / len(found) for key in averaged}
     worst = {key: max(getattr(f, key) for f in found) for key in ("lam", "retries", "info")}
     return replace(found[0], rcond=min(f.rcond for f in found), **worst, **means)
 

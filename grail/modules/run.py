@@ -21,6 +21,7 @@ from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network
 from ..machine import usable_device
+from ..page import REPORT, page_of
 from ..progress import Progress
 from ..recipe import STREAM
 from ..selectors import selector_class
@@ -48,6 +49,7 @@ def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Prog
     named = (path for path in sources if isinstance(path, (str, Path)))
     out.check(*(Path(path) for path in named if Path(path).exists()))
     module, architecture, source = open_network(recipe.model, recipe.weights, options)
+    source |= {"options": options} if options else {}
     module.to(usable_device(recipe.device))
     inputs = {"preprocessing": architecture.preprocessing(module), "tokenizer": architecture.tokenizer()}
     return compress_module(module, recipe, progress, architecture=architecture, source=source, out=out, **inputs)
@@ -131,8 +133,10 @@ def _write(
             reopen_here(out.partial, report.model, report.examples, module)
         else:
             reopen(out.partial, report.model, report.examples)
-    out.write_json("grail.json", report.to_json())
-    out.write_json("run.json", report.run_json())
+    found, ran = report.to_json(), report.run_json()
+    out.write_json("grail.json", found)
+    out.write_json("run.json", ran)
+    out.write_text(REPORT, page_of(out.path, found, ran))
     report.output = str(out.finish())
 
 

@@ -233,6 +233,16 @@ class PackedSymmetric:
             total += torch.sum((right @ panel[start:end]) * right, dtype=torch.float64)
         return total.item()
 
+    @isolated
+    def effective_rank(self) -> float:
+        """(tr G)² / ‖G‖_F², the participation ratio of the eigenvalues: 1 for one direction, H for equal ones; 0 of a
+        zero matrix. Sums in float64, a tile at a time."""
+        energy = torch.zeros((), dtype=torch.float64, device=self.device)
+        for panel, (start, _) in zip(self.panels, self.bounds, strict=True):
+            for rows, (row, _) in zip(panel.split(self.tile), self.bounds, strict=False):
+                energy += (1 if row == start else 2) * rows.double().square().sum()
+        return (self.diagonal().double().sum().square() / energy).item() if energy > 0 else 0.0
+
     def _check(self, dense: Tensor, axis: int) -> None:
         """A dense operand is a floating-point matrix with `width` along `axis`, on this device."""
         if dense.dim() != 2 or dense.shape[axis] != self.width:
