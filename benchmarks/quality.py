@@ -7,6 +7,7 @@ and on text of another.
     python benchmarks/quality.py acceptance           # against plain GRAIL, with 64 windows and more
     python benchmarks/quality.py headline             # the README's rows: three of these cells
     python benchmarks/quality.py alphas               # α for all sites, against the choice by site
+    python benchmarks/quality.py mixtures             # calibration on one text, on another, on both
     python benchmarks/quality.py --render             # tables and figures from what is stored
 
 Every cell is a line of benchmarks/results/quality.jsonl, written when it is done: a run that is stopped goes on with
@@ -41,11 +42,11 @@ STORE = RESULTS / "quality.jsonl"
 TEXTS = ("builtin", "docstrings")
 HEADS = {0.2: 0.2222, 0.3: 0.2222, 0.5: 0.4444}
 """Shares of heads: 2, 2 and 4 of 9."""
-KEYS = ("method", "ratio", "target", "alpha", "ridge", "ridge_form", "allocation", "samples", "seed", "compensate")
 PLAIN = {
     "alpha": "auto", "ridge": None, "ridge_form": "anchored", "allocation": None, "samples": 16, "seed": 0,
-    "compensate": True,
+    "compensate": True, "calibration": "builtin",
 }  # fmt: skip
+KEYS = ("method", "ratio", "target", *PLAIN)
 TARGETS = ("hidden", "stream")
 SHRUNK = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -105,7 +106,14 @@ def acceptance() -> Iterator[dict]:
         yield cell("gram", ratio, "stream", samples=64, allocation="error")
 
 
-STUDIES = {f.__name__: f for f in (headline, acceptance, grid, seeds, ridges, alphas)}
+def mixtures() -> Iterator[dict]:
+    """Calibration on the text that is evaluated, on the other, and on both."""
+    for text in ("builtin", "docstrings", "builtin+docstrings"):
+        yield cell("wanda-sp", 0.3, "hidden", samples=64, ridge=1e-3, calibration=text)
+        yield cell("wanda-sp", 0.3, "stream", samples=64, calibration=text)
+
+
+STUDIES = {f.__name__: f for f in (headline, acceptance, mixtures, ridges, grid, seeds, alphas)}
 
 
 def measure(asked: dict, work: Path) -> dict:
@@ -141,7 +149,7 @@ def perplexity_of(folder: Path, text: str) -> float:
 
 def run(cells: list[dict]) -> None:
     """Measure those that are not stored."""
-    done = {json.dumps([row.get(key) for key in KEYS]) for row in stored(STORE)}
+    done = {json.dumps([(PLAIN | row).get(key) for key in KEYS]) for row in stored(STORE)}
     if not any(row["method"] == "dense" for row in stored(STORE)):
         folder = multi_head_form(locate(SMOLLM2).folder)
         found = {text: perplexity_of(folder, text) for text in TEXTS}

@@ -11,8 +11,9 @@ ROW = ("method", "ratio", "samples", "seed", "allocation")
 def render(rows: list[dict], folder: Path) -> None:
     """quality.md, and the figures that the cells suffice for."""
     dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
-    cells = [row for row in rows if row["method"] != "dense"]
-    parts = [_head(dense), _targets(cells, dense), _alphas(cells), _ridges(cells)]
+    every = [row for row in rows if row["method"] != "dense"]
+    cells = [row for row in every if row.get("calibration", "builtin") == "builtin"]
+    parts = [_head(dense), _targets(cells, dense), _alphas(cells), _ridges(cells), _mixtures(every)]
     (folder / "quality.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     _figures(cells, dense, folder)
 
@@ -76,6 +77,24 @@ def _ridges(cells: list[dict]) -> str:
         lines.append(f"| {ridge:g} |" + "".join(f" {row.get(column, '')} |" for column in columns))
     pruned = [c for c in cells if not c["compensate"]]
     lines += [f"\nOnly pruned (wanda-sp 0.3): {_both(pruned[0]['perplexity'])}."] if pruned else []
+    return "\n".join(lines)
+
+
+def _mixtures(cells: list[dict]) -> str:
+    """By what calibration read."""
+    texts = {c["calibration"] for c in cells if "calibration" in c} - {"builtin"}
+    if not texts:
+        return ""
+    lines = ["| calibration (wanda-sp 0.3, 64 windows) | hidden | stream |", "|---" * 3 + "|"]
+    for text in ("builtin", *sorted(texts, key=len)):
+        found = {
+            c["target"]: _both(c["perplexity"])
+            for c in cells
+            if (c.get("calibration", "builtin"), c["method"], c["ratio"], c["samples"], c["seed"], c["allocation"])
+            == (text, "wanda-sp", 0.3, 64, 0, None)
+            and c["ridge"] in (None, 1e-3)
+        }
+        lines.append(f"| {text} | {found.get('hidden', '')} | {found.get('stream', '')} |")
     return "\n".join(lines)
 
 
