@@ -283,9 +283,10 @@ class Costs:
         hidden = self.job.model.config.hidden_size
         each = 3 * hidden + (widest if self.spill else 0)
         streamed = self._item * max(self.tokens, 1) * each if self.windows else 0
-        if self.job.streams:  # of the dense network two streams and a branch; targets in float32
-            streamed += self._item * self.trial * self.length * each
-            streamed += (3 * self._item + 4) * self.streamed * hidden
+        if self.job.streams:  # of the dense network two streams and a branch; targets in float32, where they are kept
+            folds = any(self.job.selector.folds(site.kind) for site in self.job.sites)
+            streamed += self._item * self.trial * self.length * each + 3 * self._item * self.streamed * hidden
+            streamed += 4 * hidden * (self.streamed if folds else self.trial * self.length)
         copies = self._item * 2 * hidden * self.deciding * len(self.job.sites)
         return max(streamed + copies, self._item * self.evaluated * self.job.model.config.hidden_size)
 
@@ -293,7 +294,7 @@ class Costs:
         """Bytes written into the store and read from it again, over the whole run."""
         hidden, layers = self.job.model.config.hidden_size, self.job.model.layer_count
         widths = sum(site.units.width for site in self.job.sites if self.job.changes(site)) * self.spill
-        passes = 1 + self.surveyed + self.pruned_too + 2 * self.job.streams  # the dense stream, and its targets
+        passes = 1 + self.surveyed + self.pruned_too + self.job.streams
         return self._item * (
             self.tokens * passes * (7 * hidden * layers + 2 * widths)
             + 2 * self.evaluated * (2 + self.pruned_too) * hidden * layers

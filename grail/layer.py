@@ -83,16 +83,39 @@ class LayerPass:
                 self.consume(site, number, h_BLH)
             h_BLH = None  # or it would lie beside what the next chunk needs
 
+    def through(self, site: Site, number: int) -> Tensor:
+        """A chunk's residual stream [B, L, D] after the site's branch, with the weights as they are. The branch, or for
+        the last one the layer's output, is stored as `consume` does."""
+        part, x_BLD, known = self.part_of(site), self.state(number), self._branches(number)
+        tokens = x_BLD.shape[0] * x_BLD.shape[1]
+        flops = 2 * tokens * (self._before_consumer(site) + site.units.width * x_BLD.shape[-1])
+        with self.work.profile.phase("forward", flops=flops):
+            known[part] = self.block.consume(part, self.block.hidden(part, x_BLD, known))
+            last = site == self.sites[-1]
+            after_BLD = self.block.output(x_BLD, known) if last else self.block.stream(x_BLD, known)
+        if last:
+            self.finish(number, after_BLD)
+        else:
+            self.put(part, number, known[part])
+        return after_BLD
+
     def gather(
-        self, site: Site, keep_counted: bool, also: Callable[[SiteStatistics, int, Tensor], None] | None = None
+        self,
+        site: Site,
+        keep_counted: bool,
+        also: Callable[[SiteStatistics, int, Tensor], None] | None = None,
+        before: Callable[[int], None] | None = None,
     ) -> SiteStatistics:
         """The statistics of a site, over all processes. Where inputs of consumers are spilled, those that will be
         needed again are put into the store; keep_counted: those of all counted chunks will. also: called with each
-        counted chunk's number and hidden vectors, weighed, once the statistics, of this process so far, hold them."""
+        counted chunk's number and hidden vectors, weighed, once the statistics, of this process so far, hold them;
+        before: with each chunk's number before anything of it is computed."""
         needs = self.job.statistics_of(site)
         statistics = SiteStatistics(site.units.width, needs, device=self.device, affine=self.job.affine)
         self._trim()
         for number in self.chunks.all:
+            if before is not None:
+                before(number)
             counts = number in self.chunks.counted
             again = (keep_counted and counts) or number in self.chunks.trial or self.goes_on(number, site)
             keeps = self.work.spill and again

@@ -50,29 +50,35 @@ class Prepared:
 
 def compress(run: LayerPass, twin: Twin, site: Site) -> SiteResult:
     """Select and repair one site towards the dense stream, and compute its branch from the result."""
-    twin.advance(site)
     folds = run.job.selector.folds(site.kind) and run.job.changes(site)
-    prepared = _fold(run, site) if folds else _prune(run, site)
+    prepared = _fold(run, twin, site) if folds else _prune(run, twin, site)
     result = _repair(run, site, prepared)
     apply(run, site, result, prepared.narrow if folds else None)
     twin.close()
     return result
 
 
-def _prune(run: LayerPass, site: Site) -> Prepared:
-    """Gather G and M in one pass, then select."""
+def _prune(run: LayerPass, twin: Twin, site: Site) -> Prepared:
+    """Gather G and M in one pass, in which the dense stream goes on too, then select."""
     job, group = run.job, run.work.group
     moments: list[CrossMoments] = []
+    targets: dict[int, Tensor] = {}
+
+    def before(number: int) -> None:
+        target_BLO = twin.target(site, number) if number in twin.numbers else None
+        if number in run.chunks.counted:
+            targets[number] = target_BLO
 
     def count(statistics: SiteStatistics, number: int, h_BLH: Tensor) -> None:
         if not moments:
             moments.append(CrossMoments(statistics.accumulator, _outputs(run, site), affine=job.affine))
-        target_BLO = run.take(TARGET, number)
-        targets = (run.chunks.weighed(number, t) for t in (target_BLO, _less_own_bias(run, site, target_BLO)))
+        target_BLO = targets.pop(number)
+        both = (run.chunks.weighed(number, t) for t in (target_BLO, _less_own_bias(run, site, target_BLO)))
         with run.work.profile.phase("cross moment", flops=2 * h_BLH.numel() * target_BLO.shape[-1]):
-            moments[0].update(h_BLH, *targets)
+            moments[0].update(h_BLH, *both)
 
-    statistics = run.gather(site, keep_counted=False, also=count)
+    statistics = run.gather(site, keep_counted=False, also=count, before=before)
+    twin.passed(site)
     stream = moments[0] if moments else CrossMoments(statistics.accumulator, _outputs(run, site), affine=job.affine)
     stream.sum_over(group)
     view = view_of(run, site, statistics)
@@ -102,9 +108,11 @@ def _selection(run: LayerPass, site: Site, choose: Callable[[], Reduction]) -> R
     return from_main(run.work.group, site, lambda: SiteResult(site, choose())).reduction
 
 
-def _fold(run: LayerPass, site: Site) -> Prepared:
+def _fold(run: LayerPass, twin: Twin, site: Site) -> Prepared:
     """Gather and select; then a second forward, since the narrowed producers do not emit R h."""
     job, group = run.job, run.work.group
+    twin.targets(site)
+    twin.passed(site)
     view = view_of(run, site, run.gather(site, keep_counted=True))
     reduction = _selection(run, site, lambda: select(run, view))
     narrow = narrowed_producers(run, site, reduction)

@@ -40,20 +40,26 @@ class Twin:
         self.dense.pass_chunks(site, self.numbers)
         self.dense.note(self.run.part_of(site))
 
-    def advance(self, site: Site) -> None:
-        """The same; and store, as the run's series `target`, what the site's consumer would have to add to the
-        compressed stream to arrive at the dense one after it: t = r_d − r_c, float32 [B, L, D]. Of the chunks that
-        decide between candidates also, as `weight`, how much each token counts: 1 / mean(r_d²), float32 [B, L]."""
-        self.pass_through(site)
-        for number in self.numbers:
-            dense_BLD = self.after(site, number).float()
-            self.run.put(TARGET, number, dense_BLD - self.run.stream(number).float())
-            if number in self.run.chunks.trial:
-                self.run.put(WEIGHT, number, 1 / dense_BLD.square().mean(-1).clamp(min=TINY))
+    def target(self, site: Site, number: int) -> Tensor:
+        """The same for a chunk. Returns what the site's consumer would have to add to the compressed stream to arrive
+        at the dense one after it: t = r_d − r_c, float32 [B, L, D]. Of the chunks that decide between candidates it is
+        stored as the run's series `target`, and as `weight` how much each token counts: 1 / mean(r_d²), float32 [B, L].
+        """
+        dense_BLD = self.dense.through(site, number).float()
+        target_BLD = dense_BLD - self.run.stream(number).float()
+        if number in self.run.chunks.trial:
+            self.run.put(TARGET, number, target_BLD)
+            self.run.put(WEIGHT, number, 1 / dense_BLD.square().mean(-1).clamp(min=TINY))
+        return target_BLD
 
-    def after(self, site: Site, number: int) -> Tensor:
-        """A chunk's dense stream right after a site that it has passed, the last so far."""
-        return self.output(number) if site == self.run.sites[-1] else self.dense.stream(number)
+    def targets(self, site: Site) -> None:
+        """The targets of all chunks, stored."""
+        for number in self.numbers:
+            self.run.put(TARGET, number, self.target(site, number))
+
+    def passed(self, site: Site) -> None:
+        """All chunks have passed the site."""
+        self.dense.note(self.run.part_of(site))
 
     def output(self, number: int) -> Tensor:
         """A chunk's dense stream after the layer."""
