@@ -13,8 +13,9 @@ DAMP = 1e-3
 
 
 def damped_inverse(matrix: Tensor, damp: float) -> Tensor:
-    ridge = damp * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
-    return torch.choleskyinverse(torch.linalg.cholesky(matrix + ridge))
+    """Of the matrix and a share of its mean diagonal."""
+    diagonal = damp * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + diagonal))
 
 
 def ridge_solve(matrix: Tensor, right_OK: Tensor, ridge: float, scaled: bool = False) -> Tensor:

@@ -19,10 +19,17 @@ from .distributed import Group
 from .moments import dot
 from .normal_equations import blocks
 
+TINY = 1e-20
+"""No token counts more than one whose mean square this is."""
 NOTHING = 1e-6
 """A smaller share of the error is not worth a change."""
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates of --ridge auto."""
+
+
+def importance(stream_XD: Tensor) -> Tensor:
+    """How much each token of a dense stream counts [...], 1 / mean(r_d²)."""
+    return 1 / stream_XD.square().mean(-1).clamp(min=TINY)
 
 
 class TrialMoments:

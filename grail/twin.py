@@ -11,10 +11,9 @@ from torch import Tensor
 from .chunks import Chunks
 from .families.base import Site
 from .layer import LayerPass
+from .trials import importance
 
 TARGET, WEIGHT = "target", "weight"
-TINY = 1e-20
-"""No token counts more than one whose mean square this is."""
 
 
 def beside(chunks: Chunks) -> Chunks:
@@ -40,22 +39,24 @@ class Twin:
         self.dense.pass_chunks(site, self.numbers)
         self.dense.note(self.run.part_of(site))
 
-    def target(self, site: Site, number: int) -> Tensor:
+    def target(self, site: Site, number: int, *, keep: bool = False) -> Tensor:
         """The same for a chunk. Returns what the site's consumer would have to add to the compressed stream to arrive
-        at the dense one after it: t = r_d − r_c, float32 [B, L, D]. Of the chunks that decide between candidates it is
-        stored as the run's series `target`, and as `weight` how much each token counts: 1 / mean(r_d²), float32 [B, L].
-        """
+        at the dense one after it: t = r_d − r_c, float32 [B, L, D]. Of the chunks that decide between candidates, or
+        with `keep`, it is stored as the run's series `target`; of the first also, as `weight`, how much each token
+        counts (trials.importance), float32 [B, L]."""
         dense_BLD = self.dense.through(site, number).float()
         target_BLD = dense_BLD - self.run.stream(number).float()
-        if number in self.run.chunks.trial:
+        decides = number in self.run.chunks.trial
+        if keep or decides:
             self.run.put(TARGET, number, target_BLD)
-            self.run.put(WEIGHT, number, 1 / dense_BLD.square().mean(-1).clamp(min=TINY))
+        if decides:
+            self.run.put(WEIGHT, number, importance(dense_BLD))
         return target_BLD
 
     def targets(self, site: Site) -> None:
         """The targets of all chunks, stored."""
         for number in self.numbers:
-            self.run.put(TARGET, number, self.target(site, number))
+            self.target(site, number, keep=True)
 
     def passed(self, site: Site) -> None:
         """All chunks have passed the site."""

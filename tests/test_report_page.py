@@ -474,7 +474,7 @@ class TestParts:
 def test_nothing_is_wider_than_the_screen(tmp_path, width):
     """In a frame of that width, since a browser's window has a least width of its own. Tables scroll in their box."""
     long = "a_very_long_name_without_a_place_to_break_" * 4
-    document = variant(source={"id": f"/root/{long}", "sha256": "ab" * 32})
+    document = variant(source={"id": f"/models/{long}", "sha256": "ab" * 32})
     document["sites"] = [s | {"name": s["name"].replace("mlp", long)} for s in document["sites"]]
     one = Path(folder_of(tmp_path / "one", document, ran() | {"seconds": {long: 3.0, "compress": 7261.0}}))
     folders = [str(one), folder_of(tmp_path / long[:100], example())]

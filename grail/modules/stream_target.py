@@ -26,8 +26,7 @@ from ..compensation import Compensation, compensate_pairs
 from ..families.network import ModuleSite
 from ..moments import CrossMoments, PairStatistics
 from ..recipe import AUTO
-from ..trials import RIDGES, TrialErrors, TrialMoments
-from ..twin import TINY
+from ..trials import RIDGES, TrialErrors, TrialMoments, importance
 from . import narrow
 from .addition import scale_of
 from .recipe import ModuleRecipe
@@ -85,7 +84,7 @@ class Beside:
                 z_TX = self._counted(narrow.patches_of(layer, hidden[some]), number, some)
                 difference_TO = (made_d - made_c) * taking_part_O + (before_d - before_c) * inverse_O
                 after_TO = before_d + scale_O * made_d + shift_O
-                yield Rows(z_TX, made_c, difference_TO, 1 / after_TO.square().mean(-1).clamp(min=TINY))
+                yield Rows(z_TX, made_c, difference_TO, importance(after_TO))
 
     def _counted(self, rows: Tensor, number: int, some: slice) -> Tensor:
         return rows.flatten(0, -2) if self.counted is None else rows[self.counted[number][some]]
