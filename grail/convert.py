@@ -25,6 +25,7 @@ from .families.convertible import described, original_widths, useful_units, writ
 from .families.formats import PADDED
 from .families.llama import LlamaFamily
 from .machine import available_memory
+from .page import write_told
 
 FORMATS = ("uniform", "grail", "padded")
 PROBE_LENGTH = 64
@@ -77,7 +78,7 @@ def convert(path: str | Path, output: str | Path, *, to: str, overwrite: bool = 
             "class_changed": form.class_changed,
         }
         if record:
-            out.write_json("grail.json", record | told | _sizes(record, out))
+            write_told(out, record | told | _sizes(record, out), None, folder)
         written = out.finish()
     return {
         "schema_version": 1,

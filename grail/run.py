@@ -24,7 +24,7 @@ from .modules.names import is_hf_module, is_module_folder, is_network
 from .modules.recipe import ModuleRecipe
 from .modules.report import ModuleReport
 from .modules.run import compress_module, compress_named
-from .page import REPORT, page_of
+from .page import write_told
 from .pipeline import stream
 from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
 from .profile import Profile
@@ -211,10 +211,7 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
         profile=work.profile,
         planned=plan.to_json(),
     )
-    found, ran = report.to_json(), report.run_json()
-    out.write_json("grail.json", found)
-    out.write_json("run.json", ran)
-    out.write_text(REPORT, page_of(out.path, found, ran))
+    write_told(out, report.to_json(), report.run_json(), session.located.folder)
     report.output = str(out.finish())
     return report
 

@@ -273,6 +273,7 @@ class Session:
         found = {
             "id": self.recipe.called or located.id,
             "revision": located.revision,
+            "hub": located.hub,
             "sha256": self._source_sha256,
         }
         return found | ({"given_in_python": True} if self.recipe.called else {})

@@ -69,6 +69,7 @@ def written(home):
 def test_the_folder_opens_again_with_the_narrow_widths_and_says_what_was_done(written):
     folder, told = written
     assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
         "config.json",
         "grail.json",
         "model.safetensors",

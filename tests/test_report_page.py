@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import grail
 from grail.cli import app
-from grail.page import page_of, write_report
+from grail.page import write_report
 from grail.page.axis import linear, logarithmic
 from grail.page.command import arguments, call
 from grail.page.markup import VOID, Markup, element
@@ -285,7 +285,7 @@ class TestWhatIsMissing:
     @pytest.mark.parametrize("key", [*example(), "everything"])
     def test_a_field_less_is_a_part_less(self, key):
         document = {"sites": []} if key == "everything" else {k: v for k, v in example().items() if k != key}
-        read(page_of("out", document, {}))
+        read(page(Run("out", document, {})))
         read(page(Run("out", document)))
 
     def test_what_is_left_out_is_said(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -12,6 +13,12 @@ from pathlib import Path
 from ..errors import GrailError
 
 log = logging.getLogger(__name__)
+
+CARD = "README.md"
+STATED = {
+    "license": "license", "license.name": "license_name", "license.link": "license_link", "languages": "language",
+}  # fmt: skip
+"""Keys of GGUF under `general.`, and of a model card."""
 
 
 def cache_folder() -> Path:
@@ -28,12 +35,16 @@ def converted(file: Path) -> Path:
     """
     target = cache_folder() / f"{file.stem}-{_fingerprint(file)}"
     if (target / "config.json").exists():
+        if not (target / CARD).exists():  # made before there were any
+            with contextlib.suppress(OSError):
+                _write_card(file, target)
         return target
     log.info("converting %s to safetensors, once, into %s", file.name, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
     try:
         _convert(file, work)
+        _write_card(file, work)
         try:
             os.replace(work, target)
         except OSError:
@@ -68,6 +79,18 @@ def _convert(file: Path, work: Path) -> None:
     plain.generation_config = model.generation_config
     plain.save_pretrained(work)
     tokenizer.save_pretrained(work)
+
+
+def _write_card(file: Path, folder: Path) -> None:
+    """README.md with the licence and languages that the file states, which whatever is made from it has to carry."""
+    import yaml
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    found = {name: fields[f"general.{key}"].contents() for key, name in STATED.items() if f"general.{key}" in fields}
+    temporary = folder / f"{CARD}.{os.getpid()}"
+    temporary.write_text(f"---\n{yaml.safe_dump(found) if found else ''}---\n", encoding="utf-8")
+    os.replace(temporary, folder / CARD)
 
 
 def _fingerprint(file: Path) -> str:

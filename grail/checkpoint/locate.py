@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import GrailError
 
 SMOLLM2 = "smollm2-135m"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_ALIASES = {
     **{f"llama-{size}": f"huggyllama/llama-{size}" for size in ("7b", "13b", "30b", "65b")},
     **{f"llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")},
@@ -22,17 +23,19 @@ DOWNLOADED = [
     "vocab.txt",
     "chat_template*",
     "LICENSE*",
+    "README.md",
 ]
 NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
 class Located:
-    """A local folder, what the user may call it, and the hub revision it came from."""
+    """A local folder, what the user may call it, the hub revision it came from, and its name there."""
 
     folder: Path
     id: str
     revision: str | None = None
+    hub: str | None = None
 
 
 def locate(model: str | Path) -> Located:
@@ -46,7 +49,7 @@ def locate(model: str | Path) -> Located:
         return Located(_from_gguf(path), str(model))
     name = str(model)
     if name == SMOLLM2:
-        return Located(_from_gguf(_smollm2_file()), name)
+        return Located(_from_gguf(_smollm2_file()), name, hub=SMOLLM2_HUB)
     if name.lower() in HUB_ALIASES:
         return _download(name, HUB_ALIASES[name.lower()])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and ".." not in name:
@@ -99,7 +102,7 @@ def _download(asked: str, hub_id: str) -> Located:
         folder = _cached(hub_id, called, error)
     except Exception as error:  # httpx, requests, OSError: which one depends on how the network is missing
         folder = _cached(hub_id, called, error)
-    return Located(Path(folder), hub_id, Path(folder).name)
+    return Located(Path(folder), hub_id, Path(folder).name, hub_id)
 
 
 def _cached(hub_id: str, called: str, error: Exception) -> str:

@@ -21,7 +21,7 @@ from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network
 from ..machine import usable_device
-from ..page import REPORT, page_of
+from ..page import write_told
 from ..progress import Progress
 from ..recipe import STREAM
 from ..selectors import selector_class
@@ -133,10 +133,7 @@ def _write(
             reopen_here(out.partial, report.model, report.examples, module)
         else:
             reopen(out.partial, report.model, report.examples)
-    found, ran = report.to_json(), report.run_json()
-    out.write_json("grail.json", found)
-    out.write_json("run.json", ran)
-    out.write_text(REPORT, page_of(out.path, found, ran))
+    write_told(out, report.to_json(), report.run_json(), architecture and architecture.folder)
     report.output = str(out.finish())
 
 

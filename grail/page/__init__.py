@@ -1,5 +1,5 @@
-"""report.html: what a run was asked and reached, as one page; several runs side by side."""
+"""What a run tells of itself: report.html (one run, or several side by side) and README.md, its model card."""
 
-from .write import REPORT, page_of, write_report
+from .write import REPORT, write_report, write_told
 
-__all__ = ["REPORT", "page_of", "write_report"]
+__all__ = ["REPORT", "write_report", "write_told"]

@@ -6,17 +6,26 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
+from .card import card
 from .compare import comparable, comparing_page
-from .run import Run, read_run
+from .run import GRAIL, RAN, Run, read_run
 from .single import page
+from .source_card import README, source_card
 
 REPORT = "report.html"
 
 
-def page_of(folder: str | Path, grail: dict, ran: dict) -> str:
-    """The page that a run puts beside what it wrote. folder: where that will be."""
-    return page(Run(Path(os.path.abspath(folder)).name, grail, ran))
+def write_told(out: OutputFolder, grail: dict, ran: dict | None, source: Path | None) -> None:
+    """What a run says of itself, into its open output folder: grail.json, run.json, report.html, README.md. source:
+    the folder that was compressed, whose card says what its descendants have to carry."""
+    run = Run(out.path.name, grail, ran)
+    out.write_json(GRAIL, grail)
+    if ran is not None:
+        out.write_json(RAN, ran)
+    out.write_text(REPORT, page(run))
+    out.write_text(README, card(run, source_card(source), out.partial))
 
 
 def write_report(folders: Sequence[str], output: str | None = None, *, overwrite: bool = False) -> dict:
