@@ -29,11 +29,21 @@ def write_json(document: dict) -> None:
 @guarded
 def evaluate_command(
     path: Annotated[str, typer.Argument(help="A folder (of grail or not), an alias or a hub name.")],
-    data: Annotated[str | None, typer.Option(help="Evaluation data (what grail.json records).")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Evaluation data (what grail.json records), or none: no perplexity.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     against: Annotated[str | None, typer.Option(help="A second model to show beside it.")] = None,
-    speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Also tasks of lm-eval, with commas: piqa,hellaswag; needs grail-compress[eval].")
+    ] = None,
+    tasks_folder: Annotated[
+        str | None, typer.Option("--tasks-folder", help="--tasks: a folder with descriptions (.yaml) of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="--tasks: so many questions of each.")] = None,
+    shots: Annotated[int | None, typer.Option(help="--tasks: worked examples before each question.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second and memory.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -45,7 +55,10 @@ def evaluate_command(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure perplexity, one layer in memory at a time (--speed and --prompt load whole models), or accuracy."""
+    """Measure perplexity, one layer in memory at a time (--tasks, --speed and --prompt load whole models), or accuracy.
+
+    Example: grail eval small --against smollm2-135m --tasks piqa,hellaswag --limit 200 --speed
+    """
     asked = {k: v for k, v in locals().items() if k not in {"path", "as_json", "quiet", "verbose"}}
     progress = start(quiet, verbose)
     from .modules.command import evaluate_network

@@ -1,4 +1,4 @@
-"""`grail eval`: perplexity of any folder of a supported family, on what grail.json records or on other data."""
+"""`grail eval`: perplexity of a folder, on what grail.json records or on other data; tasks, speed, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from .checkpoint.locate import locate
 from .checkpoint.reader import SafetensorsFolder, read_json
 from .errors import GrailError
 from .evaluation.perplexity import perplexity
-from .families import open_family
+from .evaluation.tasks import Tasks
+from .evaluation.whole import WholeModel, load_whole
+from .families import open_family, supports
 from .families.decoder import Decoder
 from .machine import usable_device
 from .progress import Progress
@@ -26,6 +28,7 @@ from .store import DiskStore
 from .workspace import Workspace, chunk_tokens
 
 IN_MEMORY = 2**28
+NO_DATA = "none"
 
 
 def evaluate(
@@ -35,22 +38,32 @@ def evaluate(
     samples: int | None = None,
     seq_len: int | None = None,
     against: str | None = None,
+    tasks: str | None = None,
+    tasks_folder: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
     speed: bool = False,
     prompt: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity, size and (asked for) speed of `model`, and of a second one beside it.
+    """Perplexity, size and (asked for) zero-shot tasks, speed and memory of `model`, and of a second one beside it:
+    folders of GRAIL, or any causal language model of transformers in safetensors.
 
     Without `data` the evaluation that grail.json records is repeated: same source, windows and compute dtype; a
-    folder without that record is evaluated on the built-in text. A local text file named as `data` is read whole.
-    Speed and samples load the whole models, on the CPU. Raises GrailError for bad input.
+    folder without that record is evaluated on the built-in text; "none": no perplexity. A local text file named as
+    `data` is read whole. tasks: names of lm-eval, with commas; limit, shots: evaluation.tasks. Tasks, speed and samples
+    load the whole models. Raises GrailError for bad input.
     """
     progress = progress or Progress()
     for option, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
         if value is not None and value < least:
             raise GrailError(f"{option} must be at least {least}; got {value}")
+    for option, value in (("--tasks-folder", tasks_folder), ("--limit", limit), ("--shots", shots)):
+        if tasks is None and value is not None:
+            raise GrailError(f"{option} goes with --tasks")
+    asked = None if tasks is None else Tasks(tasks, folder=tasks_folder, limit=limit, shots=shots)
     folders = {model: locate(model).folder}
     if against:
         folders[against] = locate(against).folder
@@ -59,17 +72,61 @@ def evaluate(
     if dtype not in (None, *DTYPES):
         raise GrailError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     precision = {"device": usable_device(device), "dtype": dtype and getattr(torch, dtype)}
-    opened = {label: open_family(folder, **precision) for label, folder in folders.items()}
-    windows = _windows(opened[model], data, samples, seq_len, recorded)
-    models = {}
-    for label, family in opened.items():
-        with _workspace(family, windows) as work:
-            found = perplexity(family, windows.ids, work, track=progress.layers(f"evaluating {label}"))
-        models[label] = {"perplexity": found, **_size(family.source)}
-    if speed or prompt:
-        _add_speed(models, folders, speed, prompt, precision["dtype"] or torch.float32)
-    count, length = windows.ids.shape
-    return {"schema_version": 1, "data": windows.source, "windows": count, "seq_len": length, "models": models}
+    opened = {label: _open(folder, precision) for label, folder in folders.items()}
+    models: dict[str, dict] = {label: _size(network.source) for label, network in opened.items()}
+    found = {"schema_version": 1}
+    if data != NO_DATA:
+        windows = _windows(opened[model], data, samples, seq_len, recorded)
+        count, length = windows.ids.shape
+        found |= {"data": windows.source, "windows": count, "seq_len": length}
+        for label, network in opened.items():
+            models[label] = {"perplexity": _perplexity(network, windows, label, progress)} | models[label]
+    opened.clear()
+    if asked or speed or prompt:
+        if precision["device"].type == "cpu":
+            precision["dtype"] = precision["dtype"] or torch.float32
+        for label, measured in whole_models(folders, precision, asked, speed, prompt, progress).items():
+            models[label] |= measured
+    return found | {"models": models}
+
+
+def _open(folder: Path, precision: dict) -> Decoder | WholeModel:
+    """Layer by layer where a family knows the type, else whole."""
+    return open_family(folder, **precision) if supports(folder) else WholeModel(folder, **precision)
+
+
+def _perplexity(network: Decoder | WholeModel, windows: Windows, label: str, progress: Progress) -> float:
+    if isinstance(network, WholeModel):
+        progress.say(f"{label}: not of a family that is opened layer by layer; it is loaded whole")
+        return network.perplexity(windows.ids)
+    with _workspace(network, windows) as work:
+        return perplexity(network, windows.ids, work, track=progress.layers(f"evaluating {label}"))
+
+
+def whole_models(
+    folders: dict[str, Path], precision: dict, tasks: Tasks | None, speed: bool, prompt: str | None, progress: Progress
+) -> dict[str, dict]:
+    """By label: "tasks" (evaluation.tasks), rates and memory, "sample"."""
+    from .evaluation import speed as plain
+    from .evaluation.footprint import footprint
+
+    found: dict[str, dict] = {label: {} for label in folders}
+    if speed:  # before the models are in this process's memory
+        for label, folder in folders.items():
+            progress.say(f"measuring the memory of {label}")
+            found[label] |= footprint(folder, **precision)
+    loaded = {label: load_whole(folder, **precision) for label, folder in folders.items()}
+    if speed:
+        progress.say("measuring the speed")
+        for label, measured in plain.speed(loaded).items():
+            found[label] |= measured
+    for label, folder in folders.items():
+        if tasks:
+            progress.say(f"{label}: {', '.join(tasks.names)}")
+            found[label]["tasks"] = tasks.measure(loaded[label], load_tokenizer(folder), label)
+        if prompt:
+            found[label]["sample"] = plain.sample(loaded[label], folder, prompt)
+    return found
 
 
 @contextmanager
@@ -98,7 +155,9 @@ def _recorded(folder: Path) -> dict:
     return evaluation
 
 
-def _windows(model: Decoder, data: str | None, samples: int | None, seq_len: int | None, recorded: dict) -> Windows:
+def _windows(
+    model: Decoder | WholeModel, data: str | None, samples: int | None, seq_len: int | None, recorded: dict
+) -> Windows:
     """The recorded windows, unless something else is asked for; a new length takes all the windows there are."""
     repeats = bool(recorded) and seq_len in (None, recorded["seq_len"])
     wanted = samples or (recorded["windows"] if repeats else None)
@@ -106,7 +165,7 @@ def _windows(model: Decoder, data: str | None, samples: int | None, seq_len: int
     found = evaluation_windows(
         source,
         lambda: load_tokenizer(model.source.path),
-        model.config.vocab_size,
+        model.vocabulary if isinstance(model, WholeModel) else model.config.vocab_size,
         seq_len=seq_len or recorded.get("seq_len"),
         samples=wanted,
         held_out=recorded.get("held_out", False),
@@ -120,18 +179,6 @@ def _windows(model: Decoder, data: str | None, samples: int | None, seq_len: int
             f"or a changed file): its perplexity cannot be repeated here; name the data with --data"
         )
     return found
-
-
-def _add_speed(models: dict, folders: dict[str, Path], speed: bool, prompt: str | None, dtype: torch.dtype) -> None:
-    from .evaluation import speed as plain
-
-    loaded = plain.load_plain(folders, dtype)
-    if speed:
-        for label, measured in plain.speed(loaded).items():
-            models[label] |= measured
-    if prompt:
-        for label, folder in folders.items():
-            models[label]["sample"] = plain.sample(loaded[label], folder, prompt)
 
 
 def _size(source: SafetensorsFolder) -> dict:

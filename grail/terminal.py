@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 LINES_PER_LOOP = 5
+MEASURED = {
+    "perplexity": "{:.3f}",
+    "parameters": "{:,}",
+    "bytes": "{:,}",
+    "prefill tokens/s": "{:.1f}",
+    "decode tokens/s": "{:.1f}",
+    "memory peak": "{:,}",
+}
+"""What `grail eval` shows of a model, and how."""
 
 
 class TerminalProgress(Progress):
@@ -146,26 +155,34 @@ def show_profile(report: Report, console: Console) -> None:
 
 def show_evaluation(found: dict, console: Console) -> None:
     """The closing lines of `grail eval`."""
+    from .evaluation.tasks import main_metric
+
     table = Table(box=None, show_header=True, pad_edge=False, header_style="")
     labels = list(found["models"])
     table.add_column("")
     for label in labels:
         table.add_column(escape(label), justify="right")
-    rows = {
-        "perplexity": "{:.3f}",
-        "parameters": "{:,}",
-        "bytes": "{:,}",
-        "prefill tokens/s": "{:.1f}",
-        "decode tokens/s": "{:.1f}",
-    }
-    for key, form in rows.items():
+    for key, form in MEASURED.items():
         if any(key in found["models"][label] for label in labels):
             table.add_row(key, *(form.format(found["models"][label][key]) for label in labels))
-    console.print(f"{found['data']}: {found['windows']} windows of {found['seq_len']} tokens", markup=False)
+    for task in found["models"][labels[0]].get("tasks", {}):
+        scores = [main_metric(found["models"][label]["tasks"][task]) for label in labels]
+        if scores[0] is not None:
+            table.add_row(escape(f"{task} {scores[0][0]}"), *map(_score, scores))
+    if "data" in found:
+        console.print(f"{found['data']}: {found['windows']} windows of {found['seq_len']} tokens", markup=False)
     console.print(table)
     for label in labels:
         if "sample" in found["models"][label]:
             console.print(f"{label} says: {found['models'][label]['sample']!r}", markup=False)
+
+
+def _score(found: tuple[str, float, float | None] | None) -> str:
+    """A value with its standard error."""
+    if found is None:
+        return ""
+    _, value, error = found
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def before_after(before: int, after: int, unit: float, name: str) -> str:

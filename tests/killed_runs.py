@@ -163,7 +163,7 @@ def small_runs() -> Iterator[None]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a finished output but those that hold times."""
     found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    return {name: content for name, content in found.items() if name not in ("run.json", "report.html")}
+    return {name: content for name, content in found.items() if name not in ("run.json", "report.html", "README.md")}
 
 
 def committed_layers(partial: Path) -> int:

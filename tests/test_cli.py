@@ -43,6 +43,7 @@ def test_a_real_process_compresses_and_reopens(job, tmp_path):
     assert document["run"]["reopened"]["logit_difference"] < 1e-5
     assert document == document | json.loads((tmp_path / "out" / "grail.json").read_text())
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "grail.json",
@@ -76,9 +77,10 @@ def test_quiet_says_only_the_result(job, reopen_here):
 def test_equal_runs_write_equal_bytes(job, tmp_path, reopen_here):
     contents = []
     for name in ("first", "second"):
-        arguments = [str(a) for a in job[:-1]] + [str(tmp_path / name), "--quiet"]
+        output = tmp_path / name / "out"  # the model card has the folder's own name
+        arguments = [str(a) for a in job[:-1]] + [str(output), "--quiet"]
         assert runner.invoke(app, arguments).exit_code == 0
-        files = sorted(file for file in (tmp_path / name).iterdir() if file.name not in TIMED)
+        files = sorted(file for file in output.iterdir() if file.name not in TIMED)
         contents.append({file.name: file.read_bytes() for file in files})
     assert contents[0] == contents[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,50 @@ DECODED = 32
 ROUNDS = 3
 
 
-def load_plain(folders: dict[str, Path], dtype: torch.dtype) -> dict[str, Any]:
-    """Whole transformers models, side by side in memory."""
-    from transformers import AutoModelForCausalLM
-
-    options = {"dtype": dtype, "trust_remote_code": False}
-    return {label: AutoModelForCausalLM.from_pretrained(path, **options).eval() for label, path in folders.items()}
-
-
 def speed(models: dict[str, Any]) -> dict[str, dict]:
-    """By label: prefill and decode rates, the median of three interleaved rounds."""
+    """By label: prefill and decode rates, the median of three interleaved rounds after one that is not counted."""
     times: dict[str, dict[str, list[float]]] = {label: {"prefill": [], "decode": []} for label in models}
     for round_number in range(ROUNDS + 1):
         for label, model in models.items():
-            measured = {"prefill": _prefill(model), "decode": _decode(model)}
+            measured = {"prefill": _seconds(prefill, model), "decode": _seconds(decode, model)}
             if round_number:
                 for phase, seconds in measured.items():
                     times[label][phase].append(seconds)
     found = {}
     for label in models:
-        prefill, decode = (statistics.median(times[label][phase]) for phase in ("prefill", "decode"))
+        prefilled, decoded = (statistics.median(times[label][phase]) for phase in ("prefill", "decode"))
         tokens = PREFILL_SHAPE[0] * PREFILL_SHAPE[1]
-        found[label] = {"prefill tokens/s": tokens / prefill, "decode tokens/s": DECODED / decode}
+        found[label] = {"prefill tokens/s": tokens / prefilled, "decode tokens/s": DECODED / decoded}
     return found
 
 
-@torch.no_grad()
-def _prefill(model) -> float:
-    ids = torch.zeros(PREFILL_SHAPE, dtype=torch.int64)
+def _seconds(run: Callable[[Any], None], model: Any) -> float:
     start = time.perf_counter()
-    model(ids, use_cache=False)
+    run(model)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     return time.perf_counter() - start
 
 
 @torch.no_grad()
-def _decode(model) -> float:
-    ids = torch.zeros((1, 8), dtype=torch.int64)
-    start = time.perf_counter()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=DECODED,
-        min_new_tokens=DECODED,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return time.perf_counter() - start
+def prefill(model: Any) -> None:
+    """One forward over PREFILL_SHAPE tokens."""
+    model(torch.zeros(PREFILL_SHAPE, dtype=torch.int64, device=model.device), use_cache=False)
 
 
-def sample(model, folder: Path, prompt: str) -> str:
+@torch.no_grad()
+def decode(model: Any) -> None:
+    """DECODED tokens, one after the other."""
+    ids = torch.zeros((1, 8), dtype=torch.int64, device=model.device)
+    length = {"max_new_tokens": DECODED, "min_new_tokens": DECODED}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **length, do_sample=False, pad_token_id=0)
+
+
+@torch.no_grad()
+def sample(model: Any, folder: Path, prompt: str) -> str:
     """A short greedy continuation of the prompt."""
     tokenizer = load_tokenizer(folder)
-    encoded = tokenizer(prompt, return_tensors="pt")
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     out = model.generate(
         encoded.input_ids,
         attention_mask=encoded.attention_mask,

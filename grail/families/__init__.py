@@ -14,7 +14,7 @@ from . import clip, hf_vision, llama, resnet, vit
 from .base import Producer, Site
 from .network import STILL, Network
 
-__all__ = ["Producer", "Site", "describe", "open_family", "register"]
+__all__ = ["Producer", "Site", "describe", "open_family", "register", "supports"]
 
 FAMILIES = (llama,)
 IN_MEMORY = (resnet, vit)
@@ -37,15 +37,25 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> list[Network]:
     )
 
 
-def open_family(folder: Path, **options):
-    """The family object for a checkpoint folder; raises GrailError naming an unsupported model type."""
+def supports(folder: Path) -> bool:
+    """Whether a family knows the model type of a checkpoint folder. Raises GrailError where there is no config.json."""
+    return any(_plain_type(folder) in family.MODEL_TYPES for family in FAMILIES)
+
+
+def _plain_type(folder: Path) -> object:
     config_file = folder / "config.json"
     if not config_file.exists():
         raise GrailError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     model_type = read_json(config_file).get("model_type")
-    plain_type = model_type.removeprefix(PREFIX) if isinstance(model_type, str) else model_type
+    return model_type.removeprefix(PREFIX) if isinstance(model_type, str) else None
+
+
+def open_family(folder: Path, **options):
+    """The family object for a checkpoint folder; raises GrailError naming an unsupported model type."""
+    plain_type = _plain_type(folder)
     for family in FAMILIES:
         if plain_type in family.MODEL_TYPES:
             return family.open_folder(folder, **options)
     known = ", ".join(name for family in FAMILIES for name in family.MODEL_TYPES)
-    raise GrailError(f"{config_file}: model type {model_type!r} is not supported; supported: {known}")
+    model_type = read_json(folder / "config.json").get("model_type")
+    raise GrailError(f"{folder / 'config.json'}: model type {model_type!r} is not supported; supported: {known}")

@@ -43,7 +43,7 @@ def compress_network(asked: dict, model_option: list[str], progress: Progress) -
 
 def evaluate_network(path: str, asked: dict) -> dict[str, Any]:
     """`grail eval`. Raises GrailError for options that are for language models."""
-    for name in ("seq_len", "prompt", "dtype"):
+    for name in ("seq_len", "prompt", "dtype", "tasks", "tasks_folder", "limit", "shots"):
         if asked[name] is not None:
             raise GrailError(f"--{name.replace('_', '-')} is for language models")
     from .evaluate import evaluate_folders

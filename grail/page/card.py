@@ -22,8 +22,8 @@ METHOD = """\
 }"""
 BUILT_IN = {"builtin": "Python documentation (built in)", "docstrings": "docstrings of Python's standard library"}
 EXPECT = (
-    "It can do no more than the network it was made from and has that network's biases and limits. What was measured is "
-    "in the table above; on tasks and languages that the calibration data has little of, more may have been lost. "
+    "It can do no more than the network it was made from and has that network's biases and limits. What was measured "
+    "is in the table above; on tasks and languages that the calibration data has little of, more may have been lost. "
     "Evaluate it on your own task: `grail eval FOLDER --tasks ...`."
 )
 TEXT, CLASSES, ZERO_SHOT, FEATURES = (

@@ -1,0 +1,63 @@
+"""Networks of families that GRAIL cannot compress, opened whole by transformers, to be compared with those it can."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..checkpoint.reader import SafetensorsFolder
+from ..errors import GrailError, first_line
+
+AT_ONCE = 2**13
+"""Tokens of one forward."""
+
+
+def load_whole(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+    """A causal language model of transformers in evaluation mode; dtype None: as stored. Only safetensors, no code of
+    the folder. Raises GrailError naming the folder where transformers refuses."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype or "auto", "trust_remote_code": False, "use_safetensors": True}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options).eval().to(device)
+    except Exception as error:
+        raise GrailError(f"{folder} cannot be opened by transformers: {first_line(error)}") from error
+
+
+class WholeModel:
+    """What evaluation asks of a network: source, vocabulary size, perplexity of windows."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None):
+        self.source = SafetensorsFolder(folder)
+        self.dtype = dtype or (torch.float32 if device.type == "cpu" else None)
+        self.device = device
+
+    @cached_property
+    def model(self) -> Any:
+        """Loaded when it is first used."""
+        return load_whole(self.source.path, self.dtype, self.device)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @torch.no_grad()
+    def perplexity(self, windows_NL: Tensor) -> float:
+        """exp of the mean negative log-likelihood, as evaluation.perplexity has it. Raises GrailError when it is not
+        finite."""
+        loss = 0.0
+        for ids in windows_NL.split(max(1, AT_ONCE // windows_NL.shape[1])):
+            ids = ids.to(self.device)
+            logits = self.model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            loss += cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").item()
+        mean = loss / (windows_NL.numel() - len(windows_NL))
+        if not math.isfinite(mean):
+            raise GrailError(f"{self.source.path}: the evaluation loss is not finite; try --dtype float32")
+        return math.exp(min(mean, 700.0))

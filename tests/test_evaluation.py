@@ -1,0 +1,186 @@
+"""`grail eval` beyond perplexity of our own families: tasks of lm-eval, other models of transformers, speed, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from grail.cli import app
+from grail.errors import GrailError
+from grail.evaluate import evaluate
+from tests.tiny import VOCABULARY, tiny_calibration, tiny_checkpoint, tiny_tokenizer
+
+runner = CliRunner()
+QUESTIONS = [
+    {"question": f"w{a} w{b} w{c}", "choices": [f"w{d}", f"w{d + 1} w{a}", f"w{b}"], "answer": (a + b) % 3}
+    for a, b, c, d in [(3, 9, 11, 20), (4, 8, 12, 21), (5, 7, 13, 22), (6, 3, 14, 23), (9, 9, 15, 24), (33, 5, 16, 25)]
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_tokenizer(tiny_checkpoint(tmp_path_factory.mktemp("dense")))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model of a type that no family of ours knows."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("gpt2")
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=1, eos_token_id=2
+        )
+    ).save_pretrained(path)
+    return tiny_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A folder with a task of our own: three choices, from a local file."""
+    pytest.importorskip("lm_eval")
+    path = tmp_path_factory.mktemp("tasks")
+    (path / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    (path / "choices.yaml").write_text(
+        "task: three_choices\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {path / 'data.jsonl'}\n"
+        "output_type: multiple_choice\ntest_split: test\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return path
+
+
+@torch.no_grad()
+def right_by_hand(path, count: int = len(QUESTIONS)) -> float:
+    """Share of questions whose right choice is the likeliest, computed without lm-eval."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    right = 0
+    for entry in QUESTIONS[:count]:
+        start = tokenizer(entry["question"], add_special_tokens=False).input_ids
+        found = []
+        for choice in entry["choices"]:
+            ids = start + tokenizer(choice, add_special_tokens=False).input_ids
+            logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            found.append(sum(logs[n - 1, ids[n]].item() for n in range(len(start), len(ids))))
+        right += max(range(3), key=found.__getitem__) == entry["answer"]
+    return right / count
+
+
+class TestTasks:
+    def test_accuracy_is_the_one_computed_by_hand(self, folder, other, questions):
+        found = evaluate(
+            str(folder), against=str(other), data="none", tasks="three_choices", tasks_folder=str(questions)
+        )
+        for path in (folder, other):
+            scores = found["models"][str(path)]["tasks"]["three_choices"]
+            assert scores["acc"] == pytest.approx(right_by_hand(path))
+            assert scores["questions"] == len(QUESTIONS) and 0 <= scores["acc_stderr"] < 1
+        assert "data" not in found and "perplexity" not in found["models"][str(folder)]
+
+    def test_limit(self, folder, questions):
+        found = evaluate(str(folder), data="none", tasks="three_choices", tasks_folder=str(questions), limit=2)
+        scores = found["models"][str(folder)]["tasks"]["three_choices"]
+        assert scores["questions"] == 2 and scores["acc"] == pytest.approx(right_by_hand(folder, 2))
+
+    def test_random_numbers_go_on_as_before(self, folder, questions):
+        torch.manual_seed(5)
+        numpy.random.seed(5)
+        random.seed(5)
+        evaluate(str(folder), data="none", tasks="three_choices", tasks_folder=str(questions), limit=1)
+        drawn = torch.rand(1).item(), numpy.random.rand(), random.random()
+        torch.manual_seed(5)
+        numpy.random.seed(5)
+        random.seed(5)
+        assert drawn == (torch.rand(1).item(), numpy.random.rand(), random.random())
+
+    def test_on_the_command_line(self, folder, questions):
+        options = ["--data", "none", "--tasks", "three_choices", "--tasks-folder", str(questions)]
+        told = runner.invoke(app, ["eval", str(folder), *options, "--quiet"])
+        assert told.exit_code == 0 and "three_choices acc" in told.stdout and "±" in told.stdout
+        assert "it/s" not in told.stderr
+        document = json.loads(runner.invoke(app, ["eval", str(folder), *options, "--json"]).stdout)
+        assert document["models"][str(folder)]["tasks"]["three_choices"]["acc"] == pytest.approx(right_by_hand(folder))
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"tasks": "no_such_task"}, "no_such_task.*lm-eval"),
+            ({"tasks": " , "}, "--tasks names no task"),
+            ({"tasks": "three_choices", "tasks_folder": "/nowhere"}, "--tasks-folder /nowhere"),
+            ({"tasks": "piqa"}, "--tasks piqa.*cannot be fetched"),
+            ({"limit": 3}, "--limit goes with --tasks"),
+            ({"tasks": "piqa", "limit": 0}, "--limit must be at least 1"),
+            ({"tasks": "piqa", "shots": -1}, "--shots must be at least 0"),
+        ],
+    )
+    def test_bad_input(self, folder, options, words):
+        pytest.importorskip("lm_eval")
+        with pytest.raises(GrailError, match=words):
+            evaluate(str(folder), data="none", **options)
+
+    def test_a_broken_description_is_told(self, folder, questions, tmp_path):
+        broken = (questions / "choices.yaml").read_text().replace("{{answer}}", "{{nothing.there}}")
+        (tmp_path / "broken.yaml").write_text(broken.replace("three_choices", "broken"))
+        with pytest.raises(GrailError, match="--tasks broken on"):
+            evaluate(str(folder), data="none", tasks="broken", tasks_folder=str(tmp_path))
+
+    def test_without_lm_eval(self, folder, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+        with pytest.raises(GrailError, match=r"grail-compress\[eval\]"):
+            evaluate(str(folder), data="none", tasks="piqa")
+
+
+class TestOtherModels:
+    def test_perplexity_is_that_of_transformers(self, other, tmp_path):
+        data = tiny_calibration(tmp_path / "data.safetensors", windows=300, length=40)
+        from safetensors.torch import load_file
+
+        ids = load_file(data)["input_ids"]
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(other).eval()
+            losses = torch.stack([model(row[None], labels=row[None]).loss for row in ids])
+        found = evaluate(str(other), data=str(data))
+        assert found["models"][str(other)]["perplexity"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-5)
+        assert found["models"][str(other)]["parameters"] == sum(p.numel() for p in model.parameters())
+
+    def test_beside_one_of_ours(self, folder, other, tmp_path):
+        data = tiny_calibration(tmp_path / "data.safetensors")
+        found = evaluate(str(folder), against=str(other), data=str(data))["models"]
+        assert found[str(folder)]["perplexity"] != found[str(other)]["perplexity"]
+
+    def test_token_ids_it_does_not_have(self, other, tmp_path):
+        data = tiny_calibration(tmp_path / "data.safetensors", vocab=1000)
+        with pytest.raises(GrailError, match=r"data.safetensors"):
+            evaluate(str(other), data=str(data))
+
+    def test_no_model_of_text(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit_mae"}))
+        (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        with pytest.raises(GrailError, match="cannot be opened by transformers"):
+            evaluate(str(tmp_path))
+
+
+class TestSpeedAndMemory:
+    def test_both_of_both(self, folder, other):
+        found = evaluate(str(folder), against=str(other), data="none", speed=True)["models"]
+        for path in (folder, other):
+            entry = found[str(path)]
+            assert entry["prefill tokens/s"] > 0 and entry["decode tokens/s"] > 0
+            assert 0 < entry["memory peak"] < 2**31
+
+    def test_memory_holds_the_weights(self, tmp_path):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=1024, n_layer=6, n_head=4, n_positions=512)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path)
+        found = evaluate(str(tmp_path), data="none", speed=True)["models"][str(tmp_path)]
+        assert found["bytes"] > 300e6
+        assert 0.9 * found["bytes"] < found["memory peak"] < 3 * found["bytes"]
