@@ -107,20 +107,36 @@ def convert_command(
 
 @guarded
 def export_command(
-    path: Annotated[str, typer.Argument(help="A folder that grail compress wrote for a vision network.")],
+    path: Annotated[str, typer.Argument(help="A folder that grail compress wrote; gguf: any LLaMA-style checkpoint.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")],
-    to: Annotated[str, typer.Option("--to", help="onnx or torch-export.")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help="gguf (language models); onnx, torch-export (vision).")] = "onnx",
     tower: Annotated[str | None, typer.Option(help="Of a CLIP: images or text.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="gguf: float32, float16, bfloat16 or q8_0 (that of the checkpoint).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Write a compressed vision network as ONNX or as a torch.export program, and compare its outputs."""
-    start(quiet, verbose)
-    from .modules.export import export_folder
+    """Write a language model as GGUF for llama.cpp, or a vision network as ONNX or as a torch.export program, and
+    compare what was written.
 
-    found = export_folder(path, to, output, tower=tower, overwrite=overwrite)
+    Example: grail export small --to gguf --output small.gguf --dtype float16
+    """
+    start(quiet, verbose)
+    if to == "gguf":
+        if tower is not None:
+            raise GrailError("--tower is for a CLIP")
+        from .serving.gguf import export_gguf
+
+        found = export_gguf(path, output, dtype=dtype, overwrite=overwrite)
+    else:
+        if dtype is not None:
+            raise GrailError("--dtype goes with --to gguf")
+        from .modules.export import export_folder
+
+        found = export_folder(path, to, output, tower=tower, overwrite=overwrite)
     if as_json:
         write_json({"schema_version": 1} | found)
     else:

@@ -1,0 +1,1 @@
+"""Where a compressed checkpoint goes next: a GGUF file for llama.cpp, the hub."""
