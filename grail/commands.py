@@ -217,6 +217,33 @@ def report_command(
 
 
 @guarded
+def push_command(
+    path: Annotated[str, typer.Argument(help="A folder that grail compress wrote.")],
+    repo: Annotated[str, typer.Argument(help="Its name on the hub, OWNER/NAME; created where it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is for its owner alone.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be sent.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Upload a result to the Hugging Face hub, with its model card, behind the hub's own login (`hf auth login`).
+
+    Example: grail push small me/llama-2-5b --private
+    """
+    start(quiet, verbose)
+    from .serving.push import push
+
+    found = push(path, repo, private=private, message=message, dry_run=dry_run)
+    if as_json:
+        write_json(found)
+        return
+    for file in found["files"]:
+        typer.echo(f"{file['bytes']:>15,}  {file['name']}")
+    typer.echo(f"would go to {found['url']}" if dry_run else found["url"])
+
+
+@guarded
 def methods_command(
     name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
     as_json: Json = False,
@@ -244,6 +271,7 @@ COMMANDS = {
     "convert": convert_command,
     "export": export_command,
     "report": report_command,
+    "push": push_command,
     "soup": soup_command,
     "methods": methods_command,
 }
