@@ -49,6 +49,7 @@ class Variant:
     shrink: "site" (one α), "output" (one for each), or along the principal axes of S z "axes" (one for each), "rank"
         (one for the first) and "falling" (one for each that does not rise)
     apart: another λ for S than for P
+    residual: S is fitted to t − P z, what the own repair leaves, instead of t − W h
     producers: the readers of the stream are first re-solved towards what they read in the dense network, judged by what
         they read ("input") or make of it ("weight")
     sweeps: how often the consumer is re-solved, each time towards what is left
@@ -62,6 +63,7 @@ class Variant:
     scaled: bool = False
     shrink: str = "site"
     apart: bool = False
+    residual: bool = False
     producers: str = ""
     sweeps: int = 1
     joint: bool = False
@@ -83,6 +85,9 @@ VARIANTS = {
     "producers": replace(BASE, producers="input"),
     "producers by weight": replace(BASE, producers="weight"),
     "sweep": replace(BASE, sweeps=2),
+    "three sweeps": replace(BASE, sweeps=3),
+    "S to what P leaves": replace(BASE, residual=True),
+    "S to what P leaves, sweep": replace(BASE, residual=True, sweeps=2),
     "joint": replace(BASE, joint=True),
     "swaps": replace(BASE, swaps=20),
     "gram": replace(BASE, select="gram"),
@@ -220,6 +225,10 @@ class Run:
 
     def _best(self, anchor: Tensor, matrix: Tensor, own: Tensor, stream: Tensor, kept: Tensor, rows: Rows) -> Choice:
         solved = {ridge: ridge_solve(matrix, torch.cat([own, stream]), ridge, self.variant.scaled) for ridge in RIDGES}
+        if self.variant.residual:
+            for ridge, both in solved.items():
+                remains = own + stream - both[: len(own)] @ matrix
+                both[len(own) :] = ridge_solve(matrix, remains, ridge, self.variant.scaled)
         z, scale = rows.trial_h[:, kept], rows.weight.sqrt()
         left, made = {}, {}
         for ridge, both in solved.items():
