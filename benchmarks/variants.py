@@ -45,7 +45,8 @@ class Variant:
     select: "wanda", "gram", or "gram-stream" (greedy on the weight that the stream target asks for)
     tokens: weights of rows in G and M: "" (1), "half" (1 / (e + median e)) or "inverse" (1 / e), e the mean square of
         the dense stream
-    scaled: λ in proportion to each channel's own energy
+    only: the weights of rows are for S alone
+    scale: λ in proportion to the "mean" of the channels' energies, to their "median", or to each "channel"'s own
     shrink: "site" (one α), "output" (one for each), or along the principal axes of S z "axes" (one for each), "rank"
         (one for the first) and "falling" (one for each that does not rise)
     apart: another λ for S than for P
@@ -60,7 +61,8 @@ class Variant:
     target: str = "stream"
     select: str = "wanda"
     tokens: str = ""
-    scaled: bool = False
+    only: bool = False
+    scale: str = "mean"
     shrink: str = "site"
     apart: bool = False
     residual: bool = False
@@ -76,7 +78,11 @@ VARIANTS = {
     "hidden": replace(BASE, target="hidden"),
     "weighted tokens": replace(BASE, tokens="inverse"),
     "weighted tokens, half": replace(BASE, tokens="half"),
-    "ridge by channel": replace(BASE, scaled=True),
+    "weighted tokens, half, for S": replace(BASE, tokens="half", only=True),
+    "weighted tokens for S": replace(BASE, tokens="inverse", only=True),
+    "ridge by channel": replace(BASE, scale="channel"),
+    "ridge by the median": replace(BASE, scale="median"),
+    "ridge by the median, hidden": replace(BASE, scale="median", target="hidden"),
     "another ridge for S": replace(BASE, apart=True),
     "alpha by output": replace(BASE, shrink="output"),
     "alpha by axis": replace(BASE, shrink="axes"),
@@ -165,10 +171,10 @@ class Run:
         parts = (x[part].flatten(0, 1) for part in (counted, self.trials) for x in (h, t))
         return Rows(*parts, weight)
 
-    def _moments(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """G [H, H] and M = Σ h tᵀ [H, O], float64 of float32 products."""
+    def _moments(self, rows: Rows, *, weighted: bool | None = None) -> tuple[Tensor, Tensor]:
+        """G [H, H] and M = Σ h tᵀ [H, O], float64 of float32 products; weighted None: unless the weights are for S."""
         h = rows.h
-        if self.variant.tokens:
+        if self.variant.tokens and (weighted or (weighted is None and not self.variant.only)):
             energy = self.dense[: self.trials.start].square().mean(-1).flatten()[:, None]
             half = energy.median() if self.variant.tokens == "half" else 1e-6
             h = h * (energy.median() / (energy + half))
@@ -213,7 +219,11 @@ class Run:
         anchor = weight[:, kept].double()
         matrix, asked = gram[kept][:, kept], weight.double() @ gram[:, kept]
         own, stream = asked - anchor @ matrix, cross[kept].mT - asked
-        best = self._best(anchor, matrix, own, stream, kept, rows)
+        other = None
+        if self.variant.only:
+            gram, cross = self._moments(rows, weighted=True)
+            other = gram[kept][:, kept], cross[kept].mT - weight.double() @ gram[:, kept]
+        best = self._best(anchor, matrix, own, stream, kept, rows, other)
         for _ in range(self.variant.sweeps - 1):
             left = cross[kept].mT - best.weight.double() @ matrix
             again = self._best(best.weight.double(), matrix, torch.zeros_like(left), left, kept, rows)
@@ -223,12 +233,25 @@ class Run:
             best = again if again.error < best.error else best
         return best
 
-    def _best(self, anchor: Tensor, matrix: Tensor, own: Tensor, stream: Tensor, kept: Tensor, rows: Rows) -> Choice:
-        solved = {ridge: ridge_solve(matrix, torch.cat([own, stream]), ridge, self.variant.scaled) for ridge in RIDGES}
+    def _best(
+        self,
+        anchor: Tensor,
+        matrix: Tensor,
+        own: Tensor,
+        stream: Tensor,
+        kept: Tensor,
+        rows: Rows,
+        other: tuple[Tensor, Tensor] | None = None,
+    ) -> Choice:
+        """The best of all λ; other: matrix and right-hand side of S, where they are not those."""
+        solved = {ridge: ridge_solve(matrix, torch.cat([own, stream]), ridge, self.variant.scale) for ridge in RIDGES}
         if self.variant.residual:
             for ridge, both in solved.items():
                 remains = own + stream - both[: len(own)] @ matrix
-                both[len(own) :] = ridge_solve(matrix, remains, ridge, self.variant.scaled)
+                both[len(own) :] = ridge_solve(matrix, remains, ridge, self.variant.scale)
+        if other is not None:
+            for ridge, both in solved.items():
+                both[len(own) :] = ridge_solve(*other, ridge, self.variant.scale)
         z, scale = rows.trial_h[:, kept], rows.weight.sqrt()
         left, made = {}, {}
         for ridge, both in solved.items():

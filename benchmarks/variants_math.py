@@ -18,8 +18,11 @@ def damped_inverse(matrix: Tensor, damp: float) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix + diagonal))
 
 
-def ridge_solve(matrix: Tensor, right_OK: Tensor, ridge: float, scaled: bool = False) -> Tensor:
-    diagonal = matrix.diagonal() if scaled else matrix.diagonal().mean().expand(len(matrix))
+def ridge_solve(matrix: Tensor, right_OK: Tensor, ridge: float, scale: str = "mean") -> Tensor:
+    """right (A + ridge · D)⁻¹, D the diagonal of A ("channel"), or its "mean" or "median" everywhere."""
+    diagonal = matrix.diagonal()
+    if scale != "channel":
+        diagonal = (diagonal.mean() if scale == "mean" else diagonal.median()).expand(len(matrix))
     factor = torch.linalg.cholesky(matrix + torch.diag(ridge * diagonal))
     return torch.cholesky_solve(right_OK.mT, factor).mT
 
