@@ -59,7 +59,7 @@ def section(name: str, command: Callable) -> str:
     parameters = list(parameters_of(command))
     options = [parameter for parameter in parameters if parameter.option]
     words = [name, *(p.spelled for p in parameters if not p.option)]
-    words += [p.spelled.split(", ")[0] for p in options if p.required]
+    words += [f"{p.spelled.split(',')[0].split()[0]} {p.spelled.split()[-1]}" for p in options if p.required]
     lines = [f"## grail {name}", "", *prose(command), "```text", f"grail {' '.join(words)} [OPTIONS]", "```", ""]
     arguments = [parameter for parameter in parameters if not parameter.option]
     for panel, members in {"Arguments": arguments, **by_panel(options)}.items():
