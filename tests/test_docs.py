@@ -151,7 +151,7 @@ class Session:
             (self.folder / "stand-in").exists() or stand_ins.question_folder(self.folder / "stand-in")
             found += ["--tasks-folder", str(self.folder / "stand-in")]
         if found[0] in ("compress", "plan"):
-            vision = is_network(found[found.index("--model") + 1])
+            vision = "--model" in found and is_network(found[found.index("--model") + 1])
             tokenised = any(word.endswith(".safetensors") for word in found)
             for option, value in (VISION_ADDED if vision or tokenised else ADDED).items():
                 found += [] if option in found else [option, value]
@@ -227,7 +227,7 @@ def test_a_page_runs_from_top_to_bottom(opened, page):
         ("```sh\nrm -r /\n```", "rm is not on the list"),
         ("```sh\nmake coffee\n```", "names what is not there"),
         ("```sh\npip install -e '.[coffee]'\n```", "names what is not there"),
-        ("```sh\ntorchrun -m grail compress --output x\n```", "--model"),
+        ("```sh\ntorchrun -m grail compress --output x\n```", "Missing parameter: model"),
         ("```sh\n.venv/bin/python benchmarks/nothing.py\n```", "names what is not there"),
         ("```python\nimport grail\n\ngrail.compresss\n```", "page.md:2: AttributeError"),
         ("```python\n1 +\n```", "SyntaxError"),
