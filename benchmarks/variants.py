@@ -49,6 +49,8 @@ class Variant:
     scale: λ in proportion to the "mean" of the channels' energies, to their "median", or to each "channel"'s own
     shrink: "site" (one α), "output" (one for each), or along the principal axes of S z "axes" (one for each), "rank"
         (one for the first) and "falling" (one for each that does not rise)
+    alpha: the same for all sites, if not by the deciding windows
+    ridges: candidates of λ
     apart: another λ for S than for P
     residual: S is fitted to t − P z, what the own repair leaves, instead of t − W h
     producers: the readers of the stream are first re-solved towards what they read in the dense network, judged by what
@@ -64,6 +66,8 @@ class Variant:
     only: bool = False
     scale: str = "mean"
     shrink: str = "site"
+    alpha: float | None = None
+    ridges: tuple[float, ...] = RIDGES
     apart: bool = False
     residual: bool = False
     producers: str = ""
@@ -76,6 +80,10 @@ BASE = Variant()
 VARIANTS = {
     "stream": BASE,
     "hidden": replace(BASE, target="hidden"),
+    "alpha 0.5": replace(BASE, alpha=0.5),
+    "alpha 1": replace(BASE, alpha=1.0),
+    "alpha 0.5, ridge 0.001": replace(BASE, alpha=0.5, ridges=(1e-3,)),
+    "smaller ridges": replace(BASE, ridges=(1e-4, 1e-3, 1e-2)),
     "weighted tokens": replace(BASE, tokens="inverse"),
     "weighted tokens, half": replace(BASE, tokens="half"),
     "weighted tokens, half, for S": replace(BASE, tokens="half", only=True),
@@ -244,7 +252,10 @@ class Run:
         other: tuple[Tensor, Tensor] | None = None,
     ) -> Choice:
         """The best of all λ; other: matrix and right-hand side of S, where they are not those."""
-        solved = {ridge: ridge_solve(matrix, torch.cat([own, stream]), ridge, self.variant.scale) for ridge in RIDGES}
+        solved = {
+            ridge: ridge_solve(matrix, torch.cat([own, stream]), ridge, self.variant.scale)
+            for ridge in self.variant.ridges
+        }
         if self.variant.residual:
             for ridge, both in solved.items():
                 remains = own + stream - both[: len(own)] @ matrix
@@ -258,7 +269,7 @@ class Run:
             p, s = both.split(len(own))
             left[ridge] = ((rows.trial_t - z @ (anchor + p).float().mT) * scale).double()
             made[ridge] = ((z @ s.float().mT) * scale).double()
-        pairs = [(a, b) for a in RIDGES for b in RIDGES if a == b or self.variant.apart]
+        pairs = [(a, b) for a in self.variant.ridges for b in self.variant.ridges if a == b or self.variant.apart]
         found = []
         for a, b in pairs:
             p, s = solved[a][: len(own)], solved[b][len(own) :]
@@ -285,6 +296,8 @@ class Run:
             alphas = first_axes(mixed, energy)
         else:
             alphas = (mixed / (energy + 1e-30)).clamp(0, 1)
+        if self.variant.alpha is not None:
+            alphas = torch.full_like(mixed, self.variant.alpha)
         return (axes * alphas) @ (axes.mT @ s), (left - made * alphas).square().sum().item(), alphas.mean().item()
 
     def _producers(self, place: Place, dense_before: Tensor) -> Tensor:
