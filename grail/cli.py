@@ -10,17 +10,20 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from . import __version__
-from .commands import COMMANDS, Json, Quiet, Verbose, write_json
+from .commands import COMMANDS
 from .errors import GrailError
 from .guard import OneSentence, guarded, start
 from .modules.terminal import show_network
+from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_plan, show_profile, show_report
+
+if TYPE_CHECKING:
+    from .request import Request
 
 app = typer.Typer(
     name="grail",
@@ -32,6 +35,8 @@ app = typer.Typer(
     help="Make a trained network narrower and repair it in closed form: no training, no labels, one command.",
 )
 
+OF_THE_COMMAND = {"as_json", "quiet", "verbose", "print_recipe"}
+"""What decides nothing of a run."""
 UNNAMED = "grail-output"
 """Where `grail plan` looks for room on disk when no folder is named."""
 
@@ -168,6 +173,9 @@ def compress(
     residual_ratio: Annotated[
         float, _vision("--residual-ratio", help="The share for residual streams (ResNets), 0 by default.")
     ] = 0.0,
+    print_recipe: Annotated[
+        bool, _machine("--print-recipe", help="Only write the recipe that `grail run` takes, to stdout.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -176,43 +184,50 @@ def compress(
 
     Example: grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned --output small
     """
-    asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set", "model_option"}}
+    asked = {k: v for k, v in locals().items() if k not in OF_THE_COMMAND}
     progress = start(quiet, verbose)
-    _numbers(asked)
-    settings = _pairs(set)
-    from .modules.command import compress_network, for_text
-    from .modules.names import is_network
-
-    if is_network(model):
-        report = compress_network(asked | {"set": settings}, model_option, progress)
-        if as_json:
-            write_json(report.to_json() | {"output": report.output, "run": report.run_json()})
-        else:
-            show_network(report, Console(highlight=False, soft_wrap=True))
-        return
-    from .recipe import Recipe
-
-    recipe = Recipe(**for_text(asked, model_option), set=settings)
-    from .run import run
-
-    report = run(recipe, progress)
+    wanted = _request(asked)
+    if print_recipe:
+        return _print_recipe(wanted, as_json)
+    report = wanted.carry_out(progress)
     if report is None:
         return  # another process of this run reports
     if as_json:
         write_json(report.to_json() | {"output": report.output, "run": report.run_json()})
+        return
+    (show_network if wanted.vision else show_report)(report, results())
+    if profile:
+        show_profile(report, results())
+
+
+def _request(asked: dict) -> Request:
+    """From the options of the command line."""
+    from .modules.command import factory_options
+    from .request import request
+
+    _numbers(asked)
+    model_options = factory_options(asked.pop("model_option"))
+    return request(asked | {"set": _pairs(asked["set"])}, model_options)
+
+
+def _print_recipe(wanted: Request, as_json: bool) -> None:
+    from .recipes.document import dump
+
+    wanted.check()
+    if as_json:
+        write_json({"schema_version": 1, "recipe": wanted.options()})
     else:
-        show_report(report, Console(highlight=False, soft_wrap=True))
-        if profile:
-            show_profile(report, Console(highlight=False, soft_wrap=True))
+        typer.echo(dump(wanted.options()), nl=False)
 
 
-def _with_options_of(command: Callable, **defaults: object) -> Callable:
-    """The command line of another command; some options get a default of their own."""
+def _with_options_of(command: Callable, without: set[str], **defaults: object) -> Callable:
+    """The command line of another command, some options left out; some get a default of their own."""
 
     def decorate(own: Callable) -> Callable:
         parameters = [
             p.replace(default=defaults.get(name, p.default), kind=p.KEYWORD_ONLY)
             for name, p in inspect.signature(command, eval_str=True).parameters.items()
+            if name not in without
         ]
         own.__signature__ = inspect.Signature(parameters)
         own.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -223,7 +238,7 @@ def _with_options_of(command: Callable, **defaults: object) -> Callable:
 
 @app.command("plan")
 @guarded
-@_with_options_of(compress, output=None)
+@_with_options_of(compress, without={"print_recipe"}, output=None)
 def plan_command(**options: object) -> None:
     """What `grail compress` with the same arguments would do and need: no weights are loaded, nothing is written.
 
@@ -231,24 +246,18 @@ def plan_command(**options: object) -> None:
     """
     as_json, quiet, verbose = (options.pop(name) for name in ("as_json", "quiet", "verbose"))
     progress = start(quiet, verbose)
-    _numbers(options)
-    settings = _pairs(options.pop("set"))
-    from .recipe import Recipe
-
-    output = options.pop("output") or UNNAMED
-    from .modules.command import for_text
     from .modules.names import is_network
 
     if is_network(options["model"]):
         raise GrailError("grail plan is for language models; a vision network is held in memory as a whole")
-    recipe = Recipe(**for_text(options, options.pop("model_option")), output=output, set=settings)
+    wanted = _request(options | {"output": options["output"] or UNNAMED})
     from .run import plan
 
-    found = plan(recipe, progress)
+    found = plan(wanted.recipe, progress)
     if as_json:
         write_json(found.to_json())
     else:
-        show_plan(found.to_json(), Console(highlight=False, soft_wrap=True))
+        show_plan(found.to_json(), results())
 
 
 for _name, _command in COMMANDS.items():

@@ -1,29 +1,19 @@
-"""The shorter commands: eval, convert, export, report, soup, methods. Each is one call, and what is shown of it."""
+"""The shorter commands, of which `run` is in recipes/. Each is one call, and what is shown of it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from .errors import GrailError
 from .guard import guarded, start
 from .modules.terminal import show_accuracy
+from .recipes.command import run_command
+from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_evaluation
 
 VISION_EVAL = ("weights", "classes", "templates", "probe")
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors, warnings and the result.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv also from libraries.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
-
-
-def write_json(document: dict) -> None:
-    """One document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 @guarded
@@ -69,7 +59,7 @@ def evaluate_command(
         if as_json:
             write_json(found)
         else:
-            show_accuracy(found, Console(highlight=False, soft_wrap=True))
+            show_accuracy(found, results())
         return
     for name in VISION_EVAL:
         if asked.pop(name):
@@ -80,7 +70,7 @@ def evaluate_command(
     if as_json:
         write_json(found)
     else:
-        show_evaluation(found, Console(highlight=False, soft_wrap=True))
+        show_evaluation(found, results())
 
 
 @guarded
@@ -187,7 +177,7 @@ def soup_command(
     if as_json:
         write_json(found)
     else:
-        show_soup(found, Console(highlight=False, soft_wrap=True))
+        show_soup(found, results())
 
 
 @guarded
@@ -267,6 +257,7 @@ def methods_command(
 
 
 COMMANDS = {
+    "run": run_command,
     "eval": evaluate_command,
     "convert": convert_command,
     "export": export_command,

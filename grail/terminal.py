@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .report import Report
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
+RECIPE = "recipe.yaml"
+"""In every output; as grail.page calls it."""
 LINES_PER_LOOP = 5
 MEASURED = {
     "perplexity": "{:.3f}",
@@ -31,11 +34,18 @@ MEASURED = {
 """What `grail eval` shows of a model, and how."""
 
 
+class _Stderr(Console):
+    """Work goes on when nobody reads of it any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class TerminalProgress(Progress):
     """Bars with time left when stderr is a terminal; otherwise a line now and then. All on stderr."""
 
     def __init__(self, verbosity: int = NORMAL):
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _Stderr(stderr=True, highlight=False, soft_wrap=True)
         self.verbosity = verbosity
 
     def say(self, line: str) -> None:
@@ -97,6 +107,7 @@ def show_report(report: Report, console: Console) -> None:
         shown = ", ".join(f"{names[name]} {value:.3f}" for name, value in found["perplexity"].items())
         lines["perplexity"] = f"{shown}  ({found['data']}, {found['windows']} windows of {found['seq_len']})"
     lines["written to"] = str(report.output)
+    lines["recipe"] = str(Path(report.output) / RECIPE)
     trust = ", trust_remote_code=True" if report.format.loads == "grail" else ""
     lines["loads with"] = f"AutoModelForCausalLM.from_pretrained({report.output!r}{trust}), {report.loads_with}"
     lines["tensor par."] = f"up to {report.format.tensor_parallel} processes"

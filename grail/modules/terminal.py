@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..terminal import before_after, mean
+from ..terminal import RECIPE, before_after, mean
 
 if TYPE_CHECKING:
     from .report import ModuleReport
@@ -36,6 +37,7 @@ def show_network(report: ModuleReport, console: Console) -> None:
         text = report.calibration_text
         lines["captions"] = f"{text['captions']} from {text['source']}"
     lines["written to"] = str(report.output)
+    lines["recipe"] = str(Path(report.output) / RECIPE)
     lines["loads with"] = f"grail.load({report.output!r})"
     for key, value in lines.items():
         console.print(f"{key:14} {value}", markup=False)

@@ -9,21 +9,25 @@ from pathlib import Path
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from .card import card
+from .command import recipe_text
 from .compare import comparable, comparing_page
 from .run import GRAIL, RAN, Run, read_run
 from .single import page
 from .source_card import README, source_card
 
-REPORT = "report.html"
+REPORT, RECIPE = "report.html", "recipe.yaml"
 
 
 def write_told(out: OutputFolder, grail: dict, ran: dict | None, source: Path | None) -> None:
-    """What a run says of itself, into its open output folder: grail.json, run.json, report.html, README.md. source:
-    the folder that was compressed, whose card says what its descendants have to carry."""
+    """What a run says of itself, into its open output folder: grail.json, run.json, recipe.yaml (unless it was given
+    objects of Python), report.html, README.md. ran: None for a folder that was converted, which no recipe gives.
+    source: the folder that was compressed, whose card says what its descendants have to carry."""
     run = Run(out.path.name, grail, ran)
     out.write_json(GRAIL, grail)
     if ran is not None:
         out.write_json(RAN, ran)
+        if (text := recipe_text(run)) is not None:
+            out.write_text(RECIPE, text)
     out.write_text(REPORT, page(run))
     out.write_text(README, card(run, source_card(source), out.partial))
 
