@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -23,6 +23,8 @@ from .options import MODEL_OPTIONS, TYPES, checked, named, typed
 BASE, GRID, RUNS, OUTPUT = "base", "grid", "runs", "output"
 MOST = 10_000
 """Runs of one file."""
+PARTIAL = ".partial"
+"""How a working folder's name ends."""
 UNSET = "default"
 """Stands in the name of an output for what is not given."""
 
@@ -127,9 +129,7 @@ def _filled_in(template: str, asked: Request, where: str) -> str:
             if name is None:
                 continue
             if form or conversion or name.replace("-", "_") not in TYPES.keys() - {OUTPUT, MODEL_OPTIONS}:
-                raise GrailError(
-                    f"{where}: {OUTPUT} {template}: {{{name}}} is no option; such are {{method}}, {{ratio}}"
-                )
+                raise GrailError(f"{where}: {OUTPUT} {template}: {{{name}}} is no option, as {{ratio}} is one")
             parts.append(_in_a_name(getattr(asked.recipe, name.replace("-", "_"), None)))
     except ValueError as error:
         raise GrailError(f"{where}: {OUTPUT} {template}: {error}") from error
@@ -148,24 +148,17 @@ def _in_a_name(value: Any) -> str:
 
 def _check_outputs(requests: list[Request], file: str) -> None:
     """Raises GrailError where two runs would write into one another's folder."""
-    places: dict[Path, str] = {}
+    places: dict[str, str] = {}
     for asked in requests:
-        place = Path(os.path.realpath(asked.recipe.output))
-        for other in _within(place, places):
+        output = asked.recipe.output
+        place = os.path.realpath(output).removesuffix(PARTIAL)
+        if place in places:
             raise GrailError(
-                f"{file}: {OUTPUT} {asked.recipe.output} clashes with {OUTPUT} {other} of another run; let {{option}} of "
-                f"each option that differs stand in it"
+                f"{file}: two runs have the {OUTPUT} {output}; write {{option}} in it for each option that differs, as "
+                f"in out/{{method}}-{{ratio}}"
             )
-        places[place] = asked.recipe.output
+        places[place] = output
     for place, output in places.items():
-        for parent in place.parents:
+        for parent in map(str, Path(place).parents):
             if parent in places:
                 raise GrailError(f"{file}: {OUTPUT} {output} lies within {OUTPUT} {places[parent]} of another run")
-
-
-def _within(place: Path, places: dict[Path, str]) -> Iterator[str]:
-    """Outputs of the same place, or of that of another one's working folder."""
-    name = place.name.removesuffix(".partial")
-    for taken in (place, place.with_name(name + ".partial"), place.with_name(name)):
-        if taken in places:
-            yield places[taken]

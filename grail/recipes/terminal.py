@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..page.numbers import change, scaled
 from ..page.run import read_run
@@ -12,11 +10,13 @@ from .batch import DONE, FINISHED, WAITING, Outcome
 
 
 def show_runs(outcomes: list[Outcome], console: Console) -> None:
-    """A table: output, state, parameters before and after, what was measured."""
-    table = Table("output", "state", "parameters", "measured", box=None, pad_edge=False, header_style="")
-    for outcome in outcomes:
-        table.add_row(escape(outcome.output), outcome.state, *_result(outcome))
-    console.print(table)
+    """A table: output, state, parameters before and after, what was measured. Whole, however narrow the terminal is."""
+    rows = [("output", "state", "parameters", "measured")]
+    rows += [(outcome.output, outcome.state, *_result(outcome)) for outcome in outcomes]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        console.print(line.rstrip(), markup=False)
 
 
 def show_plans(outcomes: list[Outcome], console: Console) -> None:
@@ -27,7 +27,7 @@ def show_plans(outcomes: list[Outcome], console: Console) -> None:
 
 def _result(outcome: Outcome) -> tuple[str, str]:
     if outcome.state not in (FINISHED, DONE):
-        return "", "" if outcome.state == WAITING else escape(outcome.error or "")
+        return "", "" if outcome.state == WAITING else outcome.error or ""
     run = read_run(outcome.output)
     before, after = run.sizes("parameters")
     told = f"{scaled(before)} -> {scaled(after)} ({change(before, after)})" if before and after is not None else ""
@@ -35,4 +35,4 @@ def _result(outcome: Outcome) -> tuple[str, str]:
     if measure is None:
         return told, ""
     values = ", ".join(f"{run.variant(name)} {measure.shown(value)}" for name, value in measure.values.items())
-    return told, escape(f"{measure.name}: {values}")
+    return told, f"{measure.name}: {values}"
