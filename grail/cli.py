@@ -5,16 +5,14 @@ Exit codes: 0 done, 2 bad input, 75 interrupted but resumable, 130 interrupted w
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, completion
+from .arguments import print_recipe_of, requested, with_options_of
 from .commands import COMMANDS
 from .errors import GrailError
 from .guard import OneSentence, guarded, start
@@ -22,8 +20,11 @@ from .modules.terminal import show_network
 from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_plan, show_profile, show_report
 
-if TYPE_CHECKING:
-    from .request import Request
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 bad input, one sentence says what to mend; 75 interrupted, the same command with --resume "
+    "goes on; 130 interrupted with nothing kept; 1 a bug of ours."
+)
 
 app = typer.Typer(
     name="grail",
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained network narrower and repair it in closed form: no training, no labels, one command.",
+    epilog=EXIT_CODES,
 )
 
 OF_THE_COMMAND = {"as_json", "quiet", "verbose", "print_recipe"}
@@ -46,20 +48,6 @@ _data = functools.partial(typer.Option, rich_help_panel="Calibration and evaluat
 _repair = functools.partial(typer.Option, rich_help_panel="Repair")
 _vision = functools.partial(typer.Option, rich_help_panel="Vision")
 _machine = functools.partial(typer.Option, rich_help_panel="Machine and files")
-
-
-def _numbers(asked: dict) -> None:
-    """What may be a number or a word, in place."""
-    for name in ("alpha", "ridge"):
-        with contextlib.suppress(ValueError):  # a word is for the recipe to judge
-            asked[name] = None if asked[name] is None else float(asked[name])
-
-
-def _pairs(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
-            raise GrailError(f"--set {setting}: expected key=value")
-    return dict(setting.split("=", 1) for setting in settings)
 
 
 @app.callback(invoke_without_command=True)
@@ -79,14 +67,21 @@ def compress(
         _ask("--model", help="A folder, an alias (llama-2-7b, ...), a hub name, {timm,torchvision,open_clip}/NAME."),
     ],
     output: Annotated[str, _ask("--output", "-o", help="Folder for the smaller checkpoint.")],
-    method: Annotated[str, _ask("--method", help="How units are chosen; see `grail methods`.")] = "wanda-sp",
+    method: Annotated[
+        str, _ask("--method", autocompletion=completion.method, help="How units are chosen; see `grail methods`.")
+    ] = "wanda-sp",
     ratio: Annotated[float, _ask("--ratio", help="Share of each site's heads and MLP channels to remove.")] = 0.3,
     attn_ratio: Annotated[float | None, _widths("--attn-ratio", help="The share for heads, if it differs.")] = None,
     mlp_ratio: Annotated[
         float | None, _widths("--mlp-ratio", help="The share for MLP channels, if it differs.")
     ] = None,
     gqa: Annotated[
-        str, _widths("--gqa", help="query: as many query heads of every KV group; group: whole groups.")
+        str,
+        _widths(
+            "--gqa",
+            autocompletion=completion.choice("gqa"),
+            help="query: as many query heads of every KV group; group: whole groups.",
+        ),
     ] = "query",
     round_to: Annotated[
         int | None, _widths("--round-to", help="Kept MLP widths are a multiple of this (64 from 2048 on).")
@@ -99,6 +94,7 @@ def compress(
         str,
         _data(
             "--calibration",
+            autocompletion=completion.text,
             help="builtin, docstrings, wikitext2, c4, .txt, .jsonl, .safetensors, a+b; images: folder, .npz, hf:NAME.",
         ),
     ] = "builtin",
@@ -107,14 +103,22 @@ def compress(
     seed: Annotated[int, _data("--seed", help="Seed of the offsets and of `random`.")] = 0,
     eval: Annotated[
         str | None,
-        _data("--eval", help="Held-out data for perplexity, or none (the source's own, below 1 B parameters)."),
+        _data(
+            "--eval",
+            autocompletion=completion.evaluated,
+            help="Held-out data for perplexity, or none (the source's own, below 1 B parameters).",
+        ),
     ] = None,
     compare_pruned: Annotated[
         bool, _data("--compare-pruned", help="Also evaluate the same pruning without repair.")
     ] = False,
     allocation: Annotated[
         str | None,
-        _widths("--allocation", help="How much goes where: uniform, global, log or error (the method's own)."),
+        _widths(
+            "--allocation",
+            autocompletion=completion.choice("allocation"),
+            help="How much goes where: uniform, global, log or error (the method's own).",
+        ),
     ] = None,
     compensate: Annotated[
         bool, _repair("--compensate/--no-compensate", help="Repair each site in closed form.")
@@ -123,6 +127,7 @@ def compress(
         str | None,
         _repair(
             "--target",
+            autocompletion=completion.target,
             help="hidden: each site on its own; stream: it makes up for those before. Vision: dense, own or stream.",
         ),
     ] = None,
@@ -137,22 +142,49 @@ def compress(
         bool | None, _repair("--bias/--no-bias", help="Fit a bias along with the weights (the method's own choice).")
     ] = None,
     ridge_form: Annotated[
-        str, _repair("--ridge-form", help="anchored (shrinks to pruning) or paper (to zero).")
+        str,
+        _repair(
+            "--ridge-form",
+            autocompletion=completion.choice("ridge_form"),
+            help="anchored (shrinks to pruning) or paper (to zero).",
+        ),
     ] = "anchored",
     device: Annotated[str, _machine("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str | None, _machine("--dtype", help="Compute dtype (float32 on CPU, as stored on GPU).")] = None,
+    dtype: Annotated[
+        str | None,
+        _machine(
+            "--dtype",
+            autocompletion=completion.choice("dtype"),
+            help="Compute dtype (float32 on CPU, as stored on GPU).",
+        ),
+    ] = None,
     output_dtype: Annotated[
-        str | None, _machine("--output-dtype", help="Dtype of the written weights (as stored).")
+        str | None,
+        _machine(
+            "--output-dtype",
+            autocompletion=completion.choice("output_dtype"),
+            help="Dtype of the written weights (as stored).",
+        ),
     ] = None,
     format: Annotated[
-        str, _machine("--format", help="auto, uniform (plain), grail (widths per layer), padded (old widths, zeros).")
+        str,
+        _machine(
+            "--format",
+            autocompletion=completion.choice("format"),
+            help="auto, uniform (plain), grail (widths per layer), padded (old widths, zeros).",
+        ),
     ] = "auto",
     overwrite: Annotated[bool, _machine("--overwrite", help="Replace a non-empty output folder.")] = False,
     resume: Annotated[
         bool, _machine("--resume", help="Go on with an interrupted run of the same command, if there is one.")
     ] = False,
     store: Annotated[
-        str, _machine("--store", help="Where activations lie between layers: memory, disk (can be resumed), auto.")
+        str,
+        _machine(
+            "--store",
+            autocompletion=completion.choice("store"),
+            help="Where activations lie between layers: memory, disk (can be resumed), auto.",
+        ),
     ] = "auto",
     memory: Annotated[
         str | None, _machine("--memory", help="Budget of resident memory, such as 4GB; refused if it cannot be kept.")
@@ -186,9 +218,9 @@ def compress(
     """
     asked = {k: v for k, v in locals().items() if k not in OF_THE_COMMAND}
     progress = start(quiet, verbose)
-    wanted = _request(asked)
+    wanted = requested(asked)
     if print_recipe:
-        return _print_recipe(wanted, as_json)
+        return print_recipe_of(wanted, as_json)
     report = wanted.carry_out(progress)
     if report is None:
         return  # another process of this run reports
@@ -200,45 +232,9 @@ def compress(
         show_profile(report, results())
 
 
-def _request(asked: dict) -> Request:
-    """From the options of the command line."""
-    from .modules.command import factory_options
-    from .request import request
-
-    _numbers(asked)
-    model_options = factory_options(asked.pop("model_option"))
-    return request(asked | {"set": _pairs(asked["set"])}, model_options)
-
-
-def _print_recipe(wanted: Request, as_json: bool) -> None:
-    from .recipes.document import dump
-
-    wanted.check()
-    if as_json:
-        write_json({"schema_version": 1, "recipe": wanted.options()})
-    else:
-        typer.echo(dump(wanted.options()), nl=False)
-
-
-def _with_options_of(command: Callable, without: set[str], **defaults: object) -> Callable:
-    """The command line of another command, some options left out; some get a default of their own."""
-
-    def decorate(own: Callable) -> Callable:
-        parameters = [
-            p.replace(default=defaults.get(name, p.default), kind=p.KEYWORD_ONLY)
-            for name, p in inspect.signature(command, eval_str=True).parameters.items()
-            if name not in without
-        ]
-        own.__signature__ = inspect.Signature(parameters)
-        own.__annotations__ = {p.name: p.annotation for p in parameters}
-        return own
-
-    return decorate
-
-
 @app.command("plan")
 @guarded
-@_with_options_of(compress, without={"print_recipe"}, output=None)
+@with_options_of(compress, without={"print_recipe"}, output=None)
 def plan_command(**options: object) -> None:
     """What `grail compress` with the same arguments would do and need: no weights are loaded, nothing is written.
 
@@ -250,7 +246,7 @@ def plan_command(**options: object) -> None:
 
     if is_network(options["model"]):
         raise GrailError("grail plan is for language models; a vision network is held in memory as a whole")
-    wanted = _request(options | {"output": options["output"] or UNNAMED})
+    wanted = requested(options | {"output": options["output"] or UNNAMED})
     from .run import plan
 
     found = plan(wanted.recipe, progress)
@@ -268,4 +264,4 @@ def main() -> None:
     """Entry point of the console script."""
     # read when torch is loaded: threads that spin between two operations take the cores of whatever else runs there
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    app(prog_name="grail")  # also as `python -m grail`, so that messages and completion know it by one name

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from . import completion
 from .errors import GrailError
 from .guard import guarded, start
 from .modules.terminal import show_accuracy
@@ -20,7 +21,11 @@ VISION_EVAL = ("weights", "classes", "templates", "probe")
 def evaluate_command(
     path: Annotated[str, typer.Argument(help="A folder (of grail or not), an alias or a hub name.")],
     data: Annotated[
-        str | None, typer.Option(help="Evaluation data (what grail.json records), or none: no perplexity.")
+        str | None,
+        typer.Option(
+            autocompletion=completion.evaluated,
+            help="Evaluation data (what grail.json records), or none: no perplexity.",
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
@@ -35,7 +40,12 @@ def evaluate_command(
     shots: Annotated[int | None, typer.Option(help="--tasks: worked examples before each question.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second and memory.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.choice("dtype"), help="Compute dtype (as recorded; else float32 on CPU)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, ...: a .safetensors file.")] = None,
     classes: Annotated[str | None, typer.Option(help="Zero-shot: names of the classes, a file, one to a line.")] = None,
@@ -77,7 +87,10 @@ def evaluate_command(
 def convert_command(
     path: Annotated[str, typer.Argument(help="A folder that grail wrote, or any of a supported family.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the converted checkpoint.")],
-    to: Annotated[str, typer.Option("--to", help="uniform, grail or padded.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", autocompletion=completion.one_of(*completion.FORMATS), help="uniform, grail or padded."),
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -99,10 +112,24 @@ def convert_command(
 def export_command(
     path: Annotated[str, typer.Argument(help="A folder that grail compress wrote; gguf: any LLaMA-style checkpoint.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")],
-    to: Annotated[str, typer.Option("--to", help="gguf (language models); onnx, torch-export (vision).")] = "onnx",
-    tower: Annotated[str | None, typer.Option(help="Of a CLIP: images or text.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            autocompletion=completion.one_of(*completion.EXPORTS),
+            help="gguf (language models); onnx, torch-export (vision).",
+        ),
+    ] = "onnx",
+    tower: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.one_of(*completion.TOWERS), help="Of a CLIP: images or text."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="gguf: float32, float16, bfloat16 or q8_0 (that of the checkpoint).")
+        str | None,
+        typer.Option(
+            autocompletion=completion.one_of(*completion.STORED),
+            help="gguf: float32, float16, bfloat16 or q8_0 (that of the checkpoint).",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: Json = False,
@@ -235,7 +262,9 @@ def push_command(
 
 @guarded
 def methods_command(
-    name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(autocompletion=completion.method, help="Show one method with its options.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, or one method's own options (for --set)."""

@@ -29,6 +29,7 @@ from grail.recipes.grid import requests_of
 from grail.recipes.options import TYPES
 from grail.selectors import methods
 from tests.test_bad_input import listing, one_sentence
+from tests.test_torchrun import several
 from tests.tiny import tiny_calibration, tiny_checkpoint
 from tests.tiny_hf import CAPTIONS, KINDS, PROCESSOR, SIZE, tokenizer
 
@@ -510,9 +511,17 @@ class TestRuns:
         assert len(layers) == 2 + 1 + 2, "one layer of the first was kept"
         assert (tmp_path / "o" / "random" / "grail.json").exists()
 
-    def test_several_processes_do_one_run(self, grid, monkeypatch):
+    def test_several_processes_do_one_run_after_another(self, grid, tmp_path):
+        done = several(2, "grail", "run", str(grid), "--json")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [run["state"] for run in json.loads(done.stdout)["runs"]] == ["done", "done"]
+        assert done.stderr.count("is finished") == 0
+        again = json.loads(call("run", grid, "--json").stdout)
+        assert [run["state"] for run in again["runs"]] == ["finished", "finished"]
+
+    def test_several_processes_end_together(self, grid, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert "--only" in one_sentence(call("run", grid, code=2).stderr)
+        assert "--keep-going" in one_sentence(call("run", grid, "--keep-going", code=2).stderr)
 
 
 def reopen_as_here(patch, folder: Path) -> None:

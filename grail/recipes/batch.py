@@ -154,7 +154,7 @@ def speaks() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def refuse_several_processes(outcomes: list[Outcome]) -> None:
-    """Raises GrailError under torchrun for more than one run: processes are joined once."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and len(outcomes) > 1:
-        raise GrailError("grail run does one run at a time in several processes: choose it with --only")
+def refuse_to_keep_going() -> None:
+    """Raises GrailError under torchrun, where the other processes end with the one that failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GrailError("--keep-going is for one process: when a run fails in one of several, all of them end")

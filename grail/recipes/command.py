@@ -47,7 +47,8 @@ def run_command(
     requests = batch.chosen(requests_of(read(recipe), recipe, set_option), only)
     outcomes = batch.states(requests, overwrite=overwrite, resume=resume)
     if not dry_run:
-        batch.refuse_several_processes(outcomes)
+        if keep_going:
+            batch.refuse_to_keep_going()
         batch.check_ready(outcomes)
         batch.carry_out(outcomes, progress, keep_going=keep_going)
     failed = next((outcome for outcome in outcomes if outcome.code), None)
