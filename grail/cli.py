@@ -20,7 +20,6 @@ from .modules.terminal import show_network
 from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_plan, show_profile, show_report
 
-
 EXIT_CODES = (
     "Exit codes: 0 done; 2 bad input, one sentence says what to mend; 75 interrupted, the same command with --resume "
     "goes on; 130 interrupted with nothing kept; 1 a bug of ours."

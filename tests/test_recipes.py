@@ -300,6 +300,8 @@ REFUSED = {
     "a-key-that-is-a-list": ("? [a]\n: b\n", "is no name"),
     "a-key-that-is-a-number": ("1: b\n", "1 is no name"),
     "control": (b"model: \x00\n", "special characters"),
+    "escaped-control": ('model: a/b\noutput: "a\\0b"\n', "line 2: a character"),
+    "surrogate": ('model: "a\\ud800"\noutput: out\n', "line 1: a character"),
     "not-text": (b"\xff\xfe\xff", "UTF-8"),
     "brackets": ("[" * 20000, "nested too deeply"),
     "large": ("# " + "x" * 10**6, "larger than a recipe"),

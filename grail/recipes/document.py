@@ -36,6 +36,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"tags ({event.tag}) are not read", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text = super().construct_scalar(node)
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):  # written as an escape
+            raise yaml.MarkedYAMLError(problem="a character that no file can hold", problem_mark=node.start_mark)
+        return text
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:

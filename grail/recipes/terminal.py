@@ -6,17 +6,15 @@ from rich.console import Console
 
 from ..page.numbers import change, scaled
 from ..page.run import read_run
+from ..terminal import show_table
 from .batch import DONE, FINISHED, WAITING, Outcome
 
 
 def show_runs(outcomes: list[Outcome], console: Console) -> None:
-    """A table: output, state, parameters before and after, what was measured. Whole, however narrow the terminal is."""
+    """A table: output, state, parameters before and after, what was measured."""
     rows = [("output", "state", "parameters", "measured")]
     rows += [(outcome.output, outcome.state, *_result(outcome)) for outcome in outcomes]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        console.print(line.rstrip(), markup=False)
+    show_table(rows, console, right=False)
 
 
 def show_plans(outcomes: list[Outcome], console: Console) -> None:
