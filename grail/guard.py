@@ -23,6 +23,14 @@ UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 class OneSentence(typer.core.TyperGroup):
     """Wrong options are told like any other bad input, without the usage box."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # which shows the help
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            fail(f"{error.format_message()} (see grail --help)", 2)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

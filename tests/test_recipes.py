@@ -165,6 +165,7 @@ class TestWhatAnOutputTells:
         assert first.keys() == second.keys()
         for name in first.keys() - {"run.json", "report.html"}:
             assert first[name] == second[name], name
+        assert b"grail run recipe.yaml" in first["README.md"]
         assert b"output" not in first["recipe.yaml"].split(b"\n", 1)[1], "equal runs have equal recipes"
 
     @pytest.mark.usefixtures("reopened_here")
@@ -197,6 +198,7 @@ class TestWhatAnOutputTells:
         grail.compress(**tiny, output=tmp_path / "out")
         call("convert", tmp_path / "out", "--to", "padded", "-o", tmp_path / "padded")
         assert not (tmp_path / "padded" / "recipe.yaml").exists()
+        assert "recipe.yaml" not in (tmp_path / "padded" / "README.md").read_text()
 
     def test_it_is_printed_and_nothing_is_done(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

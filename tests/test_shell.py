@@ -274,6 +274,12 @@ class TestHelp:
         assert done.returncode == 2 and one_sentence(done.stderr)
 
 
+@pytest.mark.parametrize("line", ["--nonsense", "nonsense", "--json methods"])
+def test_what_is_no_command_is_told_in_one_sentence_too(line):
+    done = call(line, code=2)
+    assert not done.stdout and "grail --help" in one_sentence(done.stderr)
+
+
 class TestTerminals:
     @pytest.mark.parametrize("name", LINES)
     def test_without_a_terminal_there_is_plain_text(self, here, name):

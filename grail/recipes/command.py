@@ -52,11 +52,9 @@ def run_command(
         batch.check_ready(outcomes)
         batch.carry_out(outcomes, progress, keep_going=keep_going)
     failed = next((outcome for outcome in outcomes if outcome.code), None)
-    if not batch.speaks():
-        pass  # another process of this run reports
-    elif not as_json:
+    if batch.speaks() and not as_json:
         (show_plans if dry_run else show_runs)(outcomes, results())
-    elif failed is None:
+    elif batch.speaks() and failed is None:
         write_json({"schema_version": 1, "recipe": recipe, "runs": [outcome.to_json() for outcome in outcomes]})
     if failed is not None:
         raise typer.Exit(failed.code)
