@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 from .errors import GrailError
 
+FILE = "recipe.yaml"
+"""What `grail run` takes; in every output."""
 AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
 RIDGE = 1e-3
 TRIALS_EVERY, FEWEST_TRIALS = 8, 2

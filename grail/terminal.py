@@ -14,13 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from .progress import Progress
+from .recipe import FILE
 
 if TYPE_CHECKING:
     from .report import Report
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
-RECIPE = "recipe.yaml"
-"""In every output; as grail.page calls it."""
 LINES_PER_LOOP = 5
 MEASURED = {
     "perplexity": "{:.3f}",
@@ -106,7 +105,7 @@ def show_report(report: Report, console: Console) -> None:
         shown = ", ".join(f"{names[name]} {value:.3f}" for name, value in found["perplexity"].items())
         lines["perplexity"] = f"{shown}  ({found['data']}, {found['windows']} windows of {found['seq_len']})"
     lines["written to"] = str(report.output)
-    lines["recipe"] = str(Path(report.output) / RECIPE)
+    lines["recipe"] = str(Path(report.output) / FILE)
     trust = ", trust_remote_code=True" if report.format.loads == "grail" else ""
     lines["loads with"] = f"AutoModelForCausalLM.from_pretrained({report.output!r}{trust}), {report.loads_with}"
     lines["tensor par."] = f"up to {report.format.tensor_parallel} processes"

@@ -337,6 +337,45 @@ REFUSED = {
 }  # fmt: skip
 
 
+keys = st.sampled_from([*TYPES, "base", "grid", "runs", "attn-ratio", "called"]) | words
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | words
+    | st.sampled_from(["o/{ratio}", "{", "fold", "a/b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+class TestFilesFromAnywhere:
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(document=st.dictionaries(keys, junk, max_size=6), sound=st.sampled_from([{}, {"model": "a/b"}, GRID]))
+    def test_any_document_is_read_or_refused(self, document, sound):
+        try:
+            found = requests_of(sound | document, "recipe.yaml")
+        except GrailError as error:
+            assert "recipe.yaml" in str(error)
+        else:
+            assert all(isinstance(r.recipe.output, str) for r in found)
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(content=st.binary(max_size=40) | st.text("ab:-?[]{}&*!|>'\"%@`#,. \n\t0", max_size=40).map(str.encode))
+    def test_any_bytes_too(self, content, tmp_path_factory):
+        file = write(tmp_path_factory.getbasetemp() / "any.yaml", content)
+        try:
+            assert isinstance(read(file), dict)
+        except GrailError as error:
+            assert "any.yaml" in str(error)
+
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(document=st.dictionaries(words, junk, max_size=4))
+    def test_what_is_written_is_what_is_read(self, document):
+        assert repr(parse(dump(document), "x") or {}) == repr(document)
+
+
 class TestRefusals:
     @pytest.mark.parametrize("kind", REFUSED)
     def test_the_file_and_the_key_are_named_in_one_sentence(self, kind, tmp_path, monkeypatch):

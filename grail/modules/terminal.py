@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..terminal import RECIPE, before_after, mean, show_table
+from ..recipe import FILE
+from ..terminal import before_after, mean, show_table
 
 if TYPE_CHECKING:
     from .report import ModuleReport
@@ -35,7 +36,7 @@ def show_network(report: ModuleReport, console: Console) -> None:
         text = report.calibration_text
         lines["captions"] = f"{text['captions']} from {text['source']}"
     lines["written to"] = str(report.output)
-    lines["recipe"] = str(Path(report.output) / RECIPE)
+    lines["recipe"] = str(Path(report.output) / FILE)
     lines["loads with"] = f"grail.load({report.output!r})"
     for key, value in lines.items():
         console.print(f"{key:14} {value}", markup=False)

@@ -1,6 +1,6 @@
 """What a run tells of itself: report.html (one run, or several side by side), recipe.yaml and README.md, its
 model card."""
 
-from .write import RECIPE, REPORT, write_report, write_told
+from .write import REPORT, write_report, write_told
 
-__all__ = ["RECIPE", "REPORT", "write_report", "write_told"]
+__all__ = ["REPORT", "write_report", "write_told"]

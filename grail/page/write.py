@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
+from ..recipe import FILE
 from .card import card
 from .command import recipe_text
 from .compare import comparable, comparing_page
@@ -15,7 +16,7 @@ from .run import GRAIL, RAN, Run, read_run
 from .single import page
 from .source_card import README, source_card
 
-REPORT, RECIPE = "report.html", "recipe.yaml"
+REPORT = "report.html"
 
 
 def write_told(out: OutputFolder, grail: dict, ran: dict | None, source: Path | None) -> None:
@@ -27,7 +28,7 @@ def write_told(out: OutputFolder, grail: dict, ran: dict | None, source: Path | 
     if ran is not None:
         out.write_json(RAN, ran)
         if (text := recipe_text(run)) is not None:
-            out.write_text(RECIPE, text)
+            out.write_text(FILE, text)
     out.write_text(REPORT, page(run))
     out.write_text(README, card(run, source_card(source), out.partial))
 
