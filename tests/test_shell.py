@@ -146,6 +146,12 @@ class TestJson:
         one_sentence(done.stderr)
         assert listing(here) == before
 
+    def test_an_export_does_not_take_the_place_of_a_folder(self, here):
+        (here / "mine").mkdir()
+        for line in (LINES["export"], LINES["export gguf"]):
+            line = line.replace("new.pt2", "mine").replace("new.gguf", "mine")
+            assert "is a folder" in one_sentence(call(line, "--overwrite", code=2).stderr)
+
     @pytest.mark.parametrize("name", sorted({line.split()[0] for line in LINES.values()}))
     def test_an_unknown_option_too(self, name):
         done = call(f"{name} --nonsense --json", code=2)
@@ -188,6 +194,12 @@ class TestInterruptions:
         assert not done.stdout
         assert done.stderr.splitlines()[-1] == "grail: interrupted; nothing new was kept"
         assert listing(here) == before
+
+    @pytest.mark.parametrize("name", ["export", "export gguf"])
+    def test_no_folder_that_an_export_made_is_left(self, here, name, monkeypatch):
+        monkeypatch.setattr(WITHIN[name], lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        call(LINES[name].replace("-o new", "-o one/two/new"), code=130)
+        assert not (here / "one").exists()
 
     def test_an_interrupted_export_is_not_taken_for_one_that_is_there(self, here, monkeypatch):
         (here / "new.gguf").write_bytes(b"old")

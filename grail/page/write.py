@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..recipe import FILE
+from ..replacing import replacing
 from .card import card
 from .command import recipe_text
 from .compare import comparable, comparing_page
@@ -75,9 +75,5 @@ def _replace(file: Path, content: str) -> None:
     """Beside, then renamed: whatever happens, there is no half of a page."""
     if not file.parent.is_dir():
         raise GrailError(f"--output {file}: there is no folder {file.parent}")
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    with replacing(file) as temporary:
         temporary.write_bytes(content.encode())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
