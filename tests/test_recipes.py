@@ -401,6 +401,7 @@ class TestRefusals:
             ("seed=x", "seed must be a whole number"),
             ("seed=[1, 2]", "is a list, and no grid gives that option"),
             ("method=[", "--set-option method=["),
+            ("seed=[]", "leaves no run"),
             ("model=", "model must be text"),
         ],
     )

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..documents import read_json
 from ..errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, sentence_of, verdict
@@ -121,17 +121,17 @@ def carry_out(outcomes: list[Outcome], progress: Progress, *, keep_going: bool =
         try:
             outcome.asked.carry_out(progress)
         except KeyboardInterrupt:
-            if number == 1:
+            if not (done := sum(each.state == DONE for each in waiting)):
                 raise
             raise Interrupted(
-                f"{outcome.output}: interrupted; the {number - 1} runs before it are finished, and the same command "
-                f"goes on with the others"
+                f"{outcome.output}: interrupted; {done} of {len(waiting)} runs are finished, and the same command goes "
+                f"on with the others"
             ) from None
         except Interrupted as stop:
             raise Interrupted(f"{outcome.output}: {stop}") from None
         except Exception as error:
             if not keep_going:
-                raise _naming(outcome.output, error) from error
+                _stop(outcome.output, error)
             told = verdict(error) or (f"unexpected {type(error).__name__}: {error} (a bug in grail)", 1)
             outcome.state, (outcome.error, outcome.code) = FAILED, told
             progress.warn(f"{outcome.output}: {outcome.error}")
@@ -139,14 +139,14 @@ def carry_out(outcomes: list[Outcome], progress: Progress, *, keep_going: bool =
             outcome.state = DONE
 
 
-def _naming(output: str, error: Exception) -> Exception:
-    """The same kind of error, its sentence with the output's name; of a bug, the error itself with a note."""
+def _stop(output: str, error: Exception) -> NoReturn:
+    """Raise the same kind of error, its sentence with the output's name; a bug as it is, with a note."""
     if isinstance(error, GrailError):
-        return type(error)(f"{output}: {error}")
+        raise type(error)(f"{output}: {error}") from error
     if isinstance(error, OSError) and error.errno in CIRCUMSTANCES:
-        return Circumstance(f"{output}: {sentence_of(error)}")
+        raise Circumstance(f"{output}: {sentence_of(error)}") from error
     error.add_note(f"in the run {output}")
-    return error
+    raise error
 
 
 def speaks() -> bool:

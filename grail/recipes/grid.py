@@ -52,6 +52,8 @@ def overrides(settings: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise GrailError(f"{where}: expected key=value")
         name, value = named(key, where), parse(text, where)
+        if value == []:
+            raise GrailError(f"{where}: an empty list leaves no run; name at least one value")
         found[name] = [typed(name, v, where) for v in value] if isinstance(value, list) else typed(name, value, where)
     return found
 
@@ -65,13 +67,7 @@ def _expanded(document: dict[str, Any], file: str, changed: dict[str, Any]) -> l
             raise GrailError(f"{file}: {OUTPUT} is said twice, once under {BASE}")
         base |= checked({OUTPUT: document[OUTPUT]}, file)
     grid = _grid(document.get(GRID) or {}, f"{file}, {GRID}")
-    runs = document.get(RUNS, [{}])
-    if not isinstance(runs, list) or not runs:
-        raise GrailError(f"{file}: {RUNS} must be a list of options, one run to an entry")
-    runs = [checked(entry, f"{file}, {RUNS}, entry {number}") for number, entry in enumerate(runs, 1)]
-    for number, entry in enumerate(runs, 1):
-        if both := grid.keys() & entry.keys():
-            raise GrailError(f"{file}: {min(both)} is given by {GRID} and by entry {number} of {RUNS}; keep one")
+    runs = _runs(document.get(RUNS, [{}]), grid, file)
     for name, value in changed.items():
         if name in grid:
             grid[name] = value if isinstance(value, list) else [value]
@@ -84,6 +80,17 @@ def _expanded(document: dict[str, Any], file: str, changed: dict[str, Any]) -> l
         raise GrailError(f"{file} asks for {count:,} runs; {MOST:,} are the most")
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return [base | entry | combination for entry in runs for combination in combinations]
+
+
+def _runs(given: Any, grid: dict[str, list[Any]], file: str) -> list[dict[str, Any]]:
+    if not isinstance(given, list) or not given:
+        raise GrailError(f"{file}: {RUNS} must be a list of options, one run to an entry")
+    found = []
+    for number, entry in enumerate(given, 1):
+        found.append(checked(entry, f"{file}, {RUNS}, entry {number}"))
+        if both := grid.keys() & found[-1].keys():
+            raise GrailError(f"{file}: {min(both)} is given by {GRID} and by entry {number} of {RUNS}; keep one")
+    return found
 
 
 def _grid(given: Any, where: str) -> dict[str, list[Any]]:
