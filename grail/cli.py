@@ -5,22 +5,25 @@ Exit codes: 0 done, 2 bad input, 75 interrupted but resumable, 130 interrupted w
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 import os
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from . import __version__
-from .commands import COMMANDS, Json, Quiet, Verbose, write_json
+from . import __version__, completion
+from .arguments import print_recipe_of, requested, with_options_of
+from .commands import COMMANDS
 from .errors import GrailError
 from .guard import OneSentence, guarded, start
 from .modules.terminal import show_network
+from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_plan, show_profile, show_report
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 bad input, one sentence says what to mend; 75 interrupted, the same command with --resume "
+    "goes on; 130 interrupted with nothing kept; 1 a bug of ours."
+)
 
 app = typer.Typer(
     name="grail",
@@ -30,8 +33,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained network narrower and repair it in closed form: no training, no labels, one command.",
+    epilog=EXIT_CODES,
 )
 
+OF_THE_COMMAND = {"as_json", "quiet", "verbose", "print_recipe"}
+"""What decides nothing of a run."""
 UNNAMED = "grail-output"
 """Where `grail plan` looks for room on disk when no folder is named."""
 
@@ -41,20 +47,6 @@ _data = functools.partial(typer.Option, rich_help_panel="Calibration and evaluat
 _repair = functools.partial(typer.Option, rich_help_panel="Repair")
 _vision = functools.partial(typer.Option, rich_help_panel="Vision")
 _machine = functools.partial(typer.Option, rich_help_panel="Machine and files")
-
-
-def _numbers(asked: dict) -> None:
-    """What may be a number or a word, in place."""
-    for name in ("alpha", "ridge"):
-        with contextlib.suppress(ValueError):  # a word is for the recipe to judge
-            asked[name] = None if asked[name] is None else float(asked[name])
-
-
-def _pairs(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
-            raise GrailError(f"--set {setting}: expected key=value")
-    return dict(setting.split("=", 1) for setting in settings)
 
 
 @app.callback(invoke_without_command=True)
@@ -74,14 +66,21 @@ def compress(
         _ask("--model", help="A folder, an alias (llama-2-7b, ...), a hub name, {timm,torchvision,open_clip}/NAME."),
     ],
     output: Annotated[str, _ask("--output", "-o", help="Folder for the smaller checkpoint.")],
-    method: Annotated[str, _ask("--method", help="How units are chosen; see `grail methods`.")] = "wanda-sp",
+    method: Annotated[
+        str, _ask("--method", autocompletion=completion.method, help="How units are chosen; see `grail methods`.")
+    ] = "wanda-sp",
     ratio: Annotated[float, _ask("--ratio", help="Share of each site's heads and MLP channels to remove.")] = 0.3,
     attn_ratio: Annotated[float | None, _widths("--attn-ratio", help="The share for heads, if it differs.")] = None,
     mlp_ratio: Annotated[
         float | None, _widths("--mlp-ratio", help="The share for MLP channels, if it differs.")
     ] = None,
     gqa: Annotated[
-        str, _widths("--gqa", help="query: as many query heads of every KV group; group: whole groups.")
+        str,
+        _widths(
+            "--gqa",
+            autocompletion=completion.choice("gqa"),
+            help="query: as many query heads of every KV group; group: whole groups.",
+        ),
     ] = "query",
     round_to: Annotated[
         int | None, _widths("--round-to", help="Kept MLP widths are a multiple of this (64 from 2048 on).")
@@ -94,6 +93,7 @@ def compress(
         str,
         _data(
             "--calibration",
+            autocompletion=completion.text,
             help="builtin, docstrings, wikitext2, c4, .txt, .jsonl, .safetensors, a+b; images: folder, .npz, hf:NAME.",
         ),
     ] = "builtin",
@@ -102,14 +102,22 @@ def compress(
     seed: Annotated[int, _data("--seed", help="Seed of the offsets and of `random`.")] = 0,
     eval: Annotated[
         str | None,
-        _data("--eval", help="Held-out data for perplexity, or none (the source's own, below 1 B parameters)."),
+        _data(
+            "--eval",
+            autocompletion=completion.evaluated,
+            help="Held-out data for perplexity, or none (the source's own, below 1 B parameters).",
+        ),
     ] = None,
     compare_pruned: Annotated[
         bool, _data("--compare-pruned", help="Also evaluate the same pruning without repair.")
     ] = False,
     allocation: Annotated[
         str | None,
-        _widths("--allocation", help="How much goes where: uniform, global, log or error (the method's own)."),
+        _widths(
+            "--allocation",
+            autocompletion=completion.choice("allocation"),
+            help="How much goes where: uniform, global, log or error (the method's own).",
+        ),
     ] = None,
     compensate: Annotated[
         bool, _repair("--compensate/--no-compensate", help="Repair each site in closed form.")
@@ -118,6 +126,7 @@ def compress(
         str | None,
         _repair(
             "--target",
+            autocompletion=completion.target,
             help="hidden: each site on its own; stream: it makes up for those before. Vision: dense, own or stream.",
         ),
     ] = None,
@@ -132,22 +141,49 @@ def compress(
         bool | None, _repair("--bias/--no-bias", help="Fit a bias along with the weights (the method's own choice).")
     ] = None,
     ridge_form: Annotated[
-        str, _repair("--ridge-form", help="anchored (shrinks to pruning) or paper (to zero).")
+        str,
+        _repair(
+            "--ridge-form",
+            autocompletion=completion.choice("ridge_form"),
+            help="anchored (shrinks to pruning) or paper (to zero).",
+        ),
     ] = "anchored",
     device: Annotated[str, _machine("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str | None, _machine("--dtype", help="Compute dtype (float32 on CPU, as stored on GPU).")] = None,
+    dtype: Annotated[
+        str | None,
+        _machine(
+            "--dtype",
+            autocompletion=completion.choice("dtype"),
+            help="Compute dtype (float32 on CPU, as stored on GPU).",
+        ),
+    ] = None,
     output_dtype: Annotated[
-        str | None, _machine("--output-dtype", help="Dtype of the written weights (as stored).")
+        str | None,
+        _machine(
+            "--output-dtype",
+            autocompletion=completion.choice("output_dtype"),
+            help="Dtype of the written weights (as stored).",
+        ),
     ] = None,
     format: Annotated[
-        str, _machine("--format", help="auto, uniform (plain), grail (widths per layer), padded (old widths, zeros).")
+        str,
+        _machine(
+            "--format",
+            autocompletion=completion.choice("format"),
+            help="auto, uniform (plain), grail (widths per layer), padded (old widths, zeros).",
+        ),
     ] = "auto",
     overwrite: Annotated[bool, _machine("--overwrite", help="Replace a non-empty output folder.")] = False,
     resume: Annotated[
         bool, _machine("--resume", help="Go on with an interrupted run of the same command, if there is one.")
     ] = False,
     store: Annotated[
-        str, _machine("--store", help="Where activations lie between layers: memory, disk (can be resumed), auto.")
+        str,
+        _machine(
+            "--store",
+            autocompletion=completion.choice("store"),
+            help="Where activations lie between layers: memory, disk (can be resumed), auto.",
+        ),
     ] = "auto",
     memory: Annotated[
         str | None, _machine("--memory", help="Budget of resident memory, such as 4GB; refused if it cannot be kept.")
@@ -168,6 +204,9 @@ def compress(
     residual_ratio: Annotated[
         float, _vision("--residual-ratio", help="The share for residual streams (ResNets), 0 by default.")
     ] = 0.0,
+    print_recipe: Annotated[
+        bool, _machine("--print-recipe", help="Only write the recipe that `grail run` takes, to stdout.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -176,54 +215,25 @@ def compress(
 
     Example: grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned --output small
     """
-    asked = {k: v for k, v in locals().items() if k not in {"as_json", "quiet", "verbose", "set", "model_option"}}
+    asked = {k: v for k, v in locals().items() if k not in OF_THE_COMMAND}
     progress = start(quiet, verbose)
-    _numbers(asked)
-    settings = _pairs(set)
-    from .modules.command import compress_network, for_text
-    from .modules.names import is_network
-
-    if is_network(model):
-        report = compress_network(asked | {"set": settings}, model_option, progress)
-        if as_json:
-            write_json(report.to_json() | {"output": report.output, "run": report.run_json()})
-        else:
-            show_network(report, Console(highlight=False, soft_wrap=True))
-        return
-    from .recipe import Recipe
-
-    recipe = Recipe(**for_text(asked, model_option), set=settings)
-    from .run import run
-
-    report = run(recipe, progress)
+    wanted = requested(asked)
+    if print_recipe:
+        return print_recipe_of(wanted, as_json)
+    report = wanted.carry_out(progress)
     if report is None:
         return  # another process of this run reports
     if as_json:
         write_json(report.to_json() | {"output": report.output, "run": report.run_json()})
-    else:
-        show_report(report, Console(highlight=False, soft_wrap=True))
-        if profile:
-            show_profile(report, Console(highlight=False, soft_wrap=True))
-
-
-def _with_options_of(command: Callable, **defaults: object) -> Callable:
-    """The command line of another command; some options get a default of their own."""
-
-    def decorate(own: Callable) -> Callable:
-        parameters = [
-            p.replace(default=defaults.get(name, p.default), kind=p.KEYWORD_ONLY)
-            for name, p in inspect.signature(command, eval_str=True).parameters.items()
-        ]
-        own.__signature__ = inspect.Signature(parameters)
-        own.__annotations__ = {p.name: p.annotation for p in parameters}
-        return own
-
-    return decorate
+        return
+    (show_network if wanted.vision else show_report)(report, results())
+    if profile:
+        show_profile(report, results())
 
 
 @app.command("plan")
 @guarded
-@_with_options_of(compress, output=None)
+@with_options_of(compress, without={"print_recipe"}, output=None)
 def plan_command(**options: object) -> None:
     """What `grail compress` with the same arguments would do and need: no weights are loaded, nothing is written.
 
@@ -231,24 +241,18 @@ def plan_command(**options: object) -> None:
     """
     as_json, quiet, verbose = (options.pop(name) for name in ("as_json", "quiet", "verbose"))
     progress = start(quiet, verbose)
-    _numbers(options)
-    settings = _pairs(options.pop("set"))
-    from .recipe import Recipe
-
-    output = options.pop("output") or UNNAMED
-    from .modules.command import for_text
     from .modules.names import is_network
 
     if is_network(options["model"]):
         raise GrailError("grail plan is for language models; a vision network is held in memory as a whole")
-    recipe = Recipe(**for_text(options, options.pop("model_option")), output=output, set=settings)
+    wanted = requested(options | {"output": options["output"] or UNNAMED})
     from .run import plan
 
-    found = plan(recipe, progress)
+    found = plan(wanted.recipe, progress)
     if as_json:
         write_json(found.to_json())
     else:
-        show_plan(found.to_json(), Console(highlight=False, soft_wrap=True))
+        show_plan(found.to_json(), results())
 
 
 for _name, _command in COMMANDS.items():
@@ -259,4 +263,4 @@ def main() -> None:
     """Entry point of the console script."""
     # read when torch is loaded: threads that spin between two operations take the cores of whatever else runs there
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    app(prog_name="grail")  # also as `python -m grail`, so that messages and completion know it by one name

@@ -1,36 +1,31 @@
-"""The shorter commands: eval, convert, export, report, soup, methods. Each is one call, and what is shown of it."""
+"""The shorter commands, of which `run` is in recipes/. Each is one call, and what is shown of it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from . import completion
 from .errors import GrailError
 from .guard import guarded, start
 from .modules.terminal import show_accuracy
+from .recipes.command import run_command
+from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_evaluation
 
 VISION_EVAL = ("weights", "classes", "templates", "probe")
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors, warnings and the result.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv also from libraries.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
-
-
-def write_json(document: dict) -> None:
-    """One document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 @guarded
 def evaluate_command(
     path: Annotated[str, typer.Argument(help="A folder (of grail or not), an alias or a hub name.")],
     data: Annotated[
-        str | None, typer.Option(help="Evaluation data (what grail.json records), or none: no perplexity.")
+        str | None,
+        typer.Option(
+            autocompletion=completion.evaluated,
+            help="Evaluation data (what grail.json records), or none: no perplexity.",
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
@@ -45,7 +40,12 @@ def evaluate_command(
     shots: Annotated[int | None, typer.Option(help="--tasks: worked examples before each question.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second and memory.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Also show a short greedy continuation.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype (as recorded; else float32 on CPU).")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.choice("dtype"), help="Compute dtype (as recorded; else float32 on CPU)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, ...: a .safetensors file.")] = None,
     classes: Annotated[str | None, typer.Option(help="Zero-shot: names of the classes, a file, one to a line.")] = None,
@@ -69,7 +69,7 @@ def evaluate_command(
         if as_json:
             write_json(found)
         else:
-            show_accuracy(found, Console(highlight=False, soft_wrap=True))
+            show_accuracy(found, results())
         return
     for name in VISION_EVAL:
         if asked.pop(name):
@@ -80,14 +80,17 @@ def evaluate_command(
     if as_json:
         write_json(found)
     else:
-        show_evaluation(found, Console(highlight=False, soft_wrap=True))
+        show_evaluation(found, results())
 
 
 @guarded
 def convert_command(
     path: Annotated[str, typer.Argument(help="A folder that grail wrote, or any of a supported family.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the converted checkpoint.")],
-    to: Annotated[str, typer.Option("--to", help="uniform, grail or padded.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", autocompletion=completion.one_of(*completion.FORMATS), help="uniform, grail or padded."),
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -109,10 +112,24 @@ def convert_command(
 def export_command(
     path: Annotated[str, typer.Argument(help="A folder that grail compress wrote; gguf: any LLaMA-style checkpoint.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")],
-    to: Annotated[str, typer.Option("--to", help="gguf (language models); onnx, torch-export (vision).")] = "onnx",
-    tower: Annotated[str | None, typer.Option(help="Of a CLIP: images or text.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            autocompletion=completion.one_of(*completion.EXPORTS),
+            help="gguf (language models); onnx, torch-export (vision).",
+        ),
+    ] = "onnx",
+    tower: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.one_of(*completion.TOWERS), help="Of a CLIP: images or text."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="gguf: float32, float16, bfloat16 or q8_0 (that of the checkpoint).")
+        str | None,
+        typer.Option(
+            autocompletion=completion.one_of(*completion.STORED),
+            help="gguf: float32, float16, bfloat16 or q8_0 (that of the checkpoint).",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: Json = False,
@@ -187,7 +204,7 @@ def soup_command(
     if as_json:
         write_json(found)
     else:
-        show_soup(found, Console(highlight=False, soft_wrap=True))
+        show_soup(found, results())
 
 
 @guarded
@@ -245,7 +262,9 @@ def push_command(
 
 @guarded
 def methods_command(
-    name: Annotated[str | None, typer.Argument(help="Show one method with its options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(autocompletion=completion.method, help="Show one method with its options.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, or one method's own options (for --set)."""
@@ -267,6 +286,7 @@ def methods_command(
 
 
 COMMANDS = {
+    "run": run_command,
     "eval": evaluate_command,
     "convert": convert_command,
     "export": export_command,

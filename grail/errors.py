@@ -32,3 +32,16 @@ def first_line(error: BaseException) -> str:
 def sentence_of(error: OSError) -> str:
     """What the system says, with the file it is about."""
     return f"{error.filename or 'input/output'}: {error.strerror or error}"
+
+
+def verdict(error: BaseException) -> tuple[str, int] | None:
+    """The sentence and the exit code of what a command may end with; None for a bug."""
+    if isinstance(error, GrailError):
+        return str(error), 2
+    if isinstance(error, Interrupted):
+        return str(error), 75
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing new was kept", 130
+    if isinstance(error, OSError) and error.errno in CIRCUMSTANCES:
+        return sentence_of(error), 2
+    return None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
-from .errors import CIRCUMSTANCES, GrailError, Interrupted, sentence_of
+from .errors import verdict
 from .terminal import NORMAL, TerminalProgress, set_logging
 
 ISSUES = "please report it with this output and the command"
@@ -21,6 +22,14 @@ UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
 class OneSentence(typer.core.TyperGroup):
     """Wrong options are told like any other bad input, without the usage box."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # which shows the help
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            fail(f"{error.format_message()} (see grail --help)", 2)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -36,29 +45,41 @@ def guarded(command: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except GrailError as error:
-            fail(str(error), 2)
-        except Interrupted as stop:
-            fail(str(stop), 75)
-        except KeyboardInterrupt:
-            fail("interrupted; nothing new was kept", 130)
-        except OSError as error:
-            if error.errno not in CIRCUMSTANCES:
+            sys.stdout.flush()
+        except typer.Exit:
+            raise
+        except BrokenPipeError as error:
+            if not _nobody_reads():
                 _bug(error, kwargs)
-            fail(sentence_of(error), 2)
-        except Exception as error:
-            _bug(error, kwargs)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+        except (Exception, KeyboardInterrupt) as error:
+            if (known := verdict(error)) is None:
+                _bug(error, kwargs)
+            else:
+                fail(*known)
 
     return run
 
 
-def _bug(error: Exception, options: dict) -> None:
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout went away, as in `grail methods | head -1`. That is written to when all work is
+    done, so that it is no failure."""
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in watched.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _bug(error: BaseException, options: dict) -> NoReturn:
     if options.get("verbose"):
         raise error
-    fail(f"unexpected {type(error).__name__}: {error} (a bug in grail: {ISSUES}; -v shows the trace)", 1)
+    notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+    fail(f"unexpected {type(error).__name__}{notes}: {error} (a bug in grail: {ISSUES}; -v shows the trace)", 1)
 
 
-def fail(sentence: str, code: int) -> None:
+def fail(sentence: str, code: int) -> NoReturn:
     """One line, whatever stands in a file's name or a library's message."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(sentence.split()))
     sys.stderr.write(f"grail: {line}\n")

@@ -11,11 +11,23 @@ from typing import Any, ClassVar
 
 from .errors import GrailError
 
+FILE = "recipe.yaml"
+"""What `grail run` takes; in every output."""
 AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
 RIDGE = 1e-3
 TRIALS_EVERY, FEWEST_TRIALS = 8, 2
 """Windows that only decide between candidates: one for so many that enter the statistics, and at least so many."""
 DTYPES = ("float32", "bfloat16", "float16")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "ridge_form": ("anchored", "paper"),
+    "allocation": (None, "uniform", "global", "log", "error"),
+    "format": ("auto", "uniform", "grail", "padded"),
+    "gqa": ("query", "group"),
+    "store": ("auto", "memory", "disk"),
+    "dtype": (None, *DTYPES),
+    "output_dtype": (None, *DTYPES),
+}
+"""What the options that are words may be; None: the default for this model and method."""
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called"}
 """Where the result goes and how it is computed; the rest decides what it is."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -90,15 +102,7 @@ class Recipe:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise GrailError(f"--seed must be a whole number from 0 to 2147483647; got {self.seed}")
         self.memory = None if self.memory is None else _bytes(self.memory)
-        for option, choices in {
-            "ridge_form": ("anchored", "paper"),
-            "allocation": (None, "uniform", "global", "log", "error"),
-            "format": ("auto", "uniform", "grail", "padded"),
-            "gqa": ("query", "group"),
-            "store": ("auto", "memory", "disk"),
-            "dtype": (None, *DTYPES),
-            "output_dtype": (None, *DTYPES),
-        }.items():
+        for option, choices in CHOICES.items():
             if getattr(self, option) not in choices:
                 known = ", ".join(c for c in choices if c)
                 raise GrailError(f"{_flag(option)} {getattr(self, option)}: choose one of {known}")

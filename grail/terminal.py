@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from .progress import Progress
+from .recipe import FILE
 
 if TYPE_CHECKING:
     from .report import Report
@@ -31,11 +32,18 @@ MEASURED = {
 """What `grail eval` shows of a model, and how."""
 
 
+class _Stderr(Console):
+    """Work goes on when nobody reads of it any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class TerminalProgress(Progress):
     """Bars with time left when stderr is a terminal; otherwise a line now and then. All on stderr."""
 
     def __init__(self, verbosity: int = NORMAL):
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _Stderr(stderr=True, highlight=False, soft_wrap=True)
         self.verbosity = verbosity
 
     def say(self, line: str) -> None:
@@ -97,6 +105,7 @@ def show_report(report: Report, console: Console) -> None:
         shown = ", ".join(f"{names[name]} {value:.3f}" for name, value in found["perplexity"].items())
         lines["perplexity"] = f"{shown}  ({found['data']}, {found['windows']} windows of {found['seq_len']})"
     lines["written to"] = str(report.output)
+    lines["recipe"] = str(Path(report.output) / FILE)
     trust = ", trust_remote_code=True" if report.format.loads == "grail" else ""
     lines["loads with"] = f"AutoModelForCausalLM.from_pretrained({report.output!r}{trust}), {report.loads_with}"
     lines["tensor par."] = f"up to {report.format.tensor_parallel} processes"
@@ -140,16 +149,14 @@ def show_plan(found: dict, console: Console) -> None:
 
 def show_profile(report: Report, console: Console) -> None:
     """Where time went, largest first; phases of background threads overlap with the others."""
-    table = Table("phase", box=None, pad_edge=False, header_style="")
-    for column in ("seconds", "CPU s", "GFLOP/s", "GB/s", "times", "GB at most"):
-        table.add_column(column, justify="right")
+    rows = [["phase", "seconds", "CPU s", "GFLOP/s", "GB/s", "times", "GB at most"]]
     phases = report.profile.to_json()
     for name in sorted(phases, key=lambda name: -phases[name]["seconds"]):
         found = phases[name]
         most = f"{found['peak_memory_bytes'] / 1e9:.2f}" if found["peak_memory_bytes"] else ""
         rates = (f"{found[key]:.1f}" if found[key] else "" for key in ("gflops", "gbps"))
-        table.add_row(name, f"{found['seconds']:.2f}", f"{found['cpu_seconds']:.2f}", *rates, str(found["count"]), most)
-    console.print(table)
+        rows.append([name, f"{found['seconds']:.2f}", f"{found['cpu_seconds']:.2f}", *rates, str(found["count"]), most])
+    show_table(rows, console)
     console.print(f"peak resident memory {report.run_json()['peak_memory_bytes'] / 1e9:.2f} GB", markup=False)
 
 
@@ -157,24 +164,32 @@ def show_evaluation(found: dict, console: Console) -> None:
     """The closing lines of `grail eval`."""
     from .evaluation.tasks import main_metric
 
-    table = Table(box=None, show_header=True, pad_edge=False, header_style="")
     labels = list(found["models"])
-    table.add_column("")
-    for label in labels:
-        table.add_column(escape(label), justify="right")
+    rows = [["", *labels]]
     for key, form in MEASURED.items():
         if any(key in found["models"][label] for label in labels):
-            table.add_row(key, *(form.format(found["models"][label][key]) for label in labels))
+            rows.append([key, *(form.format(found["models"][label][key]) for label in labels)])
     for task in found["models"][labels[0]].get("tasks", {}):
         scores = [main_metric(found["models"][label]["tasks"][task]) for label in labels]
         if scores[0] is not None:
-            table.add_row(escape(f"{task} {scores[0][0]}"), *map(_score, scores))
+            rows.append([f"{task} {scores[0][0]}", *map(_score, scores)])
     if "data" in found:
         console.print(f"{found['data']}: {found['windows']} windows of {found['seq_len']} tokens", markup=False)
-    console.print(table)
+    show_table(rows, console)
     for label in labels:
         if "sample" in found["models"][label]:
             console.print(f"{label} says: {found['models'][label]['sample']!r}", markup=False)
+
+
+def show_table(rows: Sequence[Sequence[str]], console: Console, right: bool = True) -> None:
+    """Columns under one another, all but the first to the right. Whole, however narrow the terminal is: a path that is
+    cut off names nothing."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(others, widths[1:], strict=True)
+        )
+        console.print("  ".join([first.ljust(widths[0]), *cells]).rstrip(), markup=False)
 
 
 def _score(found: tuple[str, float, float | None] | None) -> str:

@@ -51,6 +51,7 @@ def test_a_real_process_compresses_and_reopens(job, tmp_path):
         "model-00002-of-00003.safetensors",
         "model-00003-of-00003.safetensors",
         "model.safetensors.index.json",
+        "recipe.yaml",
         "report.html",
         "run.json",
     ]

@@ -73,6 +73,7 @@ def test_the_folder_opens_again_with_the_narrow_widths_and_says_what_was_done(wr
         "config.json",
         "grail.json",
         "model.safetensors",
+        "recipe.yaml",
         "report.html",
         "run.json",
     ]

@@ -34,6 +34,11 @@ def documents(source: str, split: str, option: str = "--calibration") -> Iterato
     )
 
 
+def is_named(source: str) -> bool:
+    """Whether it is no file."""
+    return source in BUILTIN or source in _HUB
+
+
 def no_such_text(source: str, option: str) -> str:
     """The sentence for a source that is neither a file nor a known name."""
     what = "is a folder; name one file" if Path(source).is_dir() else "no such file"

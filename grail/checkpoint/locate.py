@@ -52,10 +52,16 @@ def locate(model: str | Path) -> Located:
         return Located(_from_gguf(_smollm2_file()), name, hub=SMOLLM2_HUB)
     if name.lower() in HUB_ALIASES:
         return _download(name, HUB_ALIASES[name.lower()])
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and ".." not in name:
+    if is_hub_name(name):
         return _download(name, name)
     known = ", ".join([SMOLLM2, *HUB_ALIASES])
     raise GrailError(f"--model {name}: no such folder, and no alias or hub name (owner/name); aliases: {known}")
+
+
+def is_hub_name(name: str) -> bool:
+    """An alias or OWNER/NAME, whether or not there is such a thing."""
+    known = name == SMOLLM2 or name.lower() in HUB_ALIASES
+    return known or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and ".." not in name)
 
 
 def _from_gguf(file: Path) -> Path:

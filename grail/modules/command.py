@@ -1,16 +1,12 @@
-"""The command line's way to networks in memory: which options they take, and the calls."""
+"""The command line's way to networks in memory: which options they take, and what is measured of them."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import GrailError
-from ..progress import Progress
 from .names import NAMED
-
-if TYPE_CHECKING:
-    from .report import ModuleReport
 
 DEFAULTS = {
     "weights": None,
@@ -23,22 +19,14 @@ DEFAULTS = {
 EVALUATED = ("data", "samples", "against", "speed", "weights", "classes", "templates", "probe", "device")
 
 
-def for_text(asked: dict, model_option: list[str]) -> dict:
+def for_text(asked: dict, model_options: dict) -> dict:
     """Without the options for vision. Raises GrailError for one that was given to a language model."""
     for name, default in DEFAULTS.items():
-        if asked[name] != default:
+        if asked.get(name, default) != default:
             raise GrailError(f"--{name.replace('_', '-')} is for {NAMED}")
-    if model_option:
+    if model_options:
         raise GrailError(f"--model-option is for {NAMED}")
     return {name: value for name, value in asked.items() if name not in DEFAULTS}
-
-
-def compress_network(asked: dict, model_option: list[str], progress: Progress) -> ModuleReport:
-    """`grail compress`."""
-    from .recipe import ModuleRecipe
-    from .run import compress_named
-
-    return compress_named(ModuleRecipe(**asked), factory_options(model_option), progress)
 
 
 def evaluate_network(path: str, asked: dict) -> dict[str, Any]:

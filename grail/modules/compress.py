@@ -30,6 +30,12 @@ from .recipe import ModuleRecipe
 from .stream import Stream, watched
 
 
+def refuse_decoder_methods(selector: Selector) -> None:
+    """Raises GrailError for a method that needs the layers of a decoder."""
+    if selector.regional_options() is not None or BLOCK_GRADIENTS in selector.needs:
+        raise GrailError(f"--method {selector.name} trains decoder layers: it is for language models")
+
+
 @dataclass
 class ModulePass:
     """dense: the network as it was given; work: the one that is narrowed, a copy; batches: calibration inputs, of which
@@ -48,8 +54,7 @@ class ModulePass:
     trial_counted: list[Tensor] | None = None
 
     def __post_init__(self):
-        if self.selector.regional_options() is not None or BLOCK_GRADIENTS in self.selector.needs:
-            raise GrailError(f"--method {self.selector.name} trains decoder layers: it is for language models")
+        refuse_decoder_methods(self.selector)
         for site in self.work.sites:
             changes = self.kept[site.name] < site.units.count
             if changes and site.readers and (self.recipe.one_shot or self.selector.updates_weights()):

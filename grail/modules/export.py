@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..evaluation.zero_shot import calls_of, features, is_clip
 from ..families.network import IMAGES, TEXT
+from ..replacing import replacing
 from .folder import load, relative_difference
 from .names import is_module_folder
 
@@ -27,23 +27,20 @@ def export(module: nn.Module, example: Tensor, to: str, file: Path, *, overwrite
     the outputs of what was written differ from the module's."""
     if to not in KINDS:
         raise GrailError(f"--to {to}: choose one of {', '.join(KINDS)}")
+    if file.is_dir():
+        raise GrailError(f"--output {file} is a folder; name a file, such as {file / ('net' + KINDS[to])}")
     if file.exists() and not overwrite:
         raise GrailError(f"--output {file} exists; choose another, or add --overwrite")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}.partial{KINDS[to]}")
     with torch.no_grad():
         wanted = module(example)
         if not isinstance(wanted, Tensor):
             module = Answer(module)
             wanted = module(example)
-    try:
+    with replacing(file, KINDS[to]) as temporary:
         found = (_onnx if to == "onnx" else _program)(module, example, temporary)
         difference = relative_difference(found, wanted)
         if not difference <= TOLERANCE:
             raise GrailError(f"--to {to}: the exported network computes something else (relative {difference:.1e})")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
     return {"file": str(file), "to": to, "difference": difference, "bytes": file.stat().st_size}
 
 

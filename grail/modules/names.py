@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.reader import read_json
+from ..documents import read_json
 
 LIBRARIES = ("timm", "torchvision", "open_clip")
 NAMED = " and ".join(f"{library}/NAME" for library in LIBRARIES)

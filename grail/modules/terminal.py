@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from ..terminal import before_after, mean
+from ..recipe import FILE
+from ..terminal import before_after, mean, show_table
 
 if TYPE_CHECKING:
     from .report import ModuleReport
@@ -36,6 +36,7 @@ def show_network(report: ModuleReport, console: Console) -> None:
         text = report.calibration_text
         lines["captions"] = f"{text['captions']} from {text['source']}"
     lines["written to"] = str(report.output)
+    lines["recipe"] = str(Path(report.output) / FILE)
     lines["loads with"] = f"grail.load({report.output!r})"
     for key, value in lines.items():
         console.print(f"{key:14} {value}", markup=False)
@@ -43,18 +44,16 @@ def show_network(report: ModuleReport, console: Console) -> None:
 
 def show_accuracy(found: dict, console: Console) -> None:
     """The closing lines of `grail eval` for vision networks."""
-    table = Table("", box=None, pad_edge=False, header_style="")
     labels = list(found["models"])
-    for label in labels:
-        table.add_column(escape(label), justify="right")
+    table = [["", *labels]]
     rows = {"top1": "{:.2%}", "top5": "{:.2%}", "parameters": "{:,}", "macs": "{:,}", "milliseconds": "{}"}
     for key, form in rows.items():
         values = [found["models"][label].get(key) for label in labels]
         if None not in values:
             values = [value["p50"] if isinstance(value, dict) else value for value in values]
-            table.add_row(key, *(form.format(value) for value in values))
+            table.append([key, *(form.format(value) for value in values)])
     probes = [found["models"][label].get("probe") for label in labels]
     if all(probes):
-        table.add_row("linear probe", *(f"{probe['top1']:.2%}" for probe in probes))
+        table.append(["linear probe", *(f"{probe['top1']:.2%}" for probe in probes)])
     console.print(f"{found['data']}: {found['images']} images", markup=False)
-    console.print(table)
+    show_table(table, console)

@@ -1,4 +1,5 @@
-"""What a run tells of itself: report.html (one run, or several side by side) and README.md, its model card."""
+"""What a run tells of itself: report.html (one run, or several side by side), recipe.yaml and README.md, its
+model card."""
 
 from .write import REPORT, write_report, write_told
 

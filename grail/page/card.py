@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .command import call, command
+from .command import call, command, nameable
 from .numbers import change, percent, scaled, whole
 from .run import KINDS, Run, mapping, number, string
 from .source_card import CARRIED, HUB_ID, LICENCE, OURS, SourceCard
@@ -197,6 +197,8 @@ def _made(run: Run) -> list[str]:
     versions = ", ".join(f"{name} {value}" for name, value in mapping(run.grail.get("versions")).items())
     parts.append(f"Versions: {versions}." if versions else "")
     parts.append("`report.html` shows every site; `grail.json` has every figure.")
+    if run.ran is not None and nameable(run):
+        parts.append("`grail run recipe.yaml --set-option output=FOLDER` makes it again.")
     return parts
 
 

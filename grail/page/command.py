@@ -4,47 +4,50 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from ..modules.recipe import ModuleRecipe
-from ..recipe import AUTO, LEFT_OUT, RIDGE, STREAM, Recipe
+from ..recipes.document import dump
+from ..recipes.options import ALWAYS, MODEL_OPTIONS, differing, shortest
 from .run import Run, mapping, number
 
-ALWAYS = ("model", "method", "ratio")
-"""In the call from Python written even where they are the default."""
+AGAIN = "# To run it again: grail run recipe.yaml --set-option output=FOLDER\n"
 
 
 def asked(run: Run) -> dict[str, Any]:
-    """The options of the recipe that differ from the defaults, in the recipe's order; values are text, numbers, True,
-    False or, of `set`, an object."""
-    kind = ModuleRecipe if run.vision else Recipe
-    known = {f.name: f for f in fields(kind) if f.name not in LEFT_OUT}
-    given = {name: run.recipe[name] for name in known if name in run.recipe}
-    target = given.get("target") or kind.TARGETS[0]
-    defaults = {name: _default(f) for name, f in known.items()}
-    defaults |= {"target": kind.TARGETS[0], "ridge": AUTO if target == STREAM else RIDGE, "model": None}
-    plain = (str, int, float, bool, dict)
-    return {name: v for name, v in given.items() if isinstance(v, plain) and v != defaults[name]}
+    """The options of the recipe that differ from the defaults."""
+    return differing(run.recipe, run.vision)
 
 
-def _default(field: Field) -> Any:
-    return field.default if field.default is not MISSING else {}
+def nameable(run: Run) -> bool:
+    """Whether a command can ask for the same: not where it was given objects of Python."""
+    return not run.from_python and isinstance(run.recipe.get("model"), str)
+
+
+def model_options(run: Run) -> dict[str, Any]:
+    """What a vision library's factory was given."""
+    return mapping(mapping(run.grail.get("source")).get("options"))
+
+
+def recipe_text(run: Run) -> str | None:
+    """recipe.yaml, without an output: equal runs have equal ones. None where no recipe can ask for the same."""
+    return AGAIN + dump(shortest(run.recipe, run.vision, model_options(run))) if nameable(run) else None
 
 
 def arguments(run: Run) -> list[list[str]] | None:
     """What follows `grail compress`, an option with its value at a time; None where it was given objects of Python."""
-    if run.from_python or not isinstance(run.recipe.get("model"), str):
-        return None
-    found = [part for name, value in asked(run).items() for part in _option(name, value)]
-    options = mapping(mapping(run.grail.get("source")).get("options"))
-    found += [["--model-option", f"{key}={json.dumps(value)}"] for key, value in options.items()]
-    return [*found, ["--output", run.folder]]
+    return flags(asked(run) | {MODEL_OPTIONS: model_options(run), "output": run.folder}) if nameable(run) else None
+
+
+def flags(options: dict[str, Any]) -> list[list[str]]:
+    """The options of a recipe as those of `grail compress`, an option with its value at a time."""
+    return [part for name, value in options.items() for part in _option(name, value)]
 
 
 def _option(name: str, value: Any) -> list[list[str]]:
     if name == "set":
         return [["--set", f"{key}={entry}"] for key, entry in value.items()]
+    if name == MODEL_OPTIONS:
+        return [["--model-option", f"{key}={json.dumps(entry)}"] for key, entry in value.items()]
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [[flag if value else f"--no-{name.replace('_', '-')}"]]

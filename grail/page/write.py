@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
+from ..recipe import FILE
+from ..replacing import replacing
 from .card import card
+from .command import recipe_text
 from .compare import comparable, comparing_page
 from .run import GRAIL, RAN, Run, read_run
 from .single import page
@@ -18,12 +20,15 @@ REPORT = "report.html"
 
 
 def write_told(out: OutputFolder, grail: dict, ran: dict | None, source: Path | None) -> None:
-    """What a run says of itself, into its open output folder: grail.json, run.json, report.html, README.md. source:
-    the folder that was compressed, whose card says what its descendants have to carry."""
+    """What a run says of itself, into its open output folder: grail.json, run.json, recipe.yaml (unless it was given
+    objects of Python), report.html, README.md. ran: None for a folder that was converted, which no recipe gives.
+    source: the folder that was compressed, whose card says what its descendants have to carry."""
     run = Run(out.path.name, grail, ran)
     out.write_json(GRAIL, grail)
     if ran is not None:
         out.write_json(RAN, ran)
+        if (text := recipe_text(run)) is not None:
+            out.write_text(FILE, text)
     out.write_text(REPORT, page(run))
     out.write_text(README, card(run, source_card(source), out.partial))
 
@@ -70,9 +75,5 @@ def _replace(file: Path, content: str) -> None:
     """Beside, then renamed: whatever happens, there is no half of a page."""
     if not file.parent.is_dir():
         raise GrailError(f"--output {file}: there is no folder {file.parent}")
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    with replacing(file) as temporary:
         temporary.write_bytes(content.encode())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

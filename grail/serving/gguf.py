@@ -5,7 +5,6 @@ It is read again with the gguf package and compared with the checkpoint, tensor 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..errors import GrailError
 from ..families import open_family
 from ..families.gguf import ARCHITECTURE, Entry, described
 from ..page.source_card import source_card
+from ..replacing import replacing
 from .vocabulary import Vocabulary, vocabulary
 
 BLOCK = 32
@@ -70,14 +70,9 @@ def export_gguf(path: str | Path, output: str | Path, *, dtype: str | None = Non
     if dtype is None:
         raise GrailError(f"{folder} is stored in a dtype that GGUF does not know; choose one with --dtype")
     words = vocabulary(folder, model.config.vocab_size)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    with replacing(file) as temporary:
         _write(temporary, _general(folder, dtype), fields, words, [Stored.of(entry, dtype) for entry in entries])
         difference = _compared(temporary, entries, model.source.get, dtype)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
     told = {"file": str(file), "to": "gguf", "dtype": dtype, "bytes": file.stat().st_size}
     return told | {"tensors": len(entries), "difference": difference}
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from ..terminal import show_table
 from .greedy import told
 
 
 def show_soup(found: dict, console: Console) -> None:
     """The closing lines: each ingredient, whether it was taken, and what the soup is."""
     if found["greedy"]:
-        table = Table("", box=None, pad_edge=False, header_style="")
-        for column in ("alone", "soup with it", ""):
-            table.add_column(column, justify="right")
+        rows = [["", "alone", "soup with it", ""]]
         for label, one in zip(_labels(found["ingredients"]), found["ingredients"], strict=True):
             scores = (told(found["metric"], s) if s is not None else "" for s in (one["score"], one["score_with"]))
-            table.add_row(escape(label), *scores, "taken" if one["taken"] else "left out")
+            rows.append([label, *scores, "taken" if one["taken"] else "left out"])
         console.print(f"{found['data']}: {found['samples']} samples", markup=False)
-        console.print(table)
+        show_table(rows, console)
     taken = sum(one["taken"] for one in found["ingredients"])
     lines = {"average of": f"{taken} of {len(found['ingredients'])} checkpoints"}
     if found["greedy"]:
@@ -36,6 +33,6 @@ def show_soup(found: dict, console: Console) -> None:
 
 
 def _labels(ingredients: list[dict]) -> list[str]:
-    """Their paths without what all have in common: a table has no room for more."""
+    """Their paths without what all have in common."""
     paths = [os.path.abspath(one["path"]) for one in ingredients]
     return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]

@@ -1,0 +1,67 @@
+"""From the words of a command line to what is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import typer
+
+from .errors import GrailError
+from .shared import write_json
+
+if TYPE_CHECKING:
+    from .request import Request
+
+
+def requested(asked: dict) -> Request:
+    """From the options of the command line."""
+    from .modules.command import factory_options
+    from .request import request
+
+    _numbers(asked)
+    model_options = factory_options(asked.pop("model_option"))
+    return request(asked | {"set": _pairs(asked["set"])}, model_options)
+
+
+def print_recipe_of(wanted: Request, as_json: bool) -> None:
+    """To stdout, once it is known to be sound."""
+    from .recipes.document import dump
+
+    wanted.check()
+    if as_json:
+        write_json({"schema_version": 1, "recipe": wanted.options()})
+    else:
+        typer.echo(dump(wanted.options()), nl=False)
+
+
+def _numbers(asked: dict) -> None:
+    """What may be a number or a word, in place."""
+    for name in ("alpha", "ridge"):
+        with contextlib.suppress(ValueError):  # a word is for the recipe to judge
+            asked[name] = None if asked[name] is None else float(asked[name])
+
+
+def _pairs(settings: list[str]) -> dict[str, str]:
+    for setting in settings:
+        if "=" not in setting:
+            raise GrailError(f"--set {setting}: expected key=value")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def with_options_of(command: Callable, without: set[str], **defaults: object) -> Callable:
+    """The command line of another command, some options left out; some get a default of their own."""
+
+    def decorate(own: Callable) -> Callable:
+        parameters = [
+            p.replace(default=defaults.get(name, p.default), kind=p.KEYWORD_ONLY)
+            for name, p in inspect.signature(command, eval_str=True).parameters.items()
+            if name not in without
+        ]
+        own.__signature__ = inspect.Signature(parameters)
+        own.__annotations__ = {p.name: p.annotation for p in parameters}
+        return own
+
+    return decorate

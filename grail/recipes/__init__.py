@@ -1,0 +1,1 @@
+"""Recipe files: what `grail compress` was asked, written beside its result, and grids of such runs for `grail run`."""

@@ -1,0 +1,160 @@
+"""The runs of a recipe file, one after another in this process: those that are finished are left as they are."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..documents import read_json
+from ..errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, sentence_of, verdict
+from ..page.command import flags
+from ..page.run import GRAIL, mapping, read_run
+from ..progress import Progress
+from ..request import Request
+
+WAITING, FINISHED, DONE, FAILED = "to do", "finished", "done", "failed"
+
+
+@dataclass
+class Outcome:
+    """state: one of WAITING, FINISHED (before this call), DONE (by it) and FAILED; error and code: what it ended
+    with."""
+
+    asked: Request
+    state: str
+    error: str | None = None
+    code: int = 0
+
+    @property
+    def output(self) -> str:
+        """Where the result lies."""
+        return self.asked.recipe.output
+
+    @property
+    def command(self) -> str:
+        """For a shell."""
+        return "grail compress " + " ".join(shlex.join(part) for part in flags(self.asked.options()))
+
+    def to_json(self) -> dict[str, Any]:
+        """As --json has it; sizes and figures where there is a result."""
+        run = read_run(self.output) if self.state in (FINISHED, DONE) else None
+        before, after = run.sizes("parameters") if run else (None, None)
+        measure = run.measure if run else None
+        return {
+            "output": self.output,
+            "state": self.state,
+            "command": self.command,
+            "parameters": {"before": before and int(before), "after": after and int(after)},
+            "measure": measure and measure.name,
+            "data": measure and measure.data,
+            "values": measure.values if measure else {},
+        }
+
+
+def chosen(requests: list[Request], patterns: Sequence[str]) -> list[Request]:
+    """Those whose output, or its last name, fits one of the patterns; all where there are none. Raises GrailError for a
+    pattern that nothing fits."""
+    found = {}
+    for pattern in patterns:
+        fitting = [r for r in requests if _fits(r.recipe.output, pattern)]
+        if not fitting:
+            outputs = [r.recipe.output for r in requests]
+            more = f" and {len(outputs) - 5} others" if len(outputs) > 5 else ""
+            raise GrailError(f"--only {pattern} fits no output; they are {', '.join(outputs[:5])}{more}")
+        found |= {id(r): r for r in fitting}
+    return [r for r in requests if id(r) in found] if patterns else requests
+
+
+def _fits(output: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (output, Path(output).name))
+
+
+def is_finished(asked: Request) -> bool:
+    """Whether the output holds what is asked for: a grail.json with an equal recipe. Input files are not compared."""
+    file = Path(asked.recipe.output) / GRAIL
+    if not file.is_file():
+        return False
+    found = read_json(file)
+    wanted = json.loads(json.dumps(asked.recipe.to_json()))
+    options = mapping(mapping(found.get("source")).get("options"))
+    return found.get("recipe") == wanted and options == asked.model_options
+
+
+def states(requests: list[Request], *, overwrite: bool = False, resume: bool = False) -> list[Outcome]:
+    """What there is to do. overwrite and resume are added to the recipes; what is overwritten is not finished."""
+    found = []
+    for asked in requests:
+        asked.recipe.overwrite |= overwrite
+        asked.recipe.resume |= resume and not asked.vision
+        finished = not asked.recipe.overwrite and is_finished(asked)
+        found.append(Outcome(asked, FINISHED if finished else WAITING))
+    return found
+
+
+def check_ready(outcomes: list[Outcome]) -> None:
+    """Look at files and outputs of all that is to be done. Raises GrailError before there is any work to lose."""
+    from .ready import check
+
+    for outcome in outcomes:
+        if outcome.state == WAITING:
+            try:
+                check(outcome.asked)
+            except GrailError as error:
+                raise type(error)(f"{outcome.output}: {error}") from error
+
+
+def carry_out(outcomes: list[Outcome], progress: Progress, *, keep_going: bool = False) -> None:
+    """Run what is to be done; states are brought up to date. Raises what stopped a run, naming its output; with
+    keep_going only an interruption."""
+    for outcome in outcomes:
+        if outcome.state == FINISHED:
+            progress.say(f"{outcome.output} is finished and stays as it is")
+    waiting = [outcome for outcome in outcomes if outcome.state == WAITING]
+    for number, outcome in enumerate(waiting, 1):
+        progress.say(f"run {number} of {len(waiting)}: {outcome.output}")
+        try:
+            outcome.asked.carry_out(progress)
+        except KeyboardInterrupt:
+            if not (done := sum(each.state == DONE for each in waiting)):
+                raise
+            raise Interrupted(
+                f"{outcome.output}: interrupted; {done} of {len(waiting)} runs are finished, and the same command goes "
+                f"on with the others"
+            ) from None
+        except Interrupted as stop:
+            raise Interrupted(f"{outcome.output}: {stop}") from None
+        except Exception as error:
+            if not keep_going:
+                _stop(outcome.output, error)
+            told = verdict(error) or (f"unexpected {type(error).__name__}: {error} (a bug in grail)", 1)
+            outcome.state, (outcome.error, outcome.code) = FAILED, told
+            progress.warn(f"{outcome.output}: {outcome.error}")
+        else:
+            outcome.state = DONE
+
+
+def _stop(output: str, error: Exception) -> NoReturn:
+    """Raise the same kind of error, its sentence with the output's name; a bug as it is, with a note."""
+    if isinstance(error, GrailError):
+        raise type(error)(f"{output}: {error}") from error
+    if isinstance(error, OSError) and error.errno in CIRCUMSTANCES:
+        raise Circumstance(f"{output}: {sentence_of(error)}") from error
+    error.add_note(f"in the run {output}")
+    raise error
+
+
+def speaks() -> bool:
+    """Whether this is the process that reports, of several that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def refuse_to_keep_going() -> None:
+    """Raises GrailError under torchrun, where the other processes end with the one that failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GrailError("--keep-going is for one process: when a run fails in one of several, all of them end")

@@ -1,0 +1,51 @@
+"""Whether a run can begin: its output is free and its local files are there. Nothing is fetched or opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..calibration.mixture import parts_of
+from ..calibration.sources import is_named, no_such_text
+from ..checkpoint.locate import is_hub_name, locate
+from ..checkpoint.writer import OutputFolder
+from ..errors import GrailError
+from ..recipe import Recipe
+from ..request import Request
+
+NONE, BUILTIN = "none", "builtin"
+
+
+def check(asked: Request) -> None:
+    """Raises GrailError naming the option whose file is missing, or the output that is in the way."""
+    recipe = asked.recipe
+    files = _images(recipe) if asked.vision else _texts(recipe)
+    if asked.vision or Path(recipe.model).exists():
+        files["--model"] = [recipe.model] if Path(recipe.model).exists() else []
+    elif not is_hub_name(recipe.model):
+        locate(recipe.model)
+    out = OutputFolder(recipe.output, overwrite=recipe.overwrite, resume=recipe.resume)
+    out.check(*(Path(file) for found in files.values() for file in found))
+
+
+def _texts(recipe: Recipe) -> dict[str, list[str]]:
+    """Local files by option."""
+    found: dict[str, list[str]] = {}
+    for option, source in (("--calibration", recipe.calibration), ("--eval", recipe.eval)):
+        parts = [] if source in (None, NONE) else [part for part in parts_of(source) if not is_named(part)]
+        for part in parts:
+            if not Path(part).is_file():
+                raise GrailError(no_such_text(part, option))
+        found[option] = parts
+    return found
+
+
+def _images(recipe: Recipe) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in ("calibration", "eval", "weights", "calibration_text"):
+        source, option = getattr(recipe, name), "--" + name.replace("_", "-")
+        fetched = name in ("calibration", "eval") and source is not None and source.startswith("hf:")
+        found[option] = [] if source in (None, NONE, BUILTIN) or fetched else [source]
+        for file in found[option]:
+            if not Path(file).exists():
+                raise GrailError(f"{option} {file}: no such file or folder")
+    return found

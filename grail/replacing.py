@@ -1,0 +1,26 @@
+"""A file that is whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(file: Path, suffix: str = "") -> Iterator[Path]:
+    """A name beside `file`, ending in `suffix`, whose content takes the file's place when the block ends. Folders that
+    are missing are made. After an error or an interruption all is as it was."""
+    made = [folder for folder in file.parents if not folder.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial{suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of another one, who put something there
+            for folder in made:
+                folder.rmdir()
+        raise
