@@ -124,7 +124,7 @@ class Session:
                 self.python(block.text, where, block.line)
             elif block.language == "yaml":
                 file = self.folder / block.text.splitlines()[0].removeprefix("# ")
-                file.write_text(block.text)
+                file.write_text(self.with_stand_ins(block.text, "{}", r"(?<=: ){}$"))
             self.done += block.language != "text"
 
     def command(self, words: list[str], where: str) -> None:
@@ -157,10 +157,15 @@ class Session:
                 found += [] if option in found else [option, value]
         return found
 
+    def with_stand_ins(self, text: str, form: str, pattern: str) -> str:
+        """A block with stand-ins for names that stand in it as the pattern says."""
+        for name, other in ({name: str(path) for name, path in self.models.items()} | NAMES).items():
+            text = re.sub(pattern.format(re.escape(name)), form.format(other), text, flags=re.MULTILINE)
+        return text
+
     def python(self, text: str, where: str, line: int) -> None:
         """One block, in the names that the blocks before it made."""
-        for name, other in ({name: str(path) for name, path in self.models.items()} | NAMES).items():
-            text = text.replace(f'"{name}"', f'"{other}"')
+        text = self.with_stand_ins(text, '"{}"', '"{}"')
         try:
             code = compile("\n" * (line - 1) + text, str(ROOT / self.page), "exec")
             with contextlib.redirect_stdout(io.StringIO()):

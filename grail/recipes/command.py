@@ -36,7 +36,7 @@ def run_command(
 
     All runs are checked before the first begins; they follow one another in this process.
 
-    Example: grail run recipes/llama-2-7b-c4.yaml --only '*-0.3' --set-option model=/models/llama-2-7b
+    Example: grail run small/recipe.yaml --set-option output=again
     """
     progress = start(quiet, verbose)
     from . import batch
