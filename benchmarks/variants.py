@@ -350,11 +350,11 @@ def render(rows: list[dict]) -> None:
     """variants.md."""
     names = list(VARIANTS)
     rows = sorted((row for row in rows if row["name"] in names), key=lambda row: names.index(row["name"]))
-    lines = ["| variant | perplexity (built-in / docstrings) | mean α | seconds | noted |", "|---" * 5 + "|"]
+    lines = ["| variant | perplexity (built-in / docstrings) | mean α | noted |", "|---" * 4 + "|"]
     for row in rows:
         both = " / ".join(f"{value:.2f}" for value in row["perplexity"].values())
         noted = "; ".join(f"{what} {value:.3f}" for what, value in row["notes"].items())
-        lines.append(f"| {row['name']} | {both} | {row['alpha']:.2f} | {row['seconds']:.0f} | {noted} |")
+        lines.append(f"| {row['name']} | {both} | {row['alpha']:.2f} | {noted} |")
     TABLE.write_text(
         "What was tried beside the stream target (multi-head SmolLM2-135M, wanda-sp 0.3, 32 windows; dense 13.19 /\n"
         "15.39). "
