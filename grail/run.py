@@ -33,6 +33,7 @@ from .recipe import Recipe
 from .report import Report
 from .session import Session
 from .store import CachedStore, DiskStore, MemoryStore
+from .surroundings import plain
 from .workspace import Workspace
 
 HASHED = ("model", "calibration", "evaluation")
@@ -41,6 +42,7 @@ HASHED = ("model", "calibration", "evaluation")
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
+@plain()
 def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report | ModuleReport:
     """Compress a model; flags are those of `grail compress` with underscores (see Recipe, for other modules than those
     of transformers ModuleRecipe).
@@ -50,8 +52,10 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
     tokenised already (a tensor [N, L], a list of tensors, an iterable of batches, or a .safetensors file).
     Or a vision network: transformers' ViT, DeiT, DINOv2 or CLIP as a folder or loaded; any other module (`sites`: a
     description by hand; `preprocessing`: for images that are not floats as it reads them; `tokenizer`: for captions);
-    timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory). Raises
-    GrailError for bad input.
+    timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory).
+
+    May stand in the middle of any script: the result does not depend on what the script has set in torch, and all of it
+    is afterwards as it was (grail.surroundings). Raises GrailError for bad input.
     """
     if isinstance(model, torch.nn.Module) and (not hasattr(model, "save_pretrained") or is_hf_module(model)):
         return _compress_in_memory(model, progress or Progress(), **flags)
@@ -104,6 +108,7 @@ def _module_recipe(model: str | None, **flags: Any) -> ModuleRecipe:
     return ModuleRecipe(model=model, **flags)
 
 
+@plain()
 def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Module:
     """Open an output of GRAIL as a module, in the dtype it is stored in, ready for inference. module: for a network of
     your own class, one of the original widths (it is not modified)."""
@@ -117,6 +122,7 @@ def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Mo
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
+@plain()
 def plan(recipe: Recipe, progress: Progress) -> Plan:
     """What `run` would do and need. Nothing is written. Raises GrailError for bad input, and for a budget that cannot
     be kept."""
@@ -130,6 +136,7 @@ def plan(recipe: Recipe, progress: Progress) -> Plan:
     return found
 
 
+@plain()
 def run(recipe: Recipe, progress: Progress) -> Report | None:
     """Carry out a recipe. Nothing is written outside OUT.partial, which is renamed at the very end.
 
@@ -147,13 +154,9 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
             progress.say(line)
         if tight := warn_if_tight(plan):
             progress.warn(tight)
-        threads = torch.get_num_threads()
-        try:
-            # the inner guard: the others must know before the folder in which they write is taken away
-            with _telling_what_is_kept(out), out if group.main else nullcontext(), group.guard():
-                report = _carry_out(plan, out)
-        finally:
-            torch.set_num_threads(threads)
+        # the inner guard: the others must know before the folder in which they write is taken away
+        with _telling_what_is_kept(out), out if group.main else nullcontext(), group.guard():
+            report = _carry_out(plan, out)
     group.close()
     return report
 
