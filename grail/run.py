@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +28,7 @@ from .page import write_told
 from .pipeline import stream
 from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
 from .profile import Profile
-from .progress import Progress
+from .progress import Progress, Telling
 from .recipe import Recipe
 from .report import Report
 from .session import Session
@@ -42,8 +42,13 @@ HASHED = ("model", "calibration", "evaluation")
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
-@plain()
-def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report | ModuleReport:
+def compress(
+    model: Any,
+    *,
+    progress: Progress | None = None,
+    on_site: Callable[[dict[str, Any]], object] | None = None,
+    **flags: Any,
+) -> Report | ModuleReport:
     """Compress a model; flags are those of `grail compress` with underscores (see Recipe, for other modules than those
     of transformers ModuleRecipe).
 
@@ -54,20 +59,34 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
     description by hand; `preprocessing`: for images that are not floats as it reads them; `tokenizer`: for captions);
     timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory).
 
+    on_site is called with a site's entry of `report.sites` when that is final: once for each, in execution order, of
+    several processes in the main one alone. With `resume` the sites of the layers that are there already come first;
+    a layer that was cut off comes again. What the function raises stops the run like any other error; work that was
+    done is kept as it is then.
+
     May stand in the middle of any script: the result does not depend on what the script has set in torch, and all of it
     is afterwards as it was (grail.surroundings). Raises GrailError for bad input.
     """
+    if on_site is not None and not callable(on_site):
+        raise GrailError(f"on_site must be a function that takes a site's entry; got {type(on_site).__name__}")
+    with plain() as caller:
+        flags |= {name: caller.lent(flags[name]) for name in ("calibration",) if name in flags}
+        progress = progress or Progress()
+        return _compress(model, progress if on_site is None else Telling(progress, caller.own(on_site)), **flags)
+
+
+def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleReport:
     if isinstance(model, torch.nn.Module) and (not hasattr(model, "save_pretrained") or is_hf_module(model)):
-        return _compress_in_memory(model, progress or Progress(), **flags)
+        return _compress_in_memory(model, progress, **flags)
     if isinstance(model, (str, Path)) and is_network(str(model)):
-        return _compress_named(str(model), progress or Progress(), **flags)
+        return _compress_named(str(model), progress, **flags)
     unknown = set(flags) - {f.name for f in fields(Recipe)}
     if unknown:
         raise GrailError(f"compress has no option {', '.join(sorted(unknown))}")
     if not hasattr(model, "save_pretrained"):
         if not flags.get("output"):
             raise GrailError("compress needs output=FOLDER: where to write the smaller checkpoint")
-        return run(Recipe(model=str(model), **flags), progress or Progress())
+        return run(Recipe(model=str(model), **flags), progress)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise GrailError("compress of a module works in one process: save it to a folder and compress that")
     with tempfile.TemporaryDirectory(prefix="grail-") as work:
@@ -75,9 +94,7 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
         flags["called"] = type(model).__name__
         Recipe(model=str(source), **flags)
         model.save_pretrained(source)
-        report = run(
-            Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress or Progress()
-        )
+        report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
         report.model = load(report.output).to(next(model.parameters()).device)
         report.output = output and report.output
         return report
@@ -189,7 +206,8 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     session.settle_widths(work)
     job = session.job
     with session.phase("compress"):
-        streamed = stream(job, work, session.texts, out, session.progress.layers("compressing"))
+        progress = session.progress
+        streamed = stream(job, work, session.texts, out, progress.layers("compressing"), tell=progress.site)
     if session.group.main:
         write_rest(session, job, out)
         with session.phase("reopen"):

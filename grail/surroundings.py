@@ -15,10 +15,10 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 AUTOCAST = ("cpu", "cuda")
 HIGHEST, IEEE, UNSET = "highest", "ieee", "none"
 SEED = 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,42 @@ class Caller:
         finally:
             self.random = RandomState.now()
             ours.put()
+
+    def own(self, function: Callable[[T], object]) -> Callable[[T], None]:
+        """A function of the script, which finds the script's state when it is called."""
+
+        def called(argument: T) -> None:
+            with self.back():
+                function(argument)
+
+        return called
+
+    def lent(self, data: Any) -> Any:
+        """Data of the script: what computes its parts only when they are asked for does so in the script's state."""
+        finished = isinstance(data, (str, list, tuple, Tensor, np.ndarray)) or hasattr(data, "keys")
+        return data if finished or not isinstance(data, Iterable) else _Lent(data, self)
+
+
+@dataclass
+class _Lent:
+    """A loader or generator of the script. One that shuffles must go by the script's seed."""
+
+    data: Iterable[Any]
+    caller: Caller
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.caller.back():
+            items = iter(self.data)
+        return self._each(items)
+
+    def _each(self, items: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with self.caller.back():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from threadpoolctl import threadpool_info
 from torch import nn
 
@@ -272,7 +271,7 @@ def test_a_run_that_fails_or_is_stopped_leaves_the_state_too(given, tmp_path, st
     with entered(state):
         with pytest.raises(GrailError, match="no option"):
             grail.compress(given.source, output=tmp_path / "out", ratoi=1)
-        with pytest.raises(GrailError, match="vocabulary|below"):
+        with pytest.raises(GrailError, match="vocabulary"):
             grail.compress(given.source, output=tmp_path / "out", calibration=given.ids + 64)
         with pytest.raises(GrailError, match="NaN"):
             grail.compress(broken, method="wanda", calibration=given.vectors, sites=mlp_sites())
@@ -311,7 +310,7 @@ def state_of(module: nn.Module) -> dict:
         "hooks": [
             [dict(value) for name, value in vars(inner).items() if name.endswith("hooks")] for inner in module.modules()
         ],
-        "attributes": [{k for k in vars(inner)} for inner in module.modules()],
+        "attributes": [set(vars(inner)) for inner in module.modules()],
         "class": [type(inner) for inner in module.modules()],
         "config": module.config.to_dict() if hasattr(module, "config") else None,
     }
@@ -389,9 +388,8 @@ def test_products_keep_all_digits_whatever_precision_the_script_has_set():
     """torch.set_float32_matmul_precision("medium") is a habit, and multiplies in bfloat16 where the processor can."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     wanted = x @ x
-    with _products("medium"), unchanged():
-        with plain():
-            assert torch.equal(x @ x, wanted)
+    with _products("medium"), unchanged(), plain():
+        assert torch.equal(x @ x, wanted)
 
 
 FRESH = """

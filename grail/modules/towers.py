@@ -104,8 +104,7 @@ def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: Mo
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """A copy. What a forward has left in the module as an attribute is copied as a number: deepcopy refuses tensors that
-    hang on a graph."""
+    """A copy. What a forward has left in an attribute is copied without its graph, which deepcopy refuses."""
     left = (value for inner in module.modules() for value in (*vars(inner).values(), *inner.buffers(recurse=False)))
     results = [value for value in left if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
