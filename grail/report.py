@@ -13,6 +13,7 @@ from typing import Any
 from .families.base import OutputFormat
 from .machine import peak_memory
 from .profile import Profile
+from .readable import Readable
 from .recipe import Recipe
 from .result import SiteResult
 from .training import Training
@@ -22,10 +23,11 @@ SCHEMA_VERSION = 1
 PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(Readable):
     """The result of one compression. `output` is the folder written; `model` the narrower module when a module was
-    given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name."""
+    given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name. At a prompt it is a
+    few lines (`summary`), in a notebook a table with plots."""
 
     recipe: Recipe
     source: dict
@@ -47,8 +49,12 @@ class Report:
 
     @property
     def sites(self) -> list[dict]:
-        """One entry per site, in execution order (CONTRACTS, grail.json); `trained`: the layer was trained afterwards,
-        so that the error is that of the weights it started from."""
+        """One entry per site, in execution order, of plain values: `pandas.DataFrame(report.sites)` is a table of them.
+
+        name, kind, before and after (widths), lambda and retries (the ridge, and how often it was raised), rcond (of
+        the equations), error_before and error_after (of the consumer's output, without and with the repair, as shares
+        of its energy), effective_rank, alpha and held_out_errors (of --target stream), trained: the layer was trained
+        afterwards, so that the error is that of the weights it started from. None where there is no such thing."""
         trained = {training.layer for training in self.trained}
         return [site_entry(result, result.site.layer in trained) for result in self.results]
 
@@ -80,8 +86,10 @@ class Report:
     def class_changed(self) -> str | None:
         return self.format.class_changed
 
-    def to_json(self) -> dict:
-        """grail.json: equal for equal runs."""
+    def to_json(self) -> dict[str, Any]:
+        """The content of grail.json as plain values that json.dumps takes: recipe, versions, source, calibration,
+        sites, ratios, parameters, bytes, evaluation and what opens the result. Equal for equal runs: times and the
+        machine are in `run_json`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "recipe": self.recipe.to_json(),
