@@ -30,8 +30,8 @@ class Report(Readable):
     few lines (`summary`), in a notebook a table with plots."""
 
     recipe: Recipe
-    source: dict
-    calibration: dict | None
+    source: dict[str, Any]
+    calibration: dict[str, Any] | None
     results: list[SiteResult]
     parameters: tuple[int, int]
     bytes: tuple[int, int]
@@ -39,16 +39,16 @@ class Report(Readable):
     affine: bool
     format: OutputFormat
     trained: list[Training] = field(default_factory=list)
-    evaluation: dict | None = None
-    reopened: dict | None = None
+    evaluation: dict[str, Any] | None = None
+    reopened: dict[str, Any] | None = None
     output: str | None = None
     model: Any = None
     phases: dict[str, float] = field(default_factory=dict)
     profile: Profile = field(default_factory=Profile)
-    planned: dict = field(default_factory=dict)
+    planned: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def sites(self) -> list[dict]:
+    def sites(self) -> list[dict[str, Any]]:
         """One entry per site, in execution order, of plain values: `pandas.DataFrame(report.sites)` is a table of them.
 
         name, kind, before and after (widths), lambda and retries (the ridge, and how often it was raised), rcond (of
@@ -59,10 +59,10 @@ class Report(Readable):
         return [site_entry(result, result.site.layer in trained) for result in self.results]
 
     @property
-    def ratio(self) -> dict[str, dict[str, float]]:
+    def ratio(self) -> dict[str, dict[str, float | None]]:
         """By kind of site, "heads" and "channels", the share of widths asked to be removed (None under one ratio for
         the whole network) and the share reached; "overall" the same weighted by parameters."""
-        found = {}
+        found: dict[str, dict[str, float | None]] = {}
         for kind in sorted({r.site.kind for r in self.results}):
             results = [r for r in self.results if r.site.kind == kind]
             before = sum(r.site.units.width for r in results)
@@ -111,7 +111,7 @@ class Report(Readable):
             "class_changed": self.class_changed,
         }
 
-    def run_json(self) -> dict:
+    def run_json(self) -> dict[str, Any]:
         """run.json: what differs between equal runs; from both report.html is made (grail.page)."""
         return machine_json() | {
             "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
@@ -122,7 +122,7 @@ class Report(Readable):
         }
 
 
-def machine_json() -> dict:
+def machine_json() -> dict[str, Any]:
     """Where a run took place."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -143,7 +143,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def site_entry(result: SiteResult, trained: bool) -> dict:
+def site_entry(result: SiteResult, trained: bool) -> dict[str, Any]:
     """A site as grail.json has it."""
     width = result.site.units.width
     entry = {"name": result.site.name, "kind": result.site.kind, "before": width, "after": width}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 
@@ -17,6 +17,7 @@ from .checkpoint.writer import STORE, OutputFolder
 from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
+from .flags import Flags, Savable
 from .modules.architecture import Architecture
 from .modules.folder import load as load_module
 from .modules.hf import as_tokenizer
@@ -42,13 +43,33 @@ HASHED = ("model", "calibration", "evaluation")
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
+@overload
+def compress(
+    model: str | Path | Savable,
+    *,
+    progress: Progress | None = None,
+    on_site: Callable[[dict[str, Any]], object] | None = None,
+    **flags: Unpack[Flags],
+) -> Report | ModuleReport: ...
+
+
+@overload
+def compress(
+    model: torch.nn.Module,
+    *,
+    progress: Progress | None = None,
+    on_site: Callable[[dict[str, Any]], object] | None = None,
+    **flags: Unpack[Flags],
+) -> ModuleReport: ...
+
+
 def compress(
     model: Any,
     *,
     progress: Progress | None = None,
     on_site: Callable[[dict[str, Any]], object] | None = None,
     **flags: Any,
-) -> Report | ModuleReport:
+) -> Report | ModuleReport | None:
     """Compress a model; flags are those of `grail compress` with underscores (see Recipe, for other modules than those
     of transformers ModuleRecipe).
 
@@ -58,6 +79,9 @@ def compress(
     Or a vision network: transformers' ViT, DeiT, DINOv2 or CLIP as a folder or loaded; any other module (`sites`: a
     description by hand; `preprocessing`: for images that are not floats as it reads them; `tokenizer`: for captions);
     timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory).
+
+    A language model gives a Report, any other network a ModuleReport; of several processes (torchrun) all but the main
+    one get None.
 
     on_site is called with a site's entry of `report.sites` when that is final: once for each, in execution order, of
     several processes in the main one alone. With `resume` the sites of the layers that are there already come first;
@@ -75,7 +99,7 @@ def compress(
         return _compress(model, progress if on_site is None else Telling(progress, caller.own(on_site)), **flags)
 
 
-def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleReport:
+def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleReport | None:
     if isinstance(model, torch.nn.Module) and (not hasattr(model, "save_pretrained") or is_hf_module(model)):
         return _compress_in_memory(model, progress, **flags)
     if isinstance(model, (str, Path)) and is_network(str(model)):
@@ -95,13 +119,14 @@ def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleRe
         Recipe(model=str(source), **flags)
         model.save_pretrained(source)
         report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
+        assert report is not None and report.output is not None, "there is one process, and it is the main one"
         report.model = load(report.output).to(next(model.parameters()).device)
         report.output = output and report.output
         return report
 
 
 def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: Any) -> ModuleReport:
-    own = {name: flags.pop(name) for name in ("sites", "preprocessing", "tokenizer") if name in flags}
+    own: dict[str, Any] = {name: flags.pop(name) for name in ("sites", "preprocessing", "tokenizer") if name in flags}
     if flags.get("device", "auto") != "auto":
         raise GrailError("a module is compressed where it is: move it there, and leave out device")
     recipe = _module_recipe(None, **{"called": type(module).__name__} | flags)
@@ -205,6 +230,7 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     work = _workspace(plan, out)
     session.settle_widths(work)
     job = session.job
+    assert job.format is not None, "settled with the widths"
     with session.phase("compress"):
         progress = session.progress
         streamed = stream(job, work, session.texts, out, progress.layers("compressing"), tell=progress.site)
@@ -247,11 +273,11 @@ def _workspace(plan: Plan, out: OutputFolder) -> Workspace:
     return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill, profile=profile)
 
 
-def _begun(plan: Plan, out: OutputFolder) -> dict:
+def _begun(plan: Plan, out: OutputFolder) -> dict[str, Any]:
     """The journal's first line, written now or by an earlier run. Raises Circumstance when that asked for something
     else or does not fit the memory that there is now."""
     chunk_tokens = plan.costs.chunk_tokens
-    asked = {"identity": plan.session.identity(), "chunk_tokens": chunk_tokens, "threads": torch.get_num_threads()}
+    asked: dict[str, Any] = {"identity": plan.session.identity(), "chunk_tokens": chunk_tokens, "threads": torch.get_num_threads()}
     started = out.journal.find(START)
     if not started:
         out.journal.append({"step": START, **asked})
@@ -266,7 +292,7 @@ def _begun(plan: Plan, out: OutputFolder) -> dict:
     return started[0]
 
 
-def _check_same(begun: dict, asked: dict) -> None:
+def _check_same(begun: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises Circumstance, which leaves the work as it is, naming the first thing that is not as it was."""
     flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**begun}, {**asked})]
     for key in sorted(set(flat[0]) | set(flat[1])):

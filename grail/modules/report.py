@@ -24,23 +24,23 @@ class ModuleReport(Readable):
     recipe: ModuleRecipe
     model: nn.Module
     results: list[SiteResult]
-    calibration: dict | None
-    source: dict
+    calibration: dict[str, Any] | None
+    source: dict[str, Any]
     parameters: tuple[int, int]
     macs: tuple[int, int] | None
     allocation: str
     affine: bool
     repaired_norms: int = 0
-    calibration_text: dict | None = None
+    calibration_text: dict[str, Any] | None = None
     classes: list[str] | None = None
     examples: dict[str, Tensor] = field(default_factory=dict)
     bytes: int | None = None
-    evaluation: dict | None = None
+    evaluation: dict[str, Any] | None = None
     output: str | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
-    def sites(self) -> list[dict]:
+    def sites(self) -> list[dict[str, Any]]:
         """One entry per site, in execution order, of plain values as `Report.sites` has them:
         `pandas.DataFrame(report.sites)` is a table. For convolutions of more than one tap the errors are estimates: the
         correlation between taps is left out."""
