@@ -1,18 +1,18 @@
-"""The options of `grail.compress` as type checkers and editors see them. What they mean and may be is said, and checked,
-in Recipe and ModuleRecipe."""
+"""The options of `grail.compress` as type checkers and editors see them.
+
+What they mean and may be is said, and checked, in Recipe and ModuleRecipe.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from os import PathLike
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from torch import Tensor, device
 
 from .calibration.preprocessing import Preprocessing
 from .families.network import ModuleSite
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 class Savable(Protocol):
@@ -24,7 +24,8 @@ class Savable(Protocol):
 
 
 class Flags(TypedDict, total=False):
-    """All of both kinds of network; one that does not fit the network is refused with a sentence."""
+    """All of both kinds of network; one that does not fit the network is refused with a sentence, and so is a word that
+    is none of an option's choices: these are plain strings here, so that a script can go through several."""
 
     method: str
     ratio: float
@@ -36,24 +37,24 @@ class Flags(TypedDict, total=False):
     seq_len: int | None
     seed: int
     compensate: bool
-    ridge: float | Literal["auto"] | None
-    target: Literal["hidden", "stream", "dense", "own"] | None
-    alpha: float | Literal["auto"]
-    ridge_form: Literal["anchored", "paper"]
+    ridge: float | str | None
+    target: str | None
+    alpha: float | str
+    ridge_form: str
     bias: bool | None
-    allocation: Literal["uniform", "global", "log", "error"] | None
-    format: Literal["auto", "uniform", "grail", "padded"]
+    allocation: str | None
+    format: str
     round_to: int | None
     head_multiple: int
-    gqa: Literal["query", "group"]
-    dtype: DType | None
-    output_dtype: DType | None
+    gqa: str
+    dtype: str | None
+    output_dtype: str | None
     device: str | device
     eval: str | PathLike[str] | None
     compare_pruned: bool
     overwrite: bool
     resume: bool
-    store: Literal["auto", "memory", "disk"]
+    store: str
     memory: int | str | None
     profile: bool
     set: dict[str, str]

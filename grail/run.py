@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import torch
 
@@ -40,6 +40,7 @@ from .workspace import Workspace
 HASHED = ("model", "calibration", "evaluation")
 
 
+M = TypeVar("M", bound=torch.nn.Module)
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
@@ -148,6 +149,14 @@ def _module_recipe(model: str | None, **flags: Any) -> ModuleRecipe:
     if unknown:
         raise GrailError(f"compress of a vision network has no option {', '.join(sorted(unknown))}")
     return ModuleRecipe(model=model, **flags)
+
+
+@overload
+def load(path: str | Path, module: None = None) -> Any: ...  # its class is that of what was compressed
+
+
+@overload
+def load(path: str | Path, module: M) -> M: ...
 
 
 @plain()
@@ -277,7 +286,11 @@ def _begun(plan: Plan, out: OutputFolder) -> dict[str, Any]:
     """The journal's first line, written now or by an earlier run. Raises Circumstance when that asked for something
     else or does not fit the memory that there is now."""
     chunk_tokens = plan.costs.chunk_tokens
-    asked: dict[str, Any] = {"identity": plan.session.identity(), "chunk_tokens": chunk_tokens, "threads": torch.get_num_threads()}
+    asked: dict[str, Any] = {
+        "identity": plan.session.identity(),
+        "chunk_tokens": chunk_tokens,
+        "threads": torch.get_num_threads(),
+    }
     started = out.journal.find(START)
     if not started:
         out.journal.append({"step": START, **asked})

@@ -4,6 +4,7 @@ Shapes: S sites, T rows of one update, H width of x, O columns of y.
 """
 
 from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -192,5 +192,5 @@ def _checked_reference(a_KK: Tensor, rhs_KM: Tensor, lam: float, anchor_KM: Tens
         raise RidgeError("the input holds a NaN or infinity", NOT_FINITE)
     try:
         return ridge_reference(a_KK, rhs_KM, lam, anchor_KM)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not list it in __all__
         raise RidgeError(f"the reference raises no λ: {error}", SINGULAR) from error
