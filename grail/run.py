@@ -12,8 +12,8 @@ from typing import Any, TypeVar, Unpack, overload
 
 import torch
 
-from .checkpoint.journal import START
-from .checkpoint.writer import STORE, OutputFolder
+from .begun import workspace_of
+from .checkpoint.writer import OutputFolder
 from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
@@ -28,20 +28,13 @@ from .modules.run import compress_module, compress_named
 from .page import write_told
 from .pipeline import stream
 from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
-from .profile import Profile
 from .progress import Progress, Telling
 from .recipe import Recipe
 from .report import Report
 from .session import Session
-from .store import CachedStore, DiskStore, MemoryStore
 from .surroundings import plain
-from .workspace import Workspace
-
-HASHED = ("model", "calibration", "evaluation")
-
 
 M = TypeVar("M", bound=torch.nn.Module)
-STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
 @overload
@@ -236,7 +229,7 @@ def _kept(out: OutputFolder) -> str:
 
 def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     session = plan.session
-    work = _workspace(plan, out)
+    work = workspace_of(plan, out)
     session.settle_widths(work)
     job = session.job
     assert job.format is not None, "settled with the widths"
@@ -270,49 +263,3 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     write_told(out, report.to_json(), report.run_json(), session.located.folder)
     report.output = str(out.finish())
     return report
-
-
-def _workspace(plan: Plan, out: OutputFolder) -> Workspace:
-    """How the passes are carried out: as an earlier run did whose work is gone on with, else as planned."""
-    session, group = plan.session, plan.session.group
-    asked = group.broadcast(_begun(plan, out) if group.main else None)  # the same chunks and threads for all
-    torch.set_num_threads(asked["threads"])
-    store = MemoryStore() if plan.store == "memory" else STORES[plan.store](out.partial / STORE)
-    profile = Profile(watch_memory=session.recipe.profile)
-    return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill, profile=profile)
-
-
-def _begun(plan: Plan, out: OutputFolder) -> dict[str, Any]:
-    """The journal's first line, written now or by an earlier run. Raises Circumstance when that asked for something
-    else or does not fit the memory that there is now."""
-    chunk_tokens = plan.costs.chunk_tokens
-    asked: dict[str, Any] = {
-        "identity": plan.session.identity(),
-        "chunk_tokens": chunk_tokens,
-        "threads": torch.get_num_threads(),
-    }
-    started = out.journal.find(START)
-    if not started:
-        out.journal.append({"step": START, **asked})
-        return asked
-    _check_same(started[0]["identity"], asked["identity"])
-    budget = plan.session.recipe.memory
-    if budget is not None and started[0]["chunk_tokens"] > chunk_tokens:
-        raise Circumstance(
-            f"--memory {budget / 1e9:.2f} GB: the run was begun with {started[0]['chunk_tokens']} tokens at a time and "
-            f"must go on so, which needs more; give more, or start over with --overwrite and not --resume"
-        )
-    return started[0]
-
-
-def _check_same(begun: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises Circumstance, which leaves the work as it is, naming the first thing that is not as it was."""
-    flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**begun}, {**asked})]
-    for key in sorted(set(flat[0]) | set(flat[1])):
-        was, now = (found.get(key) for found in flat)
-        if was != now:
-            what = f"{key} sha256" if key in HASHED else key
-            raise Circumstance(
-                f"--resume: the run was begun with {what} {was}, this command has {what} {now} (to start over, give "
-                f"--overwrite and not --resume)"
-            )

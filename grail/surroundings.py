@@ -109,7 +109,8 @@ def _precision() -> str | None:
 
 def _product_backends() -> list[Any]:
     """What has a precision of its own for products of float32, in torches that know such a thing."""
-    known = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    known: list[Any] = [torch.backends.cuda.matmul]
+    known += [getattr(torch.backends.mkldnn, name, None) for name in ("matmul", "conv")]
     return [backend for backend in known if hasattr(backend, "fp32_precision")]
 
 
@@ -152,11 +153,12 @@ class Caller:
 
     settings: Settings
     random: RandomState
+    environment: dict[str, str]
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """The script's own state for a while; what it draws meanwhile counts."""
-        ours = RandomState.now()
+        """The script's own state for a while; what it draws meanwhile counts, and so do the variables it sets."""
+        ours, environment = RandomState.now(), dict(os.environ)
         self.random.put()
         try:
             with replace(self.settings, threads=torch.get_num_threads()).entered():
@@ -164,6 +166,13 @@ class Caller:
         finally:
             self.random = RandomState.now()
             ours.put()
+            self._note(environment, dict(os.environ))
+
+    def _note(self, before: dict[str, str], after: dict[str, str]) -> None:
+        """Take over what the script did to the environment between these two."""
+        self.environment |= {name: value for name, value in after.items() if before.get(name) != value}
+        for name in before.keys() - after.keys():
+            self.environment.pop(name, None)
 
     def own(self, function: Callable[[T], object]) -> Callable[[T], None]:
         """A function of the script, which finds the script's state when it is called."""
@@ -206,21 +215,21 @@ class _Lent:
 def plain() -> Iterator[Caller]:
     """Torch's own settings within; afterwards those of the caller, his random numbers, warning filters, environment and
     threads. Also a decorator."""
-    settings, environment = Settings.now(), dict(os.environ)
+    settings = Settings.now()
     with settings.plain().entered(), warnings.catch_warnings():
-        caller = Caller(settings, RandomState.now())
+        caller = Caller(settings, RandomState.now(), dict(os.environ))
         try:
             _fix_random()
             yield caller
         finally:
             caller.random.put()
-            _put_environment(environment)
+            _put_environment(caller.environment)
 
 
-def _put_environment(before: dict[str, str]) -> None:
+def _put_environment(wanted: dict[str, str]) -> None:
     """Libraries set variables when they are imported."""
-    for name in set(os.environ) - set(before):
+    for name in set(os.environ) - set(wanted):
         del os.environ[name]
-    for name, value in before.items():
+    for name, value in wanted.items():
         if os.environ.get(name) != value:
             os.environ[name] = value

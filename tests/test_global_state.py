@@ -392,6 +392,59 @@ def test_products_keep_all_digits_whatever_precision_the_script_has_set():
         assert torch.equal(x @ x, wanted)
 
 
+PRECISIONS = {
+    "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "backend": "torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
+    "everything": "torch.backends.fp32_precision = 'tf32'",
+}
+BY_BACKEND = """
+import torch
+from grail.surroundings import plain
+
+def tried(read):
+    try:
+        return read()
+    except RuntimeError:
+        return "mixed"
+
+def seen():
+    b = torch.backends
+    parts = [b, b.cuda.matmul, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.cudnn, b.cudnn.conv]
+    return [tried(torch.get_float32_matmul_precision), tried(lambda: b.cuda.matmul.allow_tf32)] + [
+        part.fp32_precision for part in parts
+    ]
+
+x, conv = torch.randn(64, 256), torch.nn.Conv1d(64, 64, 3)
+wanted, convolved = x @ x.mT, conv(x)
+{setting}
+before = seen()
+with plain():
+    assert torch.equal(x @ x.mT, wanted) and torch.equal(conv(x), convolved)
+    assert "tf32" not in seen()[3:4] + seen()[5:7] and "mixed" not in seen(), seen()
+assert seen() == before, (before, seen())
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one precision for all")
+@pytest.mark.parametrize("way", PRECISIONS)
+def test_precisions_that_were_set_by_backend_come_back(way):
+    script = BY_BACKEND.replace("{setting}", PRECISIONS[way])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    assert not done.returncode, done.stderr[-2000:]
+
+
+def test_variables_that_the_caller_sets_meanwhile_stay(monkeypatch):
+    monkeypatch.setenv("GRAIL_TEST_GONE", "1")
+    monkeypatch.setenv("GRAIL_TEST_SET", "before")
+    with plain() as caller:
+        os.environ["GRAIL_TEST_OURS"] = "1"
+        with caller.back():
+            os.environ["GRAIL_TEST_SET"] = "after"
+            del os.environ["GRAIL_TEST_GONE"]
+    assert os.environ["GRAIL_TEST_SET"] == "after"
+    assert not {"GRAIL_TEST_GONE", "GRAIL_TEST_OURS"} & os.environ.keys()
+
+
 FRESH = """
 import tests.test_global_state as state, grail, torch
 from grail.families.network import channels

@@ -193,13 +193,15 @@ def test_what_is_no_function_is_refused_before_any_work(tmp_path, source):
 # --- whose code it is ---------------------------------------------------------------------------------------------
 
 
-def test_it_is_called_in_the_state_of_the_script_and_may_change_its_entry():
+def test_it_is_called_in_the_state_of_the_script_and_may_change_its_entry(monkeypatch):
+    monkeypatch.setenv("GRAIL_TEST_SITE", "")  # as wandb.init does, for one
     drawn, net = [], MLP()
     sites = [grail.channels("fc1", "fc2", width=24), grail.channels("fc2", "fc3", width=20)]
     calibration = torch.randn(32, 1, 1, 12)
 
     def callback(entry):
         drawn.append((torch.rand(1).item(), torch.is_grad_enabled(), torch.ones(1).dtype))
+        os.environ["GRAIL_TEST_SITE"] += entry.pop("name") + " "
         entry.clear()
 
     torch.manual_seed(5)
@@ -214,6 +216,7 @@ def test_it_is_called_in_the_state_of_the_script_and_may_change_its_entry():
         torch.set_default_dtype(torch.float32)
     assert drawn == [(value, False, torch.float64) for value in expected]
     assert [entry["name"] for entry in report.sites] == ["fc1", "fc2"]
+    assert os.environ["GRAIL_TEST_SITE"] == "fc1 fc2 "
 
 
 def test_a_loader_that_shuffles_goes_by_the_seed_of_the_script():
