@@ -26,14 +26,14 @@ from .machine import usable_device
 from .progress import Progress
 from .recipe import DTYPES
 from .store import DiskStore
-from .surroundings import plain
+from .surroundings import undisturbed
 from .workspace import Workspace, chunk_tokens
 
 IN_MEMORY = 2**28
 NO_DATA = "none"
 
 
-@plain()
+@undisturbed()
 def evaluate(
     model: str,
     *,

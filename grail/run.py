@@ -32,7 +32,7 @@ from .progress import Progress, Telling
 from .recipe import Recipe
 from .report import Report
 from .session import Session
-from .surroundings import plain
+from .surroundings import undisturbed
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -87,7 +87,7 @@ def compress(
     """
     if on_site is not None and not callable(on_site):
         raise GrailError(f"on_site must be a function that takes a site's entry; got {type(on_site).__name__}")
-    with plain() as caller:
+    with undisturbed() as caller:
         flags |= {name: caller.lent(flags[name]) for name in ("calibration",) if name in flags}
         progress = progress or Progress()
         return _compress(model, progress if on_site is None else Telling(progress, caller.own(on_site)), **flags)
@@ -152,7 +152,7 @@ def load(path: str | Path, module: None = None) -> Any: ...  # its class is that
 def load(path: str | Path, module: M) -> M: ...
 
 
-@plain()
+@undisturbed()
 def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Module:
     """Open an output of GRAIL as a module, in the dtype it is stored in, ready for inference. module: for a network of
     your own class, one of the original widths (it is not modified)."""
@@ -166,7 +166,7 @@ def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Mo
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
-@plain()
+@undisturbed()
 def plan(recipe: Recipe, progress: Progress) -> Plan:
     """What `run` would do and need. Nothing is written. Raises GrailError for bad input, and for a budget that cannot
     be kept."""
@@ -180,7 +180,7 @@ def plan(recipe: Recipe, progress: Progress) -> Plan:
     return found
 
 
-@plain()
+@undisturbed()
 def run(recipe: Recipe, progress: Progress) -> Report | None:
     """Carry out a recipe. Nothing is written outside OUT.partial, which is renamed at the very end.
 

@@ -1,7 +1,7 @@
 """A public function works in torch's own settings, whatever the script that calls it has switched, and leaves all as it
 was, also when it fails.
 
-    with plain() as caller:
+    with undisturbed() as caller:
         ...                # gradients on, float32, the CPU, no autocast, full precision, fixed random numbers
         with caller.back():
             ...            # the caller's settings again: for code of his own
@@ -212,7 +212,7 @@ class _Lent:
 
 
 @contextmanager
-def plain() -> Iterator[Caller]:
+def undisturbed() -> Iterator[Caller]:
     """Torch's own settings within; afterwards those of the caller, his random numbers, warning filters, environment and
     threads. Also a decorator."""
     settings = Settings.now()

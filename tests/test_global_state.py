@@ -19,14 +19,15 @@ from threadpoolctl import threadpool_info
 from torch import nn
 
 import grail
+from grail.checkpoint.gguf import converted
 from grail.convert import convert
 from grail.errors import GrailError, Interrupted
 from grail.evaluate import evaluate
 from grail.progress import Progress
 from grail.soup.run import soup
-from grail.surroundings import plain
+from grail.surroundings import undisturbed
 from tests.test_modules import MLP, ConvNet
-from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_model
+from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.tiny_hf import KINDS
 from tests.tiny_hf import images as hf_images
 
@@ -373,7 +374,7 @@ def test_code_of_the_caller_finds_his_state_and_what_it_draws_counts():
     torch.manual_seed(3)
     expected = torch.rand(4, dtype=torch.float64)
     torch.manual_seed(3)
-    with _default_dtype(torch.float64), torch.no_grad(), plain() as caller:
+    with _default_dtype(torch.float64), torch.no_grad(), undisturbed() as caller:
         assert torch.is_grad_enabled() and torch.ones(1).dtype == torch.float32
         with caller.back():
             assert not torch.is_grad_enabled()
@@ -388,8 +389,39 @@ def test_products_keep_all_digits_whatever_precision_the_script_has_set():
     """torch.set_float32_matmul_precision("medium") is a habit, and multiplies in bfloat16 where the processor can."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     wanted = x @ x
-    with _products("medium"), unchanged(), plain():
+    with _products("medium"), unchanged(), undisturbed():
         assert torch.equal(x @ x, wanted)
+
+
+def bars() -> list[bool]:
+    import datasets
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    return [datasets.is_progress_bar_enabled(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()]
+
+
+@pytest.mark.parametrize("hub", [True, False])
+def test_other_libraries_keep_their_progress_bars(tmp_path, hub, monkeypatch):
+    """They are switched off for the whole process while something is fetched or converted."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    monkeypatch.setenv("GRAIL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"no model")
+    (enable_progress_bars if hub else disable_progress_bars)()
+    before = bars()
+    try:
+        with pytest.raises(GrailError, match="could not be fetched"):
+            grail.compress(
+                tiny_tokenizer(tiny_checkpoint(tmp_path / "source")), output=tmp_path / "out", calibration="wikitext2"
+            )
+        with pytest.raises(GrailError, match="could not be fetched"):
+            grail.compress(ConvNet(), sites=conv_sites(), method="wanda", calibration="hf:nobody/nothing")
+        with pytest.raises(GrailError, match="cannot be read as a GGUF"):
+            converted(tmp_path / "x.gguf")
+        assert bars() == before and before[2] == hub
+    finally:
+        enable_progress_bars()
 
 
 PRECISIONS = {
@@ -399,7 +431,7 @@ PRECISIONS = {
 }
 BY_BACKEND = """
 import torch
-from grail.surroundings import plain
+from grail.surroundings import undisturbed
 
 def tried(read):
     try:
@@ -418,7 +450,7 @@ x, conv = torch.randn(64, 256), torch.nn.Conv1d(64, 64, 3)
 wanted, convolved = x @ x.mT, conv(x)
 {setting}
 before = seen()
-with plain():
+with undisturbed():
     assert torch.equal(x @ x.mT, wanted) and torch.equal(conv(x), convolved)
     assert "tf32" not in seen()[3:4] + seen()[5:7] and "mixed" not in seen(), seen()
 assert seen() == before, (before, seen())
@@ -436,7 +468,7 @@ def test_precisions_that_were_set_by_backend_come_back(way):
 def test_variables_that_the_caller_sets_meanwhile_stay(monkeypatch):
     monkeypatch.setenv("GRAIL_TEST_GONE", "1")
     monkeypatch.setenv("GRAIL_TEST_SET", "before")
-    with plain() as caller:
+    with undisturbed() as caller:
         os.environ["GRAIL_TEST_OURS"] = "1"
         with caller.back():
             os.environ["GRAIL_TEST_SET"] = "after"

@@ -25,7 +25,7 @@ from ..page import write_told
 from ..progress import Progress
 from ..recipe import STREAM
 from ..selectors import selector_class
-from ..surroundings import plain
+from ..surroundings import undisturbed
 from ..widths import WidthPlan
 from . import hf
 from .addition import verify_additions
@@ -42,7 +42,7 @@ from .towers import Tokenizer, Tower, towers_of
 from .verify import verify
 
 
-@plain()
+@undisturbed()
 def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Progress) -> ModuleReport:
     """Compress `timm/NAME` or `torchvision/NAME` with weights from a file, options going to the library's factory; or a
     folder of transformers. Raises GrailError for bad input."""
