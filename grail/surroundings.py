@@ -4,10 +4,10 @@ was, also when it fails.
     with undisturbed() as caller:
         ...                # gradients on, float32, the CPU, no autocast, full precision, fixed random numbers
         with caller.back():
-            ...            # the caller's settings again: for code of his own
+            ...            # the caller's settings again: for functions and loaders that it gave
 
-Threads are the caller's: how many cores he gives away is for him to say. So are deterministic algorithms, which only
-make torch stricter.
+Threads are the caller's: how many cores a run may have is for the script to say. So are deterministic algorithms,
+which only make torch stricter.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class _Lent:
 
 @contextmanager
 def undisturbed() -> Iterator[Caller]:
-    """Torch's own settings within; afterwards those of the caller, his random numbers, warning filters, environment and
+    """Torch's own settings within; afterwards those of the caller, its random numbers, warning filters, environment and
     threads. Also a decorator."""
     settings = Settings.now()
     with settings.plain().entered(), warnings.catch_warnings():

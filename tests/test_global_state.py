@@ -370,7 +370,7 @@ def test_a_module_that_keeps_activations_can_be_copied(given):
 # --- the context itself -------------------------------------------------------------------------------------------
 
 
-def test_code_of_the_caller_finds_his_state_and_what_it_draws_counts():
+def test_code_of_the_caller_finds_its_state_and_what_it_draws_counts():
     torch.manual_seed(3)
     expected = torch.rand(4, dtype=torch.float64)
     torch.manual_seed(3)
