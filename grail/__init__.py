@@ -11,11 +11,25 @@ from .errors import GrailError
 from .registration import install as _install
 
 __version__ = "0.1.0"
-__all__ = ["GrailError", "Preprocessing", "Recipe", "Report", "channels", "compress", "heads", "load", "residual"]
+__all__ = [
+    "GrailError",
+    "ModuleReport",
+    "Preprocessing",
+    "Progress",
+    "Recipe",
+    "Report",
+    "channels",
+    "compress",
+    "heads",
+    "load",
+    "residual",
+]
 
 if TYPE_CHECKING:
     from .calibration.preprocessing import Preprocessing
     from .families.network import channels, heads, residual
+    from .modules.report import ModuleReport
+    from .progress import Progress
     from .recipe import Recipe
     from .report import Report
     from .run import compress, load
@@ -25,6 +39,8 @@ _HOME = {
     "load": "run",
     "Recipe": "recipe",
     "Report": "report",
+    "ModuleReport": "modules.report",
+    "Progress": "progress",
     "Preprocessing": "calibration.preprocessing",
     "channels": "families.network",
     "heads": "families.network",

@@ -31,15 +31,15 @@ ALLOCATOR = 28 * 10**6
 
 @dataclass
 class Compensation:
-    """`weight` [O, K] in the asked dtype, `bias` [O] float64 (None unless affine); λ as used (absolute), how often it
-    was raised, the first LAPACK info, the reciprocal condition of the equilibrated system; error of the anchor and of
-    `weight` (see `reconstruction_errors`; with an α the stream's, stream_repair.py), both with their best bias where
-    affine. held_out: the same error on windows of their own, of the repair without the stream (α = 0) and of this one;
-    None where nothing was to be chosen. effective_rank: (tr G)² / ‖G‖_F² of the Gram matrix, with a bias the scatter,
-    that the repair used: that of the hidden vector where the compressed one is a slice of it, else of the compressed
-    one; None where nothing was removed."""
+    """`weight` [O, K] in the asked dtype (None once it is written), `bias` [O] float64 (None unless affine); λ as used
+    (absolute), how often it was raised, the first LAPACK info, the reciprocal condition of the equilibrated system;
+    error of the anchor and of `weight` (see `reconstruction_errors`; with an α the stream's, stream_repair.py), both
+    with their best bias where affine. held_out: the same error on windows of their own, of the repair without the
+    stream (α = 0) and of this one; None where nothing was to be chosen. effective_rank: (tr G)² / ‖G‖_F² of the Gram
+    matrix, with a bias the scatter, that the repair used: that of the hidden vector where the compressed one is a slice
+    of it, else of the compressed one; None where nothing was removed."""
 
-    weight: Tensor
+    weight: Tensor | None
     lam: float
     retries: int
     info: int

@@ -26,11 +26,13 @@ from .families.formats import PADDED
 from .families.llama import LlamaFamily
 from .machine import available_memory
 from .page import write_told
+from .surroundings import undisturbed
 
 FORMATS = ("uniform", "grail", "padded")
 PROBE_LENGTH = 64
 
 
+@undisturbed()
 def convert(path: str | Path, output: str | Path, *, to: str, overwrite: bool = False) -> dict:
     """Write the folder `path` in the format `to` ("uniform", "grail" or "padded") as the folder `output`.
 

@@ -14,7 +14,8 @@ import torch
 from .calibration import Windows, evaluation_windows
 from .calibration.tokenizer import load_tokenizer
 from .checkpoint.locate import locate
-from .checkpoint.reader import SafetensorsFolder, read_json
+from .checkpoint.reader import SafetensorsFolder
+from .documents import read_json
 from .errors import GrailError
 from .evaluation.perplexity import perplexity
 from .evaluation.tasks import Tasks
@@ -25,12 +26,14 @@ from .machine import usable_device
 from .progress import Progress
 from .recipe import DTYPES
 from .store import DiskStore
+from .surroundings import undisturbed
 from .workspace import Workspace, chunk_tokens
 
 IN_MEMORY = 2**28
 NO_DATA = "none"
 
 
+@undisturbed()
 def evaluate(
     model: str,
     *,
@@ -57,9 +60,9 @@ def evaluate(
     load the whole models. Raises GrailError for bad input.
     """
     progress = progress or Progress()
-    for option, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
-        if value is not None and value < least:
-            raise GrailError(f"{option} must be at least {least}; got {value}")
+    for option, count, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
+        if count is not None and count < least:
+            raise GrailError(f"{option} must be at least {least}; got {count}")
     for option, value in (("--tasks-folder", tasks_folder), ("--limit", limit), ("--shots", shots)):
         if tasks is None and value is not None:
             raise GrailError(f"{option} goes with --tasks")
@@ -71,14 +74,14 @@ def evaluate(
     dtype = dtype or recorded.get("dtype")
     if dtype not in (None, *DTYPES):
         raise GrailError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    precision = {"device": usable_device(device), "dtype": dtype and getattr(torch, dtype)}
+    precision: dict[str, Any] = {"device": usable_device(device), "dtype": dtype and getattr(torch, dtype)}
     opened = {label: _open(folder, precision) for label, folder in folders.items()}
-    models: dict[str, dict] = {label: _size(network.source) for label, network in opened.items()}
-    found = {"schema_version": 1}
+    models: dict[str, dict[str, Any]] = {label: _size(network.source) for label, network in opened.items()}
+    found: dict[str, Any] = {"schema_version": 1}
     if data != NO_DATA:
         windows = _windows(opened[model], data, samples, seq_len, recorded)
-        count, length = windows.ids.shape
-        found |= {"data": windows.source, "windows": count, "seq_len": length}
+        number, length = windows.ids.shape
+        found |= {"data": windows.source, "windows": number, "seq_len": length}
         for label, network in opened.items():
             models[label] = {"perplexity": _perplexity(network, windows, label, progress)} | models[label]
     opened.clear()
@@ -90,7 +93,7 @@ def evaluate(
     return found | {"models": models}
 
 
-def _open(folder: Path, precision: dict) -> Decoder | WholeModel:
+def _open(folder: Path, precision: dict[str, Any]) -> Decoder | WholeModel:
     """Layer by layer where a family knows the type, else whole."""
     return open_family(folder, **precision) if supports(folder) else WholeModel(folder, **precision)
 
@@ -104,13 +107,18 @@ def _perplexity(network: Decoder | WholeModel, windows: Windows, label: str, pro
 
 
 def whole_models(
-    folders: dict[str, Path], precision: dict, tasks: Tasks | None, speed: bool, prompt: str | None, progress: Progress
-) -> dict[str, dict]:
+    folders: dict[str, Path],
+    precision: dict[str, Any],
+    tasks: Tasks | None,
+    speed: bool,
+    prompt: str | None,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
     """By label: "tasks" (evaluation.tasks), rates and memory, "sample"."""
     from .evaluation import speed as plain
     from .evaluation.footprint import footprint
 
-    found: dict[str, dict] = {label: {} for label in folders}
+    found: dict[str, dict[str, Any]] = {label: {} for label in folders}
     if speed:  # before the models are in this process's memory
         for label, folder in folders.items():
             progress.say(f"measuring the memory of {label}")
@@ -141,7 +149,7 @@ def _workspace(model: Decoder, windows: Windows) -> Iterator[Workspace]:
         yield Workspace(DiskStore(Path(folder)), chunk_tokens=tokens)
 
 
-def _recorded(folder: Path) -> dict:
+def _recorded(folder: Path) -> dict[str, Any]:
     """The evaluation that grail.json records, {} where there is none."""
     file = folder / "grail.json"
     if not file.exists():
@@ -156,7 +164,7 @@ def _recorded(folder: Path) -> dict:
 
 
 def _windows(
-    model: Decoder | WholeModel, data: str | None, samples: int | None, seq_len: int | None, recorded: dict
+    model: Decoder | WholeModel, data: str | None, samples: int | None, seq_len: int | None, recorded: dict[str, Any]
 ) -> Windows:
     """The recorded windows, unless something else is asked for; a new length takes all the windows there are."""
     repeats = bool(recorded) and seq_len in (None, recorded["seq_len"])
@@ -181,6 +189,6 @@ def _windows(
     return found
 
 
-def _size(source: SafetensorsFolder) -> dict:
+def _size(source: SafetensorsFolder) -> dict[str, Any]:
     infos = [source.info(name) for name in source.names()]
     return {"parameters": sum(math.prod(i.shape) for i in infos), "bytes": sum(i.nbytes for i in infos)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .job import Job
 from .layer import LayerPass
 from .machine import apart
 from .reduction import Reduction
+from .report import site_entry
 from .result import SiteResult
 from .sites import compress
 from .store import ChunkStore
@@ -30,6 +32,7 @@ from .twin import Twin, beside
 from .workspace import Workspace
 
 Track = Callable[[Iterable[int]], Iterable[int]]
+Tell = Callable[[dict[str, Any]], None]
 LAYER = "layer"
 
 
@@ -54,18 +57,21 @@ def stream(
     out: OutputFolder,
     track: Track = lambda layers: layers,
     name: str = "stream",
+    tell: Tell = lambda entry: None,
 ) -> Streamed:
     """Compress every site in order, writing one shard per layer and one for the rest. texts: without calibration
     windows when `job.needs_data` is false; the probe window runs through the result beside them.
 
     Layers that `out` holds already, committed by an earlier run, are taken from there. Only the main process writes.
-    name: of the pass in the workspace's store; what lies there under another pass's name is not touched.
+    name: of the pass in the workspace's store; what lies there under another pass's name is not touched. tell: is given
+    each site's entry of grail.json, also of those taken from the earlier run.
     """
     model, streamed = job.model, Streamed()
     chunks = Chunks.of(work, name, texts)
     chunks.lasting = out.keep
     last = max((site.layer for site in job.sites if job.touches(site)), default=-1)
     first = _recalled(job, chunks, out, streamed, last)
+    _tell(streamed, range(first), tell)
     if first == 0:
         _embed(job, _streams(job, chunks))
     with Background(out, work.group, work.profile, enabled=work.ahead) as background:
@@ -75,6 +81,7 @@ def stream(
             background.read_ahead(model.source, _names(job, layer + 1))
             wanted = chunks.all if layer < last else chunks.passing
             _compress_layer(LayerPass(job, layer, chunks, wanted), streamed, background)
+            _tell(streamed, [layer], tell)  # its shard is on its way by now: stopped here, the layer is kept
         background.settle()
     if work.group.main:
         _write_rest(job, chunks, streamed, out)
@@ -135,6 +142,14 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
         sites=[result.to_json() for result in results],
         trained=training and vars(training.outcome),
     )
+
+
+def _tell(streamed: Streamed, layers: Iterable[int], tell: Tell) -> None:
+    """Say what became of the sites of these layers."""
+    told, trained = set(layers), {training.layer for training in streamed.trained}
+    for result in streamed.results:
+        if result.site.layer in told:
+            tell(site_entry(result, result.site.layer in trained))
 
 
 def _drop(store: ChunkStore, series: list[tuple[str, list[int]]]) -> None:

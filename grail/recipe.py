@@ -79,7 +79,7 @@ class Recipe:
     called: str | None = None
     """What the model is called in reports, when it was given in Python and has no path of its own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.device = str(self.device)
         for option in ("calibration", "eval"):
             value = getattr(self, option)
@@ -147,7 +147,7 @@ class Recipe:
         """Kept MLP widths are a multiple of this."""
         return self.round_to or (64 if width >= 2048 else 1)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """Everything that decides the result, and nothing of where it goes."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LEFT_OUT}
         known["model"] = self.called or str(self.model)

@@ -13,6 +13,7 @@ from typing import Any
 from .families.base import OutputFormat
 from .machine import peak_memory
 from .profile import Profile
+from .readable import Readable
 from .recipe import Recipe
 from .result import SiteResult
 from .training import Training
@@ -22,14 +23,15 @@ SCHEMA_VERSION = 1
 PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(Readable):
     """The result of one compression. `output` is the folder written; `model` the narrower module when a module was
-    given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name."""
+    given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name. At a prompt it is a
+    few lines (`summary`), in a notebook a table with plots."""
 
     recipe: Recipe
-    source: dict
-    calibration: dict | None
+    source: dict[str, Any]
+    calibration: dict[str, Any] | None
     results: list[SiteResult]
     parameters: tuple[int, int]
     bytes: tuple[int, int]
@@ -37,26 +39,30 @@ class Report:
     affine: bool
     format: OutputFormat
     trained: list[Training] = field(default_factory=list)
-    evaluation: dict | None = None
-    reopened: dict | None = None
+    evaluation: dict[str, Any] | None = None
+    reopened: dict[str, Any] | None = None
     output: str | None = None
     model: Any = None
     phases: dict[str, float] = field(default_factory=dict)
     profile: Profile = field(default_factory=Profile)
-    planned: dict = field(default_factory=dict)
+    planned: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def sites(self) -> list[dict]:
-        """One entry per site, in execution order (CONTRACTS, grail.json); `trained`: the layer was trained afterwards,
-        so that the error is that of the weights it started from."""
+    def sites(self) -> list[dict[str, Any]]:
+        """One entry per site, in execution order, of plain values: `pandas.DataFrame(report.sites)` is a table of them.
+
+        name, kind, before and after (widths), lambda and retries (the ridge, and how often it was raised), rcond (of
+        the equations), error_before and error_after (of the consumer's output, without and with the repair, as shares
+        of its energy), effective_rank, alpha and held_out_errors (of --target stream), trained: the layer was trained
+        afterwards, so that the error is that of the weights it started from. None where there is no such thing."""
         trained = {training.layer for training in self.trained}
         return [site_entry(result, result.site.layer in trained) for result in self.results]
 
     @property
-    def ratio(self) -> dict[str, dict[str, float]]:
+    def ratio(self) -> dict[str, dict[str, float | None]]:
         """By kind of site, "heads" and "channels", the share of widths asked to be removed (None under one ratio for
         the whole network) and the share reached; "overall" the same weighted by parameters."""
-        found = {}
+        found: dict[str, dict[str, float | None]] = {}
         for kind in sorted({r.site.kind for r in self.results}):
             results = [r for r in self.results if r.site.kind == kind]
             before = sum(r.site.units.width for r in results)
@@ -80,8 +86,10 @@ class Report:
     def class_changed(self) -> str | None:
         return self.format.class_changed
 
-    def to_json(self) -> dict:
-        """grail.json: equal for equal runs."""
+    def to_json(self) -> dict[str, Any]:
+        """The content of grail.json as plain values that json.dumps takes: recipe, versions, source, calibration,
+        sites, ratios, parameters, bytes, evaluation and what opens the result. Equal for equal runs: times and the
+        machine are in `run_json`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "recipe": self.recipe.to_json(),
@@ -103,7 +111,7 @@ class Report:
             "class_changed": self.class_changed,
         }
 
-    def run_json(self) -> dict:
+    def run_json(self) -> dict[str, Any]:
         """run.json: what differs between equal runs; from both report.html is made (grail.page)."""
         return machine_json() | {
             "seconds": {name: round(seconds, 3) for name, seconds in self.phases.items()},
@@ -114,7 +122,7 @@ class Report:
         }
 
 
-def machine_json() -> dict:
+def machine_json() -> dict[str, Any]:
     """Where a run took place."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -135,7 +143,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def site_entry(result: SiteResult, trained: bool) -> dict:
+def site_entry(result: SiteResult, trained: bool) -> dict[str, Any]:
     """A site as grail.json has it."""
     width = result.site.units.width
     entry = {"name": result.site.name, "kind": result.site.kind, "before": width, "after": width}

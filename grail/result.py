@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,10 @@ class SiteResult:
         compensation = self.compensation and replace(self.compensation, weight=None, bias=None)
         return replace(self, weight=None, bias=None, compensation=compensation)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """Everything but the tensors, exactly (floats survive json)."""
         reduction, done = self.reduction, self.compensation
-        found: dict = {"site": self.site.name}
+        found: dict[str, Any] = {"site": self.site.name}
         if isinstance(reduction, Selection):
             found |= {"kept": reduction.kept.tolist(), "size": reduction.size, "width": reduction.width}
         elif isinstance(reduction, Folding):
@@ -46,9 +47,9 @@ class SiteResult:
         return found
 
     @classmethod
-    def from_json(cls, site: Site, found: dict) -> SiteResult:
+    def from_json(cls, site: Site, found: dict[str, Any]) -> SiteResult:
         """The inverse of `to_json`, without tensors."""
-        reduction = None
+        reduction: Reduction | None = None
         if "kept" in found:
             reduction = Selection(torch.tensor(found["kept"]), found["size"], found["width"])
         elif "cluster" in found:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Unpack, overload
 
 import torch
 
-from .checkpoint.journal import START
-from .checkpoint.writer import STORE, OutputFolder
+from .begun import workspace_of
+from .checkpoint.writer import OutputFolder
 from .distributed import Group
 from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
 from .finish import evaluate, reopen_written, write_rest
+from .flags import Flags, Savable
 from .modules.architecture import Architecture
 from .modules.folder import load as load_module
 from .modules.hf import as_tokenizer
@@ -27,21 +28,42 @@ from .modules.run import compress_module, compress_named
 from .page import write_told
 from .pipeline import stream
 from .plan import Plan, check_disk, headline, make_plan, warn_if_tight
-from .profile import Profile
-from .progress import Progress
+from .progress import Progress, Telling
 from .recipe import Recipe
 from .report import Report
 from .session import Session
-from .store import CachedStore, DiskStore, MemoryStore
-from .workspace import Workspace
+from .surroundings import undisturbed
 
-HASHED = ("model", "calibration", "evaluation")
-
-
-STORES = {"disk": DiskStore, "cached": CachedStore}
+M = TypeVar("M", bound=torch.nn.Module)
 
 
-def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> Report | ModuleReport:
+@overload
+def compress(
+    model: str | Path | Savable,
+    *,
+    progress: Progress | None = None,
+    on_site: Callable[[dict[str, Any]], object] | None = None,
+    **flags: Unpack[Flags],
+) -> Report | ModuleReport: ...
+
+
+@overload
+def compress(
+    model: torch.nn.Module,
+    *,
+    progress: Progress | None = None,
+    on_site: Callable[[dict[str, Any]], object] | None = None,
+    **flags: Unpack[Flags],
+) -> ModuleReport: ...
+
+
+def compress(
+    model: Any,
+    *,
+    progress: Progress | None = None,
+    on_site: Callable[[dict[str, Any]], object] | None = None,
+    **flags: Any,
+) -> Report | ModuleReport | None:
     """Compress a model; flags are those of `grail compress` with underscores (see Recipe, for other modules than those
     of transformers ModuleRecipe).
 
@@ -50,20 +72,39 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
     tokenised already (a tensor [N, L], a list of tensors, an iterable of batches, or a .safetensors file).
     Or a vision network: transformers' ViT, DeiT, DINOv2 or CLIP as a folder or loaded; any other module (`sites`: a
     description by hand; `preprocessing`: for images that are not floats as it reads them; `tokenizer`: for captions);
-    timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory). Raises
-    GrailError for bad input.
+    timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory).
+
+    A language model gives a Report, any other network a ModuleReport; of several processes (torchrun) all but the main
+    one get None.
+
+    on_site is called with a site's entry of `report.sites` when that is final: once for each, in execution order, of
+    several processes in the main one alone. With `resume` the sites of the layers that are there already come first;
+    a layer that was cut off comes again. What the function raises stops the run like any other error; work that was
+    done is kept as it is then.
+
+    May stand in the middle of any script: the result does not depend on what the script has set in torch, and all of it
+    is afterwards as it was (grail.surroundings). Raises GrailError for bad input.
     """
+    if on_site is not None and not callable(on_site):
+        raise GrailError(f"on_site must be a function that takes a site's entry; got {type(on_site).__name__}")
+    with undisturbed() as caller:
+        flags |= {name: caller.lent(flags[name]) for name in ("calibration",) if name in flags}
+        progress = progress or Progress()
+        return _compress(model, progress if on_site is None else Telling(progress, caller.own(on_site)), **flags)
+
+
+def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleReport | None:
     if isinstance(model, torch.nn.Module) and (not hasattr(model, "save_pretrained") or is_hf_module(model)):
-        return _compress_in_memory(model, progress or Progress(), **flags)
+        return _compress_in_memory(model, progress, **flags)
     if isinstance(model, (str, Path)) and is_network(str(model)):
-        return _compress_named(str(model), progress or Progress(), **flags)
+        return _compress_named(str(model), progress, **flags)
     unknown = set(flags) - {f.name for f in fields(Recipe)}
     if unknown:
         raise GrailError(f"compress has no option {', '.join(sorted(unknown))}")
     if not hasattr(model, "save_pretrained"):
         if not flags.get("output"):
             raise GrailError("compress needs output=FOLDER: where to write the smaller checkpoint")
-        return run(Recipe(model=str(model), **flags), progress or Progress())
+        return run(Recipe(model=str(model), **flags), progress)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise GrailError("compress of a module works in one process: save it to a folder and compress that")
     with tempfile.TemporaryDirectory(prefix="grail-") as work:
@@ -71,16 +112,15 @@ def compress(model: Any, *, progress: Progress | None = None, **flags: Any) -> R
         flags["called"] = type(model).__name__
         Recipe(model=str(source), **flags)
         model.save_pretrained(source)
-        report = run(
-            Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress or Progress()
-        )
+        report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
+        assert report is not None and report.output is not None, "there is one process, and it is the main one"
         report.model = load(report.output).to(next(model.parameters()).device)
         report.output = output and report.output
         return report
 
 
 def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: Any) -> ModuleReport:
-    own = {name: flags.pop(name) for name in ("sites", "preprocessing", "tokenizer") if name in flags}
+    own: dict[str, Any] = {name: flags.pop(name) for name in ("sites", "preprocessing", "tokenizer") if name in flags}
     if flags.get("device", "auto") != "auto":
         raise GrailError("a module is compressed where it is: move it there, and leave out device")
     recipe = _module_recipe(None, **{"called": type(module).__name__} | flags)
@@ -104,6 +144,15 @@ def _module_recipe(model: str | None, **flags: Any) -> ModuleRecipe:
     return ModuleRecipe(model=model, **flags)
 
 
+@overload
+def load(path: str | Path, module: None = None) -> Any: ...  # its class is that of what was compressed
+
+
+@overload
+def load(path: str | Path, module: M) -> M: ...
+
+
+@undisturbed()
 def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Module:
     """Open an output of GRAIL as a module, in the dtype it is stored in, ready for inference. module: for a network of
     your own class, one of the original widths (it is not modified)."""
@@ -117,6 +166,7 @@ def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Mo
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
+@undisturbed()
 def plan(recipe: Recipe, progress: Progress) -> Plan:
     """What `run` would do and need. Nothing is written. Raises GrailError for bad input, and for a budget that cannot
     be kept."""
@@ -130,6 +180,7 @@ def plan(recipe: Recipe, progress: Progress) -> Plan:
     return found
 
 
+@undisturbed()
 def run(recipe: Recipe, progress: Progress) -> Report | None:
     """Carry out a recipe. Nothing is written outside OUT.partial, which is renamed at the very end.
 
@@ -147,13 +198,9 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
             progress.say(line)
         if tight := warn_if_tight(plan):
             progress.warn(tight)
-        threads = torch.get_num_threads()
-        try:
-            # the inner guard: the others must know before the folder in which they write is taken away
-            with _telling_what_is_kept(out), out if group.main else nullcontext(), group.guard():
-                report = _carry_out(plan, out)
-        finally:
-            torch.set_num_threads(threads)
+        # the inner guard: the others must know before the folder in which they write is taken away
+        with _telling_what_is_kept(out), out if group.main else nullcontext(), group.guard():
+            report = _carry_out(plan, out)
     group.close()
     return report
 
@@ -182,11 +229,13 @@ def _kept(out: OutputFolder) -> str:
 
 def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     session = plan.session
-    work = _workspace(plan, out)
+    work = workspace_of(plan, out)
     session.settle_widths(work)
     job = session.job
+    assert job.format is not None, "settled with the widths"
     with session.phase("compress"):
-        streamed = stream(job, work, session.texts, out, session.progress.layers("compressing"))
+        progress = session.progress
+        streamed = stream(job, work, session.texts, out, progress.layers("compressing"), tell=progress.site)
     if session.group.main:
         write_rest(session, job, out)
         with session.phase("reopen"):
@@ -214,45 +263,3 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     write_told(out, report.to_json(), report.run_json(), session.located.folder)
     report.output = str(out.finish())
     return report
-
-
-def _workspace(plan: Plan, out: OutputFolder) -> Workspace:
-    """How the passes are carried out: as an earlier run did whose work is gone on with, else as planned."""
-    session, group = plan.session, plan.session.group
-    asked = group.broadcast(_begun(plan, out) if group.main else None)  # the same chunks and threads for all
-    torch.set_num_threads(asked["threads"])
-    store = MemoryStore() if plan.store == "memory" else STORES[plan.store](out.partial / STORE)
-    profile = Profile(watch_memory=session.recipe.profile)
-    return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill, profile=profile)
-
-
-def _begun(plan: Plan, out: OutputFolder) -> dict:
-    """The journal's first line, written now or by an earlier run. Raises Circumstance when that asked for something
-    else or does not fit the memory that there is now."""
-    chunk_tokens = plan.costs.chunk_tokens
-    asked = {"identity": plan.session.identity(), "chunk_tokens": chunk_tokens, "threads": torch.get_num_threads()}
-    started = out.journal.find(START)
-    if not started:
-        out.journal.append({"step": START, **asked})
-        return asked
-    _check_same(started[0]["identity"], asked["identity"])
-    budget = plan.session.recipe.memory
-    if budget is not None and started[0]["chunk_tokens"] > chunk_tokens:
-        raise Circumstance(
-            f"--memory {budget / 1e9:.2f} GB: the run was begun with {started[0]['chunk_tokens']} tokens at a time and "
-            f"must go on so, which needs more; give more, or start over with --overwrite and not --resume"
-        )
-    return started[0]
-
-
-def _check_same(begun: dict, asked: dict) -> None:
-    """Raises Circumstance, which leaves the work as it is, naming the first thing that is not as it was."""
-    flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**begun}, {**asked})]
-    for key in sorted(set(flat[0]) | set(flat[1])):
-        was, now = (found.get(key) for found in flat)
-        if was != now:
-            what = f"{key} sha256" if key in HASHED else key
-            raise Circumstance(
-                f"--resume: the run was begun with {what} {was}, this command has {what} {now} (to start over, give "
-                f"--overwrite and not --resume)"
-            )

@@ -29,5 +29,5 @@ def test_the_wheel_holds_both_packages_and_every_module(tmp_path):
     modules = [*ROOT.glob("grail/**/*.py"), *ROOT.glob("kernels/grail_kernels/**/*.py")]
     expected = {str(file.relative_to(ROOT)).removeprefix("kernels/") for file in modules}
     assert expected <= held
-    assert {"grail_kernels/metadata.json", "grail_kernels/py.typed"} <= held
+    assert {"grail/py.typed", "grail_kernels/metadata.json", "grail_kernels/py.typed"} <= held
     assert not any(name.startswith("kernels/") for name in held)

@@ -251,10 +251,10 @@ def linears(monkeypatch) -> list[Tensor]:
         seen.append(weight)
         return linear(hidden, weight, bias)
 
-    def counting(*arguments):
+    def counting(*arguments, **options):
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.functional, "linear", counted)
-            return stream(*arguments)
+            return stream(*arguments, **options)
 
     monkeypatch.setattr(grail.run, "stream", counting)
     return seen

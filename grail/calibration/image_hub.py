@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bars import without_bars
 from ..errors import GrailError
 from .image_files import PARTS, pixel_content, pixels
 from .preprocessing import imported
@@ -46,12 +47,12 @@ def open_hub(name: str, split: str) -> tuple[Rows, Tensor | None, list[str] | No
     """
     import datasets
 
-    datasets.disable_progress_bar()
     repository, _, asked = name.removeprefix("hf:").partition(":")
     try:
-        offered = datasets.get_dataset_split_names(repository)
-        part = next((part for part in ([asked] if asked else PARTS[split]) if part in offered), None)
-        rows = datasets.load_dataset(repository, split=part) if part else None
+        with without_bars(datasets):
+            offered = datasets.get_dataset_split_names(repository)
+            part = next((part for part in ([asked] if asked else PARTS[split]) if part in offered), None)
+            rows = datasets.load_dataset(repository, split=part) if part else None
     except Exception as error:  # datasets, httpx and OSError: which one depends on how the network is missing
         raise GrailError(
             f"{name} could not be fetched from the hub ({type(error).__name__}); connect, or give a folder or file"

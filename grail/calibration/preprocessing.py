@@ -47,7 +47,7 @@ class Preprocessing:
     crop: float = 1.0
     interpolation: str = "bicubic"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.size) != 2 or any(type(n) is not int or n < 1 for n in self.size):
             raise GrailError(f"preprocessing: the size must be two positive integers, not {self.size}")
         if self.channels not in (1, 3):
@@ -122,10 +122,11 @@ class Preprocessing:
     @classmethod
     def from_open_clip(cls, model: nn.Module) -> Preprocessing:
         """What open_clip's configuration says of a model: the short side is resized to the size, the centre kept."""
-        found = dict(getattr(model.visual, "preprocess_cfg", None) or imported("open_clip").transform.PreprocessCfg())
+        visual: Any = model.visual
+        found = dict(getattr(visual, "preprocess_cfg", None) or imported("open_clip").transform.PreprocessCfg())
         if found.get("resize_mode", "shortest") != "shortest":
             log.warning("open_clip squashes or pads images for this model; GRAIL crops their centre instead")
-        size = found.get("size", model.visual.image_size)
+        size = found.get("size", visual.image_size)
         size = (size, size) if isinstance(size, int) else tuple(size)
         interpolation = found["interpolation"] if found["interpolation"] in INTERPOLATIONS else "bicubic"
         return cls(size, 3, tuple(found["mean"]), tuple(found["std"]), 1.0, interpolation)

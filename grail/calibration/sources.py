@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..bars import without_bars
 from ..errors import GrailError
 from .builtin import docstrings, topics
 
@@ -106,13 +107,14 @@ def _hub(source: str, split: str, option: str) -> Iterator[str]:
         )
     import datasets
 
-    datasets.disable_progress_bar()
     repository, configuration, splits, files = _HUB[source]
     split = "calibration" if split == "calibration" else "evaluation"
     try:
-        rows = datasets.load_dataset(
-            repository, configuration, split=splits[split], data_files=files and {splits[split]: files[splits[split]]}
-        )
+        with without_bars(datasets):
+            part = splits[split]
+            rows = datasets.load_dataset(
+                repository, configuration, split=part, data_files=files and {part: files[part]}
+            )
     except Exception as error:  # datasets, httpx and OSError: which one depends on how the network is missing
         raise GrailError(
             f"{option} {source}: {repository} could not be fetched from the hub ({type(error).__name__}); "

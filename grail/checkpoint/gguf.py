@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..bars import without_bars
 from ..errors import GrailError
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,16 @@ def converted(file: Path) -> Path:
 
 
 def _convert(file: Path, work: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    with without_bars(transformers_logging):
+        _write_converted(file, work)
+
+
+def _write_converted(file: Path, work: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class OutputFormat(ABC):
     """
 
     name: str
-    config: dict
+    config: dict[str, Any]
     files: dict[str, str]
     loads_with: str
     class_changed: str | None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -66,18 +66,19 @@ class ModuleSite(Site):
         first, *others = sorted(self.consumers, key=lambda name: order.get(name, len(order)))
         return replace(self, consumer=first, readers=tuple(others))
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For config.json."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: dict) -> ModuleSite:
+    def from_json(cls, found: dict[str, Any]) -> ModuleSite:
         """The inverse."""
         pairs = {key: tuple(tuple(pair) for pair in found[key]) for key in ("counts", "widths")}
         producers = tuple(Producer(**producer) for producer in found["producers"])
         names = {key: tuple(found.get(key, ())) for key in ("norms", "readers", "reader_norms", "scales")}
-        names["stream"] = found.get("stream") and tuple(found["stream"])
-        return cls(**found | {"producers": producers, "units": Units(**found["units"])} | names | pairs)
+        stream = found.get("stream") and tuple(found["stream"])
+        units = Units(**found["units"])
+        return cls(**found | {"producers": producers, "units": units, "stream": stream} | names | pairs)
 
 
 @dataclass
@@ -130,9 +131,17 @@ def channels(
     element by element on the way (gate and up). stream and scales as in ModuleSite."""
     producers = (producer,) if isinstance(producer, str) else tuple(producer)
     made = tuple(Producer(each, 1, sections) for each in producers)
-    units = Units(1, width, size)
-    added = {"stream": stream and tuple(stream), "scales": tuple(scales)}
-    return ModuleSite(name or producers[0], "channels", layer, made, consumer, units, tuple(norms), **added)
+    return ModuleSite(
+        name or producers[0],
+        "channels",
+        layer,
+        made,
+        consumer,
+        Units(1, width, size),
+        norms=tuple(norms),
+        stream=_place(stream),
+        scales=tuple(scales),
+    )
 
 
 def heads(
@@ -153,10 +162,27 @@ def heads(
     values. stream and scales as in ModuleSite."""
     producers = (producer,) if isinstance(producer, str) else tuple(producer)
     made = tuple(Producer(each, size, sections) for each in producers)
-    units = Units(1, count, size)
-    pairs = tuple(map(tuple, counts)), tuple(map(tuple, widths))
-    added = {"stream": stream and tuple(stream), "scales": tuple(scales)}
-    return ModuleSite(name or consumer, "heads", layer, made, consumer, units, (), *pairs, **added)
+    return ModuleSite(
+        name or consumer,
+        "heads",
+        layer,
+        made,
+        consumer,
+        Units(1, count, size),
+        counts=_pairs(counts),
+        widths=_pairs(widths),
+        stream=_place(stream),
+        scales=tuple(scales),
+    )
+
+
+def _place(stream: tuple[str, str] | None) -> tuple[str, str] | None:
+    """A tuple, whatever sequence was given; what does not fit is told by `check`, with the site's name."""
+    return cast("tuple[str, str] | None", stream and tuple(stream))
+
+
+def _pairs(given: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple(cast("tuple[str, str]", tuple(pair)) for pair in given)
 
 
 def residual(
@@ -176,8 +202,17 @@ def residual(
         raise GrailError(f"{name}: give lists of writers and of readers, at least one of each")
     made = tuple(Producer(writer, 1) for writer in writers)
     first, *others = readers
-    names = {"norms": tuple(norms), "readers": tuple(others), "reader_norms": tuple(reader_norms)}
-    return ModuleSite(name, RESIDUAL, 0, made, first, Units(1, width, 1), **names)
+    return ModuleSite(
+        name,
+        RESIDUAL,
+        0,
+        made,
+        first,
+        Units(1, width, 1),
+        norms=tuple(norms),
+        readers=tuple(others),
+        reader_norms=tuple(reader_norms),
+    )
 
 
 def check(network: Network) -> None:

@@ -20,6 +20,7 @@ from ..families.network import ModuleSite, Network
 from ..progress import Progress
 from ..recipe import AUTO, RIDGE, STREAM
 from ..reduction import Folding, Reduction
+from ..report import site_entry
 from ..result import SiteResult
 from ..selectors import Selector, SiteView
 from ..selectors.base import BLOCK_GRADIENTS, PRODUCERS
@@ -75,8 +76,9 @@ class ModulePass:
         self.streams = self.recipe.compensate and self.recipe.target == STREAM
         self.own_ridge = RIDGE if self.recipe.ridge == AUTO else self.recipe.ridge
 
-    def run(self, progress: Progress) -> list[SiteResult]:
-        """Narrow `work` site by site. Raises GrailError naming a site that cannot be repaired."""
+    def run(self, progress: Progress, tell: Callable[[dict], None]) -> list[SiteResult]:
+        """Narrow `work` site by site; tell: is given each one's entry of grail.json. Raises GrailError naming a site
+        that cannot be repaired."""
         both = self.reads_dense or self.streams
         self.dense_stream = Stream(self.dense, self.batches) if both else None
         self.work_stream = None if self.recipe.one_shot else Stream(self.work, self.batches)
@@ -87,6 +89,7 @@ class ModulePass:
             for site in (s for s in self.work.sites if self.work.block_of(s.consumer) == blocks[number]):
                 changes = self.kept[site.name] < site.units.count
                 results[site.name] = self._compress(site) if changes else SiteResult(site)
+                tell(site_entry(results[site.name], trained=False))
             for stream in filter(None, (self.dense_stream, self.work_stream, *self.trial_streams)):
                 stream.advance(blocks[number])
         return [results[site.name] for site in self.work.sites]

@@ -20,6 +20,7 @@ from ..evaluation.macs import latency, macs
 from ..evaluation.zero_shot import TEMPLATES, ZeroShot, calls_of, features, is_clip, read_lines, read_templates
 from ..machine import usable_device
 from ..report import SCHEMA_VERSION
+from ..surroundings import undisturbed
 from .architecture import Architecture, open_network
 from .folder import load
 from .names import NAMED, is_module_folder
@@ -82,6 +83,7 @@ def classifier(
     return ZeroShot(module, tokenizer, names, templates)
 
 
+@undisturbed()
 def evaluate_folders(
     model: str,
     *,

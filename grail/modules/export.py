@@ -13,6 +13,7 @@ from ..errors import GrailError
 from ..evaluation.zero_shot import calls_of, features, is_clip
 from ..families.network import IMAGES, TEXT
 from ..replacing import replacing
+from ..surroundings import undisturbed
 from .folder import load, relative_difference
 from .names import is_module_folder
 
@@ -72,6 +73,7 @@ class Encoder(nn.Module):
         return features(getattr(self.module, self.call)(x))
 
 
+@undisturbed()
 def export_folder(path: str, to: str, output: str, *, tower: str | None = None, overwrite: bool = False) -> dict:
     """The same in float32 for a folder that grail wrote, with an example of its recorded input size. tower: which of a
     CLIP's, images or text. Raises GrailError for another folder, or one that records no size."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bars import without_bars
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..errors import GrailError, first_line
 
@@ -172,15 +173,13 @@ def _quiet() -> Iterator[None]:
     """Without transformers' bars and load reports: what they tell is judged here."""
     from transformers.utils import logging
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
     try:
-        yield
+        with without_bars(logging):
+            yield
     finally:
         logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def channels_of(config: dict[str, Any]) -> int | None:

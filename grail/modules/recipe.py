@@ -32,7 +32,7 @@ class ModuleRecipe(Recipe):
     residual_ratio: float = 0.0
     calibration_text: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise GrailError(f"--batch must be a whole number, 1 or more; got {self.batch}")
@@ -56,7 +56,7 @@ class ModuleRecipe(Recipe):
         """The ratio for a kind of site, "heads", "channels" or "residual"."""
         return self.residual_ratio if kind == "residual" else super().ratio_of(kind)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """Without what is for language models only."""
         text = self.calibration_text
         told = text if text is None or isinstance(text, str) else "given in Python"

@@ -8,39 +8,42 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..machine import peak_memory
+from ..readable import Readable
 from ..report import SCHEMA_VERSION, machine_json, site_entry, versions
 from ..result import SiteResult
 from .recipe import ModuleRecipe
 
 
-@dataclass
-class ModuleReport:
+@dataclass(repr=False)
+class ModuleReport(Readable):
     """`model` is the narrower module; `output` the folder it was written to, if any. parameters and macs (for one
     input of each tower) are (before, after); repaired_norms: how many BatchNorms were estimated anew; examples: an
-    input by the method that takes it ("": forward); evaluation: accuracies by name."""
+    input by the method that takes it ("": forward); evaluation: accuracies by name. At a prompt it is a few lines
+    (`summary`), in a notebook a table with plots."""
 
     recipe: ModuleRecipe
     model: nn.Module
     results: list[SiteResult]
-    calibration: dict | None
-    source: dict
+    calibration: dict[str, Any] | None
+    source: dict[str, Any]
     parameters: tuple[int, int]
     macs: tuple[int, int] | None
     allocation: str
     affine: bool
     repaired_norms: int = 0
-    calibration_text: dict | None = None
+    calibration_text: dict[str, Any] | None = None
     classes: list[str] | None = None
     examples: dict[str, Tensor] = field(default_factory=dict)
     bytes: int | None = None
-    evaluation: dict | None = None
+    evaluation: dict[str, Any] | None = None
     output: str | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
-    def sites(self) -> list[dict]:
-        """One entry per site, in execution order (CONTRACTS, grail.json). For convolutions of more than one tap the
-        errors are estimates: the correlation between taps is left out."""
+    def sites(self) -> list[dict[str, Any]]:
+        """One entry per site, in execution order, of plain values as `Report.sites` has them:
+        `pandas.DataFrame(report.sites)` is a table. For convolutions of more than one tap the errors are estimates: the
+        correlation between taps is left out."""
         return [site_entry(result, trained=False) for result in self.results]
 
     @property
@@ -58,7 +61,8 @@ class ModuleReport:
         return machine_json() | {"seconds": seconds, "peak_memory_bytes": peak_memory()}
 
     def to_json(self) -> dict[str, Any]:
-        """grail.json: equal for equal runs."""
+        """The content of grail.json as plain values that json.dumps takes. Equal for equal runs: times and the machine
+        are in `run_json`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "recipe": self.recipe.to_json(),

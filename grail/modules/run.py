@@ -25,6 +25,7 @@ from ..page import write_told
 from ..progress import Progress
 from ..recipe import STREAM
 from ..selectors import selector_class
+from ..surroundings import undisturbed
 from ..widths import WidthPlan
 from . import hf
 from .addition import verify_additions
@@ -41,6 +42,7 @@ from .towers import Tokenizer, Tower, towers_of
 from .verify import verify
 
 
+@undisturbed()
 def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Progress) -> ModuleReport:
     """Compress `timm/NAME` or `torchvision/NAME` with weights from a file, options going to the library's factory; or a
     folder of transformers. Raises GrailError for bad input."""
@@ -104,10 +106,10 @@ def compress_module(
         out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
     with out or nullcontext():
         inputs = {"sites": sites and list(sites), "preprocessing": preprocessing, "tokenizer": tokenizer}
-        report = _compressed(module, recipe, progress, **inputs)
+        report = _compressed(module, recipe, progress, progress.site, **inputs)
         report.source = source or report.source
         plain = replace(recipe, compensate=False, bias=False, repair=False)
-        pruned = partial(_compressed, module, plain, progress, **inputs)
+        pruned = partial(_compressed, module, plain, progress, lambda entry: None, **inputs)
         report.evaluation = _evaluated(module, report, recipe, pruned, preprocessing, tokenizer)
         if out is not None:
             _write(out, report, module, architecture, preprocessing, tokenizer)
@@ -137,7 +139,9 @@ def _write(
     report.output = str(out.finish())
 
 
-def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **inputs: Any) -> ModuleReport:
+def _compressed(
+    module: nn.Module, recipe: ModuleRecipe, progress: Progress, tell: Callable[[dict], None], **inputs: Any
+) -> ModuleReport:
     selector = selector_class(recipe.method).from_options(recipe.set)
     towers = towers_of(module, recipe, progress, **inputs)
     dense = towers[0].dense.module
@@ -168,7 +172,7 @@ def _compressed(module: nn.Module, recipe: ModuleRecipe, progress: Progress, **i
         ranked = [job.scores() for job in passes if job.work.sites[0].kind != RESIDUAL]
         kept |= plan.from_scores({name: scores for found in ranked for name, scores in found.items()})
     start = time.perf_counter()
-    results = [result for job in passes for result in job.run(progress)]
+    results = [result for job in passes for result in job.run(progress, tell)]
     repaired = repair(work, images[0].everything(recipe.batch), images[0].dense.call) if recipe.repair else 0
     seconds = time.perf_counter() - start
     examples = {tower.dense.call: tower.batches[0][:1] for tower in towers if tower.batches}

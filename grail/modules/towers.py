@@ -86,7 +86,7 @@ def _absent(source: object) -> bool:
 def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: ModuleRecipe) -> list[Network]:
     """The networks of a copy of the module in evaluation mode. Raises GrailError where their sites do not fit it."""
     still = frozenset(kind for kind in (*KINDS, RESIDUAL) if recipe.ratio_of(kind) == 0)
-    copied = copy.deepcopy(module).eval().requires_grad_(False)
+    copied = _copied(module).eval().requires_grad_(False)
     found = describe(copied, still) if sites is None else [_by_hand(copied, list(sites))]
     if not any(network.sites or network.residual for network in found):
         raise GrailError("no sites are given: there is nothing to make narrower")
@@ -101,6 +101,13 @@ def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: Mo
         network.residual = [] if RESIDUAL in still else network.residual
         check(network)
     return found
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy. What a forward has left in an attribute is copied without its graph, which deepcopy refuses."""
+    left = (value for inner in module.modules() for value in (*vars(inner).values(), *inner.buffers(recurse=False)))
+    results = [value for value in left if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
 
 
 def _by_hand(module: nn.Module, sites: list[ModuleSite]) -> Network:

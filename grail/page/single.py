@@ -20,8 +20,8 @@ def page(run: Run) -> str:
     return document(
         f"{name}: {run.method}",
         element("h1", f"{name}, {run.method}"),
-        paragraph(_headline(run), class_="faint"),
-        tiles(_figures(run, sites)),
+        paragraph(headline(run), class_="faint"),
+        tiles(figures(run, sites)),
         section("Asked and reached", facts(_asked(run) | _reached(run))),
         section("Plots", *_plots(run, sites)),
         section("Sites", table(sites) if sites else paragraph("grail.json lists no sites.")),
@@ -31,7 +31,8 @@ def page(run: Run) -> str:
     )
 
 
-def _headline(run: Run) -> str:
+def headline(run: Run) -> str:
+    """What is left, and what it can do, in a sentence or two."""
     before, after = run.sizes("parameters")
     kept = f"{scaled(after)} of {scaled(before)} parameters are left. " if before and after is not None else ""
     measure = run.measure
@@ -41,7 +42,8 @@ def _headline(run: Run) -> str:
     return f"{kept}{measure.name.capitalize()} on {measure.data}: {told}."
 
 
-def _figures(run: Run, sites: list[SiteRow]) -> dict[str, tuple[str, str]]:
+def figures(run: Run, sites: list[SiteRow]) -> dict[str, tuple[str, str]]:
+    """Name to (value, note): sizes, what the evaluation found, the mean error."""
     found = {}
     for name, unit in (("parameters", ""), ("bytes", "B"), ("macs", "")):
         before, after = run.sizes(name)
@@ -139,7 +141,7 @@ def _reached(run: Run) -> dict[str, object]:
 
 
 def _plots(run: Run, sites: list[SiteRow]) -> list[Markup | None]:
-    found = [_evaluated(run), *site_plots(sites), *_time_and_memory(run)]
+    found = [evaluated(run), *site_plots(sites), *_time_and_memory(run)]
     missing = []
     if run.measure is None:
         missing.append("There was no evaluation, so that perplexity or accuracy is not shown.")
@@ -154,7 +156,8 @@ def _plots(run: Run, sites: list[SiteRow]) -> list[Markup | None]:
     return [plots(found), paragraph(" ".join(missing), class_="faint") if missing else None]
 
 
-def _evaluated(run: Run) -> Markup | None:
+def evaluated(run: Run) -> Markup | None:
+    """The plot of what the evaluation found."""
     measure = run.measure
     if measure is None:
         return None

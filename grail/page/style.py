@@ -4,6 +4,10 @@ The six colours are those of Okabe and Ito (colour universal design), darkened o
 to one against its background; every series has a shape or a dash of its own as well.
 """
 
+from __future__ import annotations
+
+import re
+
 LIGHT = ("#0072b2", "#c04f00", "#007f5f", "#a3427c", "#5c5c00", "#5b4bb0")
 DARK = ("#56b4e9", "#f0a030", "#2fc99a", "#e08bbb", "#e6dc50", "#a99cf0")
 PAPER, NIGHT = "#ffffff", "#14171a"
@@ -84,3 +88,21 @@ th,td{padding:2px 4px}
     + ".c0{--c:var(--faint)}\n"
     + "".join(f".c{number}{{--c:var(--c{number})}}\n" for number in range(1, len(LIGHT) + 1))
 )
+
+
+WHOLE = {":root", "html", "body", "main"}
+"""Selectors of the page itself."""
+RULE = re.compile(r"([^{}]+)\{((?:[^{}]|\{[^{}]*\})*)\}")
+
+
+def within(scope: str, css: str = CSS) -> str:
+    """The style sheet for a part of somebody else's page: no rule of it reaches beyond what the selector matches."""
+    found = []
+    for selector, body in RULE.findall(css):
+        if selector.strip().startswith("@media"):
+            found.append(f"{selector.strip()}{{{within(scope, body)}}}")
+        elif not selector.strip().startswith("@"):
+            parts = (part.strip() for part in selector.split(","))
+            scoped = dict.fromkeys(scope if part in WHOLE else f"{scope} {part}" for part in parts)
+            found.append(f"{','.join(scoped)}{{{body}}}")
+    return "\n".join(found)

@@ -22,6 +22,7 @@ from ..families import open_family
 from ..families.gguf import ARCHITECTURE, Entry, described
 from ..page.source_card import source_card
 from ..replacing import replacing
+from ..surroundings import undisturbed
 from .vocabulary import Vocabulary, vocabulary
 
 BLOCK = 32
@@ -49,6 +50,7 @@ ENCODINGS = {
 STORED = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
+@undisturbed()
 def export_gguf(path: str | Path, output: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> dict:
     """Write the checkpoint `path` as the file `output`. dtype: one of ENCODINGS, None for that in which it is stored.
 

@@ -12,6 +12,7 @@ from ..errors import GrailError
 from ..modules.names import NAMED
 from ..progress import Progress
 from ..report import SCHEMA_VERSION
+from ..surroundings import undisturbed
 from .average import check_finite
 from .greedy import Accuracy, Judge, NegativePerplexity, Trial, choose
 from .inputs import Ingredient, open_inputs
@@ -20,6 +21,7 @@ from .output import candidate, open_output, write
 RECORD = "soup.json"
 
 
+@undisturbed()
 def soup(
     inputs: Sequence[str | Path],
     output: str | Path,

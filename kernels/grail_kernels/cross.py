@@ -5,13 +5,15 @@ Shapes: S sites, T rows of one update, H width of x, O columns of y.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .dispatch import backend as choose_backend
 from .gram import CHAIN_ROWS, CHAIN_ROWS_PRECISE
 from .gram_torch import add_product, cross_reference
-from .inputs import as_rows, device_dtype, device_of, isolated, positive, to_device
+from .inputs import Device, as_rows, device_dtype, device_of, isolated, positive, to_device
 
 COLUMN_MULTIPLE = 16
 """The kernel's output has this many columns or a multiple: every row of it is then aligned."""
@@ -30,7 +32,7 @@ class CrossAccumulator:
         width: int,
         columns: int,
         *,
-        device=None,
+        device: Device = None,
         precise: bool = False,
         sites: int | None = None,
         backend: str | None = None,
@@ -110,7 +112,7 @@ class CrossAccumulator:
         return self
 
     @isolated
-    def all_reduce(self, group=None) -> CrossAccumulator:
+    def all_reduce(self, group: Any = None) -> CrossAccumulator:
         """Sum over the processes of a torch.distributed group."""
         import torch.distributed as dist
 
@@ -121,12 +123,12 @@ class CrossAccumulator:
         return self
 
     @isolated
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Copies, from which `load_state_dict` continues with the same bits."""
         return {"value": self.value.clone(), "count": self._count.clone(), "precise": self.precise, "sites": self.sites}
 
     @isolated
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs."""
         if state["value"].shape != self.value.shape:
             raise ValueError(f"state is {list(state['value'].shape)}, this {list(self.value.shape)}")
@@ -134,13 +136,13 @@ class CrossAccumulator:
         self._count = torch.as_tensor(state["count"], dtype=torch.int64).reshape(-1).cpu().clone()
         self.precise = bool(state["precise"])
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {
             "width": self.width, "columns": self.columns, "device": str(self.device), "backend": self.backend.name,
             **self.state_dict(),
         }  # fmt: skip
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         names = ("width", "columns", "device", "sites", "backend")
         CrossAccumulator.__init__(self, *(state[n] for n in names[:2]), **{n: state[n] for n in names[2:]})
         self.load_state_dict(state)

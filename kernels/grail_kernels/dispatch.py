@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .configs import target_of
-from .inputs import device_of
+from .inputs import Device, device_of
 
 ENVIRONMENT = "GRAIL_KERNELS_BACKEND"
 IMPLEMENTATIONS = {
@@ -30,7 +30,7 @@ class Backend(NamedTuple):
     reason: str
 
 
-def backend(operation: str = "gram", device=None, override: str | None = None) -> Backend:
+def backend(operation: str = "gram", device: Device = None, override: str | None = None) -> Backend:
     """Choose the implementation of `operation` ("gram", "packed" or "ridge") for a device.
 
     "reference" is the plain formula in float64; "torch" is blocked torch, on CPU and CUDA; "triton" are our kernels,

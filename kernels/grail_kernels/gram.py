@@ -11,13 +11,14 @@ error does not grow with the length of a chain (DESIGN section 5). Rows that the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import backend as choose_backend
 from .gram_torch import add_gram, add_reference, column_sums
-from .inputs import as_rows, device_dtype, device_of, isolated, mean_rows, positive, to_device
+from .inputs import Device, as_rows, device_dtype, device_of, isolated, mean_rows, positive, to_device
 from .packed import PackedSymmetric, default_tile, packed_size
 
 CHAIN_ROWS = 8192
@@ -43,7 +44,7 @@ class GramAccumulator:
         self,
         width: int,
         *,
-        device=None,
+        device: Device = None,
         precise: bool = False,
         centred: bool = False,
         sites: int | None = None,
@@ -69,8 +70,10 @@ class GramAccumulator:
         size = packed_size(self.width, tile, padded=padded)
         self._data = torch.zeros(count, size, dtype=torch.float32, device=self.device)
         self.device = self._data.device  # "cuda" has become "cuda:0"
-        layout = {"tile": tile, "padded": padded, "backend": "triton" if self.backend.name == "triton" else "torch"}
-        self._packed = [PackedSymmetric(self.width, data=row, **layout) for row in self._data]
+        name = "triton" if self.backend.name == "triton" else "torch"
+        self._packed = [
+            PackedSymmetric(self.width, tile=tile, padded=padded, data=row, backend=name) for row in self._data
+        ]
         self._sum = torch.zeros(count, self.width, dtype=torch.float64, device=self.device)
         self._count = torch.zeros(count, dtype=torch.int64)
         self._shift: Tensor | None = None
@@ -190,10 +193,10 @@ class GramAccumulator:
 
     def _each(self, get: Callable[[PackedSymmetric], Tensor]) -> Tensor:
         held = self.packed
-        return get(held) if self.sites is None else torch.stack([get(packed) for packed in held])
+        return get(held) if isinstance(held, PackedSymmetric) else torch.stack([get(packed) for packed in held])
 
     @isolated
-    def all_reduce(self, group=None) -> GramAccumulator:
+    def all_reduce(self, group: Any = None) -> GramAccumulator:
         """Sum over the processes of a torch.distributed group; float32 matrices, float64 sums. Centred: about the
         mean of all processes' rows; a process may have none."""
         import torch.distributed as dist
@@ -208,7 +211,7 @@ class GramAccumulator:
         self._symmetric = False
         return self
 
-    def _agree_on_origin(self, group) -> None:
+    def _agree_on_origin(self, group: Any) -> None:
         import torch.distributed as dist
 
         total_SH, count_S = self.sum.view(-1, self.width), self._count.to(self.device, copy=True)
@@ -217,7 +220,7 @@ class GramAccumulator:
         self._move_origin(total_SH / count_S.clamp_min(1)[:, None])
 
     @isolated
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors and numbers from which `load_state_dict` continues with the same bits."""
         return {
             "shift": None if self._shift is None else self._shift.clone(),
@@ -233,7 +236,7 @@ class GramAccumulator:
         }
 
     @isolated
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs."""
         if (state["width"], state["sites"]) != (self.width, self.sites):
             raise ValueError(f"state is of {state['sites']} x {state['width']}, this of {self.sites} x {self.width}")
@@ -251,10 +254,10 @@ class GramAccumulator:
         self._shift = None if shift is None else shift.to(self.device, torch.float32, copy=True)
         self._symmetric = False
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"device": str(self.device), "backend": self.backend.name, **self.state_dict()}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         GramAccumulator.__init__(
             self, state["width"], device=state["device"], sites=state["sites"], backend=state["backend"]
         )

@@ -8,15 +8,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+Device = torch.device | str | int | None
+"""A device as callers name it."""
+P = ParamSpec("P")
+R = TypeVar("R")
 FINITE_NUMBERS = 1 << 19
 """Numbers of a block in which `all_finite` looks at a tensor."""
 
 
-def device_of(device) -> torch.device:
+def device_of(device: Device) -> torch.device:
     """A torch.device; None is the CPU, 0 the first accelerator (and not "nothing given")."""
     return torch.device("cpu" if device is None else device)
 
@@ -34,12 +39,12 @@ def all_finite(tensor: Tensor) -> bool:
     )
 
 
-def isolated(function: Callable) -> Callable:
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """Run without autograd, autocast (which would multiply in bf16) and inference mode (whose tensors cannot be updated
     outside it), whatever the caller has switched on."""
 
     @functools.wraps(function)
-    def alone(*args, **kwargs):
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())

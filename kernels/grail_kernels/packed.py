@@ -11,12 +11,14 @@ stays aligned. Source: DESIGN section 5 (packed lower tiles); layout by measurem
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .dispatch import Backend
 from .dispatch import backend as choose_backend
-from .inputs import device_of, isolated, positive
+from .inputs import Device, device_of, isolated, positive
 
 LAYOUT = Backend("torch", "the layout is not padded")
 
@@ -52,8 +54,8 @@ class PackedSymmetric:
         width: int,
         *,
         tile: int | None = None,
-        device=None,
-        dtype=torch.float32,
+        device: Device = None,
+        dtype: torch.dtype = torch.float32,
         padded: bool = False,
         data: Tensor | None = None,
         backend: str | None = None,
@@ -91,7 +93,7 @@ class PackedSymmetric:
         """Pack a symmetric matrix; only its upper triangle of tiles is read."""
         if dense_HH.dim() != 2 or dense_HH.shape[0] != dense_HH.shape[1]:
             raise ValueError(f"expected a square matrix, got {list(dense_HH.shape)}")
-        layout = {"tile": tile, "padded": padded, "backend": backend}
+        layout: dict[str, Any] = {"tile": tile, "padded": padded, "backend": backend}
         packed = cls(dense_HH.shape[0], device=dense_HH.device, dtype=dense_HH.dtype, **layout)
         for panel, (start, end) in zip(packed.panels, packed.bounds, strict=True):
             panel.copy_(dense_HH[:end, start:end])
@@ -197,8 +199,9 @@ class PackedSymmetric:
     @isolated
     def clone(self) -> PackedSymmetric:
         """An independent copy in the same layout."""
-        layout = {"tile": self.tile, "padded": self.padded, "backend": self.backend.name}
-        return PackedSymmetric(self.width, data=self.data.clone(), **layout)
+        return PackedSymmetric(
+            self.width, tile=self.tile, padded=self.padded, data=self.data.clone(), backend=self.backend.name
+        )
 
     @isolated
     def matmul(self, dense_HM: Tensor) -> Tensor:

@@ -88,8 +88,8 @@ def ridge_solve(
             raise error
         return solved
     count = len(a) if a.dim() == 3 else len(lams)
-    stack = [None if t is None else t.expand(count, *t.shape[-2:]) for t in (a, rhs, anchor)]
-    return _solve_stack(name, *stack, lams.expand(count), solve_dtype, on_error)
+    a, rhs, anchor = _stacked(a, count), _stacked(rhs, count), None if anchor is None else _stacked(anchor, count)
+    return _solve_stack(name, a, rhs, anchor, lams.expand(count), solve_dtype, on_error)
 
 
 @isolated
@@ -112,6 +112,10 @@ def ridge_solve_(a: MatrixRows, rhs_KM: Tensor, lam: float, *, backend: str | No
     if error is not None:
         raise error
     return solved
+
+
+def _stacked(matrix: Tensor, count: int) -> Tensor:
+    return matrix.expand(count, *matrix.shape[-2:])
 
 
 def _checked_ridge(lam: float | Sequence[float] | Tensor) -> Tensor:
@@ -188,5 +192,5 @@ def _checked_reference(a_KK: Tensor, rhs_KM: Tensor, lam: float, anchor_KM: Tens
         raise RidgeError("the input holds a NaN or infinity", NOT_FINITE)
     try:
         return ridge_reference(a_KK, rhs_KM, lam, anchor_KM)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not list it in __all__
         raise RidgeError(f"the reference raises no λ: {error}", SINGULAR) from error

@@ -1,0 +1,64 @@
+"""How the passes of a run are carried out: as planned, or as an earlier run did whose work is gone on with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .checkpoint.journal import START
+from .checkpoint.writer import STORE, OutputFolder
+from .errors import Circumstance
+from .plan import Plan
+from .profile import Profile
+from .store import CachedStore, DiskStore, MemoryStore
+from .workspace import Workspace
+
+HASHED = ("model", "calibration", "evaluation")
+STORES = {"disk": DiskStore, "cached": CachedStore}
+
+
+def workspace_of(plan: Plan, out: OutputFolder) -> Workspace:
+    """How the passes are carried out: as an earlier run did whose work is gone on with, else as planned."""
+    session, group = plan.session, plan.session.group
+    asked = group.broadcast(_begun(plan, out) if group.main else None)  # the same chunks and threads for all
+    torch.set_num_threads(asked["threads"])
+    store = MemoryStore() if plan.store == "memory" else STORES[plan.store](out.partial / STORE)
+    profile = Profile(watch_memory=session.recipe.profile)
+    return Workspace(store, group, asked["chunk_tokens"], plan.costs.spill, profile=profile)
+
+
+def _begun(plan: Plan, out: OutputFolder) -> dict[str, Any]:
+    """The journal's first line, written now or by an earlier run. Raises Circumstance when that asked for something
+    else or does not fit the memory that there is now."""
+    chunk_tokens = plan.costs.chunk_tokens
+    asked: dict[str, Any] = {
+        "identity": plan.session.identity(),
+        "chunk_tokens": chunk_tokens,
+        "threads": torch.get_num_threads(),
+    }
+    started = out.journal.find(START)
+    if not started:
+        out.journal.append({"step": START, **asked})
+        return asked
+    _check_same(started[0]["identity"], asked["identity"])
+    budget = plan.session.recipe.memory
+    if budget is not None and started[0]["chunk_tokens"] > chunk_tokens:
+        raise Circumstance(
+            f"--memory {budget / 1e9:.2f} GB: the run was begun with {started[0]['chunk_tokens']} tokens at a time and "
+            f"must go on so, which needs more; give more, or start over with --overwrite and not --resume"
+        )
+    return started[0]
+
+
+def _check_same(begun: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises Circumstance, which leaves the work as it is, naming the first thing that is not as it was."""
+    flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**begun}, {**asked})]
+    for key in sorted(set(flat[0]) | set(flat[1])):
+        was, now = (found.get(key) for found in flat)
+        if was != now:
+            what = f"{key} sha256" if key in HASHED else key
+            raise Circumstance(
+                f"--resume: the run was begun with {what} {was}, this command has {what} {now} (to start over, give "
+                f"--overwrite and not --resume)"
+            )
