@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,10 @@ from .guard import OneSentence, guarded, start
 from .modules.terminal import show_network
 from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_plan, show_profile, show_report
+
+if TYPE_CHECKING:
+    from .progress import Progress
+    from .request import Request
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 bad input, one sentence says what to mend; 75 interrupted, the same command with --resume "
@@ -220,6 +224,8 @@ def compress(
     wanted = requested(asked)
     if print_recipe:
         return print_recipe_of(wanted, as_json)
+    if wanted.recipe.resume and _stays(wanted, progress, as_json):
+        return
     report = wanted.carry_out(progress)
     if report is None:
         return  # another process of this run reports
@@ -229,6 +235,19 @@ def compress(
     (show_network if wanted.vision else show_report)(report, results())
     if profile:
         show_profile(report, results())
+
+
+def _stays(wanted: Request, progress: Progress, as_json: bool) -> bool:
+    """Whether a job that was started once more finds its result there; then it is told."""
+    from .recipes.batch import finished_result, speaks
+
+    kept = finished_result(wanted)
+    if kept is None:
+        return False
+    progress.say(f"{wanted.recipe.output} is finished and stays as it is")
+    if as_json and speaks():
+        write_json(kept | {"output": wanted.recipe.output})
+    return True
 
 
 @app.command("plan")

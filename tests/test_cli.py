@@ -99,6 +99,20 @@ def test_json_of_compress_and_eval_is_one_document(job, tmp_path, reopen_here):
     assert found["perplexity"] == pytest.approx(perplexity["compressed"], rel=1e-6)
 
 
+def test_resume_leaves_a_finished_output_as_it_is(job, tmp_path, reopen_here):
+    arguments = [str(a) for a in job]
+    assert runner.invoke(app, [*arguments, "--quiet"]).exit_code == 0
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "out").iterdir()}
+    again = runner.invoke(app, [*arguments, "--resume", "--json"])
+    assert again.exit_code == 0 and "is finished" in again.stderr
+    document = json.loads(again.stdout)
+    assert document["output"] == str(tmp_path / "out") and document["run"] and document["sites"]
+    assert before == {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "out").iterdir()}
+    assert runner.invoke(app, arguments).exit_code == 2
+    other = runner.invoke(app, [*arguments, "--resume", "--seed", "1"])
+    assert other.exit_code == 2 and "not empty" in other.stderr
+
+
 def test_compare_pruned_is_what_no_compensate_gives(job, tmp_path, reopen_here):
     arguments = [str(a) for a in job]
     evaluation = ["--eval", arguments[arguments.index("--calibration") + 1], "--json", "--overwrite"]

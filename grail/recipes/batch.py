@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..checkpoint.writer import JOURNAL
 from ..documents import read_json
 from ..errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, sentence_of, verdict
 from ..page.command import flags
-from ..page.run import GRAIL, mapping, read_run
+from ..page.run import GRAIL, RAN, mapping, read_run
 from ..progress import Progress
 from ..request import Request
 
@@ -77,13 +78,21 @@ def _fits(output: str, pattern: str) -> bool:
 
 def is_finished(asked: Request) -> bool:
     """Whether the output holds what is asked for: a grail.json with an equal recipe. Input files are not compared."""
-    file = Path(asked.recipe.output) / GRAIL
-    if not file.is_file():
-        return False
-    found = read_json(file)
+    return finished_result(asked) is not None
+
+
+def finished_result(asked: Request) -> dict[str, Any] | None:
+    """The grail.json that is_finished goes by, with run.json as "run"; None where there is work left, be it to clean
+    up after a run that was cut off at its very end."""
+    folder = Path(asked.recipe.output)
+    if not (folder / GRAIL).is_file() or (folder / JOURNAL).exists():
+        return None
+    found = read_json(folder / GRAIL)
     wanted = json.loads(json.dumps(asked.recipe.to_json()))
     options = mapping(mapping(found.get("source")).get("options"))
-    return found.get("recipe") == wanted and options == asked.model_options
+    if found.get("recipe") != wanted or options != asked.model_options:
+        return None
+    return found | ({"run": read_json(folder / RAN)} if (folder / RAN).is_file() else {})
 
 
 def states(requests: list[Request], *, overwrite: bool = False, resume: bool = False) -> list[Outcome]:
