@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _licence(source: SourceCard, base: list[str], beside: Path | None) -> dict[s
     """The source's, a link to a file that does not lie here turned into one to where it does."""
     found = {key: source.licence[key] for key in LICENCE if key in source.licence}
     link = found.get("license_link")
-    if link and not re.match(r"https?://", link) and not (beside and (beside / Path(link).name).is_file()):
+    if link and not re.match(r"https?://", link) and Path(link).name not in (os.listdir(beside) if beside else ()):
         found.pop("license_link")
         if base:
             found["license_link"] = f"https://huggingface.co/{base[0]}/blob/main/{link}"
