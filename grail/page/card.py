@@ -126,8 +126,9 @@ def _summary(run: Run, base: list[str]) -> str:
         if run.repaired
         else "and nothing was repaired"
     )
+    method = _code(str(run.recipe.get("method", "unknown")))
     return (
-        f"{of} with {kept}: `{run.recipe.get('method', 'unknown')}` chose what goes ({_removed(run)}), {repaired}. "
+        f"{of} with {kept}: {method} chose what goes ({_removed(run)}), {repaired}. "
         "Made with an independent implementation of GRAIL (Tang, Wang, Thiele, Saukh, CPAL 2026); neither its authors "
         "nor those of the base model have anything to do with this folder."
     )
@@ -195,7 +196,7 @@ def _made(run: Run) -> list[str]:
             if number(calibration.get(key)) is not None
         ]
         parts.append(f"Calibrated on {_inline(_data(source))}: {', '.join(sizes)}, no labels.")
-    versions = ", ".join(f"{name} {value}" for name, value in mapping(run.grail.get("versions")).items())
+    versions = ", ".join(_inline(f"{name} {value}") for name, value in mapping(run.grail.get("versions")).items())
     parts.append(f"Versions: {versions}." if versions else "")
     parts.append("`report.html` shows every site; `grail.json` has every figure.")
     if run.ran is not None and nameable(run):
