@@ -82,6 +82,8 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
     widths, rope = model.widths[0], getattr(config, "rope_parameters", None) or {}
     length = config.max_position_embeddings
     if window := getattr(config, "sliding_window", None):
+        if not isinstance(window, int) or window < 1:
+            raise GrailError(f"{path / 'config.json'}: sliding_window is {window!r}")
         length = min(length, window)  # up to there attention to all is the same
     fields = {
         "vocab_size": config.vocab_size,
@@ -97,6 +99,9 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
         "rope.dimension_count": model.head_dim,
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }
+    for key, value in fields.items():
+        if not 0 < value < 2**32:
+            raise GrailError(f"{path / 'config.json'}: {value} is no {key} that GGUF can hold")
     entries = [_entry(model, name) for name in model.source.names()]
     scaling, more = _scaling(model, rope)
     return fields | scaling, entries + more
