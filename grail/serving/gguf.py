@@ -120,7 +120,10 @@ class Stored:
             raise GrailError(f"{self.entry.source}: a number is not finite as {found.dtype}; choose another --dtype")
         if self.encoding.kind == Kind.BF16:
             return found.view(torch.int16).numpy().view(np.uint16)
-        return gguf.quants.quantize(found.numpy(), Kind.Q8_0) if self.encoding.kind == Kind.Q8_0 else found.numpy()
+        if self.encoding.kind != Kind.Q8_0:
+            return found.numpy()
+        with np.errstate(all="ignore"):  # what is written is compared
+            return gguf.quants.quantize(found.numpy(), Kind.Q8_0)
 
 
 def _general(folder: Path, dtype: str) -> dict[str, Any]:
