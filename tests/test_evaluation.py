@@ -221,7 +221,7 @@ class TestSpeedAndMemory:
         assert footprint(folder, torch.float32, torch.device("cpu"))["memory peak"] < 64e6
 
     def test_a_process_that_is_killed_says_so(self, folder, monkeypatch):
-        monkeypatch.setattr("grail.evaluation.footprint.CHILD", "import os; os.kill(os.getpid(), 9)")
+        monkeypatch.setattr("grail.children.SCRIPT", "import os; os.kill(os.getpid(), 9)")
         with pytest.raises(GrailError, match="signal 9"):
             footprint(folder, None, torch.device("cpu"))
 

@@ -11,23 +11,18 @@ from pathlib import Path
 
 import torch
 
+from ..children import python
 from ..errors import GrailError
 from ..machine import high_water, reset_peak_memory, resident_memory
 
 AS_STORED = "stored"
-ROOT = Path(__file__).resolve().parents[2]
-CHILD = (
-    "import sys; sys.path.append(sys.argv.pop(1)); import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
-)
-"""Under -P, which leaves the folder that somebody is in out of the search: a transformers.py in it is not run."""
 
 
 def footprint(folder: Path, dtype: torch.dtype | None, device: torch.device) -> dict[str, int]:
     """ "memory peak": bytes, the most while it is loaded, reads a prompt and writes an answer, without what Python and
     its libraries take; on a GPU its allocations. Raises GrailError where the process fails."""
     name = str(dtype).removeprefix("torch.") if dtype else AS_STORED
-    command = [sys.executable, "-P", "-c", CHILD, str(ROOT), __name__, str(folder), name, str(device)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(python(__name__, folder, name, device), capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.splitlines() or ["no reason given"])[-1]
         if done.returncode < 0:
