@@ -349,6 +349,12 @@ class TestRefused:
         (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(described))
         self.refuse(tmp_path / "copy", "tokenizer", tmp_path)
 
+    def test_biases_that_are_why_widths_seem_to_differ(self, tmp_path):
+        source = with_tokenizer(tiny_checkpoint(tmp_path / "dense", "mistral", vocab_size=VOCABULARY), byte_level())
+        data = tiny_calibration(tmp_path / "data.safetensors")
+        grail.compress(str(source), bias=True, calibration=str(data), eval="none", output=str(tmp_path / "out"))
+        self.refuse(tmp_path / "out", "--no-bias", tmp_path)
+
     def test_a_file_for_a_folder(self, small, tmp_path):
         (tmp_path / "there").write_text("mine")
         with pytest.raises(GrailError, match="there is no folder"):

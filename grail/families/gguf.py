@@ -72,6 +72,11 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
     path, config = model.source.path, model.config
     if model.base_type not in MODEL_TYPES:
         raise GrailError(f"{path}: llama.cpp's `llama` is not a {model.base_type}; --to gguf is for {_listed()}")
+    if model.in_grail_format and len(set(model.widths)) == 1:
+        raise GrailError(
+            f"{path} is in the format grail, for biases that a {model.base_type} has no place for; compress with "
+            f"--no-bias"
+        )
     if model.in_grail_format or len(set(model.widths)) > 1:
         raise GrailError(
             f"{path}: widths differ by layer, which llama.cpp's `llama` does not know; compress with "
