@@ -34,7 +34,10 @@ def evaluate_command(
         str | None, typer.Option(help="Also tasks of lm-eval, with commas: piqa,hellaswag; needs grail-compress[eval].")
     ] = None,
     tasks_folder: Annotated[
-        str | None, typer.Option("--tasks-folder", help="--tasks: a folder with descriptions (.yaml) of your own.")
+        str | None,
+        typer.Option(
+            "--tasks-folder", help="--tasks: a folder with descriptions (.yaml) of your own; runs their code."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="--tasks: so many questions of each.")] = None,
     shots: Annotated[int | None, typer.Option(help="--tasks: worked examples before each question.")] = None,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .calibration import Windows, evaluation_windows
-from .calibration.tokenizer import load_tokenizer
+from .calibration.mixture import parts_of
+from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint.locate import locate
 from .checkpoint.reader import SafetensorsFolder
 from .documents import read_json
@@ -31,6 +32,10 @@ from .workspace import Workspace, chunk_tokens
 
 IN_MEMORY = 2**28
 NO_DATA = "none"
+COMPARED = 2**12
+"""Tokens of which two tokenizers have to think alike."""
+MOST = 2**31
+"""Windows, and tokens of one."""
 
 
 @undisturbed()
@@ -61,8 +66,8 @@ def evaluate(
     """
     progress = progress or Progress()
     for option, count, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
-        if count is not None and count < least:
-            raise GrailError(f"{option} must be at least {least}; got {count}")
+        if count is not None and not least <= count < MOST:
+            raise GrailError(f"{option} must be at least {least} and less than {MOST}; got {count}")
     for option, value in (("--tasks-folder", tasks_folder), ("--limit", limit), ("--shots", shots)):
         if tasks is None and value is not None:
             raise GrailError(f"{option} goes with --tasks")
@@ -80,6 +85,7 @@ def evaluate(
     found: dict[str, Any] = {"schema_version": 1}
     if data != NO_DATA:
         windows = _windows(opened[model], data, samples, seq_len, recorded)
+        _check_same_tokens(opened, windows)
         number, length = windows.ids.shape
         found |= {"data": windows.source, "windows": number, "seq_len": length}
         for label, network in opened.items():
@@ -158,7 +164,8 @@ def _recorded(folder: Path) -> dict[str, Any]:
     if evaluation is None:
         return {}
     kinds = {"data": str, "sha256": str, "windows": int, "seq_len": int, "held_out": bool, "dtype": str}
-    if not isinstance(evaluation, dict) or not all(isinstance(evaluation.get(k), t) for k, t in kinds.items()):
+    known = isinstance(evaluation, dict) and all(type(evaluation.get(k)) is t for k, t in kinds.items())
+    if not known or not (1 <= evaluation["windows"] < MOST and 2 <= evaluation["seq_len"] < MOST):
         raise GrailError(f"{file} records an evaluation that grail cannot read; name --data yourself")
     return evaluation
 
@@ -187,6 +194,22 @@ def _windows(
             f"or a changed file): its perplexity cannot be repeated here; name the data with --data"
         )
     return found
+
+
+def _check_same_tokens(networks: dict[str, Decoder | WholeModel], windows: Windows) -> None:
+    """A perplexity is one by token: raises GrailError where the second network has other tokens for the text."""
+    if len(networks) < 2 or all(part.endswith(".safetensors") for part in parts_of(windows.source)):
+        return
+    (first, one), (second, other) = networks.items()
+    if not has_tokenizer(other.source.path):
+        return
+    ours, theirs = (load_tokenizer(network.source.path) for network in (one, other))
+    text = ours.decode(windows.ids.flatten()[:COMPARED], skip_special_tokens=True)
+    if ours(text, add_special_tokens=False).input_ids != theirs(text, add_special_tokens=False).input_ids:
+        raise GrailError(
+            f"{second} has other tokens than {first}, so that their perplexities cannot be compared; measure each by "
+            f"itself, or both with --data none --tasks"
+        )
 
 
 def _size(source: SafetensorsFolder) -> dict[str, Any]:

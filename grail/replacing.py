@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .errors import GrailError
+
 
 @contextmanager
 def replacing(file: Path, suffix: str = "") -> Iterator[Path]:
     """A name beside `file`, ending in `suffix`, whose content takes the file's place when the block ends. Folders that
     are missing are made. After an error or an interruption all is as it was."""
     made = [folder for folder in file.parents if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise GrailError(f"{file} cannot be written: {error.filename} is no folder") from error
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial{suffix}")
     try:
         yield temporary

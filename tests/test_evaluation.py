@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from grail.cli import app
 from grail.errors import GrailError
 from grail.evaluate import evaluate
+from grail.evaluation.footprint import footprint
 from tests.tiny import VOCABULARY, tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 runner = CliRunner()
@@ -90,6 +92,15 @@ class TestTasks:
         found = evaluate(str(folder), data="none", tasks="three_choices", tasks_folder=str(questions), limit=2)
         scores = found["models"][str(folder)]["tasks"]["three_choices"]
         assert scores["questions"] == 2 and scores["acc"] == pytest.approx(right_by_hand(folder, 2))
+
+    def test_a_pattern(self, folder, questions):
+        found = evaluate(str(folder), data="none", tasks="three_ch*", tasks_folder=str(questions), limit=1)
+        assert list(found["models"][str(folder)]["tasks"]) == ["three_choices"]
+
+    def test_a_task_that_runs_what_the_model_writes(self, folder, questions, tmp_path):
+        (tmp_path / "x.yaml").write_text((questions / "choices.yaml").read_text() + "unsafe_code: true\n")
+        with pytest.raises(GrailError, match="which grail does not do"):
+            evaluate(str(folder), data="none", tasks="three_choices", tasks_folder=str(tmp_path))
 
     def test_random_numbers_go_on_as_before(self, folder, questions):
         torch.manual_seed(5)
@@ -168,8 +179,52 @@ class TestOtherModels:
         with pytest.raises(GrailError, match="cannot be opened by transformers"):
             evaluate(str(tmp_path))
 
+    def test_more_positions_than_it_knows(self, other, tmp_path):
+        data = tiny_calibration(tmp_path / "data.safetensors", windows=2, length=600)
+        with pytest.raises(GrailError, match="512 positions"):
+            evaluate(str(other), data=str(data))
+
+    def test_other_tokens_are_not_compared(self, folder, tmp_path):
+        (tmp_path / "text.txt").write_text(" ".join(f"w{3 + n % 60}" for n in range(500)))
+        fewer = tiny_tokenizer(tiny_checkpoint(tmp_path / "fewer"), 32)
+        asked = {"data": str(tmp_path / "text.txt"), "seq_len": 16}
+        with pytest.raises(GrailError, match="other tokens"):
+            evaluate(str(folder), against=str(fewer), **asked)
+        evaluate(str(folder), against=str(tiny_tokenizer(tiny_checkpoint(tmp_path / "same"))), **asked)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"windows": True}, {"windows": 0}, {"windows": 2**40}, {"seq_len": 1}, {"seq_len": -2}, {"seq_len": 2**70}],
+)
+def test_a_record_that_cannot_be(folder, tmp_path, wrong):
+    shutil.copytree(folder, tmp_path / "small")
+    record = {"data": "builtin", "sha256": "x", "windows": 4, "seq_len": 16, "held_out": False, "dtype": "float32"}
+    (tmp_path / "small" / "grail.json").write_text(json.dumps({"evaluation": record | wrong}))
+    with pytest.raises(GrailError, match="cannot read"):
+        evaluate(str(tmp_path / "small"))
+
+
+def test_lengths_that_no_tensor_has(folder):
+    with pytest.raises(GrailError, match="--seq-len must be"):
+        evaluate(str(folder), seq_len=2**70)
+
 
 class TestSpeedAndMemory:
+    def test_no_code_of_the_folder_one_is_in(self, folder, tmp_path, monkeypatch):
+        for name in ("transformers", "torch", "json", "grail"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder')")
+        monkeypatch.chdir(tmp_path)
+        assert footprint(folder, torch.float32, torch.device("cpu"))["memory peak"] > 0
+
+    def test_libraries_are_not_counted(self, folder):
+        assert footprint(folder, torch.float32, torch.device("cpu"))["memory peak"] < 64e6
+
+    def test_a_process_that_is_killed_says_so(self, folder, monkeypatch):
+        monkeypatch.setattr("grail.children.SCRIPT", "import os; os.kill(os.getpid(), 9)")
+        with pytest.raises(GrailError, match="signal 9"):
+            footprint(folder, None, torch.device("cpu"))
+
     def test_both_of_both(self, folder, other):
         found = evaluate(str(folder), against=str(other), data="none", speed=True)["models"]
         for path in (folder, other):

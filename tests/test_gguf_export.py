@@ -4,6 +4,7 @@ llama.cpp, and is the same network with the same words."""
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 
 import gguf
@@ -168,6 +169,14 @@ class TestTheNetwork:
         assert (found["llama.rope.scaling.type"], found["llama.rope.scaling.factor"]) == ("linear", 2.0)
         assert found["llama.context_length"] == 32
 
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+    @pytest.mark.parametrize("number", [1e-5, 1e-7, 1e-10, 1e-40])
+    def test_a_channel_that_does_next_to_nothing(self, tmp_path, dtype, number):
+        model = tiny_model(vocab_size=VOCABULARY, hidden_size=64, num_attention_heads=4)
+        model.model.layers[0].mlp.up_proj.weight.data[3] *= number
+        model.save_pretrained(tmp_path / "dense")
+        export_gguf(with_tokenizer(tmp_path / "dense", byte_level()), tmp_path / "m.gguf", dtype=dtype)
+
     def test_of_widths_that_differ_after_padding(self, tmp_path):
         source = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
         with_tokenizer(source, byte_level())
@@ -200,6 +209,12 @@ class TestWords:
         assert found.types[:4] == [3, 3, 3, 1] and found.tokens[-1] == f"[PAD{VOCABULARY - 1}]" and found.types[-1] == 5
         assert found.special == {"bos": 1, "eos": 2, "unknown": 0} and found.adds == {"bos": False, "eos": False}
         assert found.merges[0].count(" ") == 1 and not found.scores
+
+    def test_a_word_that_looks_like_a_filler(self, tmp_path):
+        tokenizer = byte_level()
+        tokenizer.add_tokens([f"[PAD{VOCABULARY - 1}]"])
+        found = vocabulary(with_tokenizer(tmp_path, tokenizer), VOCABULARY)
+        assert len(set(found.tokens)) == VOCABULARY
 
     def test_added_words_and_a_bos(self, tmp_path):
         from tokenizers.processors import TemplateProcessing
@@ -290,6 +305,61 @@ class TestRefused:
         model.save_pretrained(tmp_path / "dense")
         self.refuse(with_tokenizer(tmp_path / "dense", byte_level()), "not finite", tmp_path, dtype="float16")
 
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+    @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+    def test_what_is_no_number(self, tmp_path, dtype, number):
+        model = tiny_model(vocab_size=VOCABULARY, hidden_size=64, num_attention_heads=4)
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = number
+        model.save_pretrained(tmp_path / "dense")
+        self.refuse(with_tokenizer(tmp_path / "dense", byte_level()), "not finite", tmp_path, dtype=dtype)
+
+    @pytest.mark.parametrize(
+        ("changed", "words"),
+        [
+            ({"max_position_embeddings": 2**33}, "context_length"),
+            ({"sliding_window": -3}, "sliding_window"),
+            ({"sliding_window": "wide"}, "sliding_window"),
+            ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "freq_base"),
+        ],
+    )
+    def test_settings_that_cannot_be(self, small, tmp_path, changed, words):
+        shutil.copytree(small, tmp_path / "copy")
+        config = json.loads((small / "config.json").read_text())
+        (tmp_path / "copy" / "config.json").write_text(json.dumps(config | changed))
+        self.refuse(tmp_path / "copy", rf"config\.json: .*{words}", tmp_path)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda t: t.update(added_tokens=3),
+            lambda t: t["added_tokens"].append({"id": 3}),
+            lambda t: t["added_tokens"][0].update(id="7"),
+            lambda t: t["model"]["vocab"].update(word="x"),
+            lambda t: t["model"]["vocab"].update(word=True),
+            lambda t: t["model"].update(merges=[1, 2]),
+            lambda t: t.update(normalizer={"type": "Lowercase"}),
+            lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}),
+            lambda t: t["model"].update(end_of_word_suffix="</w>"),
+        ],
+    )
+    def test_damaged_words_and_such_that_are_changed(self, small, tmp_path, damage):
+        shutil.copytree(small, tmp_path / "copy")
+        described = json.loads((small / "tokenizer.json").read_text())
+        damage(described)
+        (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(described))
+        self.refuse(tmp_path / "copy", "tokenizer", tmp_path)
+
+    def test_biases_that_are_why_widths_seem_to_differ(self, tmp_path):
+        source = with_tokenizer(tiny_checkpoint(tmp_path / "dense", "mistral", vocab_size=VOCABULARY), byte_level())
+        data = tiny_calibration(tmp_path / "data.safetensors")
+        grail.compress(str(source), bias=True, calibration=str(data), eval="none", output=str(tmp_path / "out"))
+        self.refuse(tmp_path / "out", "--no-bias", tmp_path)
+
+    def test_a_file_for_a_folder(self, small, tmp_path):
+        (tmp_path / "there").write_text("mine")
+        with pytest.raises(GrailError, match="there is no folder"):
+            export_gguf(small, tmp_path / "there" / "m.gguf")
+
     def test_options(self, small, tmp_path):
         self.refuse(small, "--dtype int3", tmp_path, dtype="int3")
         (tmp_path / "there").write_text("mine")
@@ -298,6 +368,22 @@ class TestRefused:
         with pytest.raises(GrailError, match="is a folder"):
             export_gguf(small, tmp_path)
         assert (tmp_path / "there").read_text() == "mine"
+
+    def test_a_wrong_block_beside_a_large_number_is_noticed(self, tmp_path, monkeypatch):
+        model = tiny_model(vocab_size=VOCABULARY, hidden_size=64, num_attention_heads=4)
+        model.model.layers[0].mlp.up_proj.weight.data[:, 0] = 1000.0
+        model.save_pretrained(tmp_path / "dense")
+        with_tokenizer(tmp_path / "dense", byte_level())
+        honest = export_room.Stored.data
+
+        def second_block_lost(self):
+            found = honest(self).copy()
+            if "blk.0.ffn_up" in self.entry.name:
+                found[:, 34:] = 0
+            return found
+
+        monkeypatch.setattr(export_room.Stored, "data", second_block_lost)
+        self.refuse(tmp_path / "dense", "up_proj.weight is not what it was", tmp_path, dtype="q8_0")
 
     def test_what_is_written_wrong_is_noticed(self, small, tmp_path, monkeypatch):
         honest = export_room.Stored.data

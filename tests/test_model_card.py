@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -187,6 +188,30 @@ class TestAnyReadme:
     def test_metadata(self, tmp_path_factory, metadata, body):
         content = f"---\n{yaml.safe_dump(metadata, allow_unicode=True)}---\n{body}"
         shown(of_text(tmp_path_factory.mktemp("base"), content.encode(errors="replace")))
+
+    @pytest.mark.parametrize(
+        "entry",
+        ["x: !!bool maybe", 'x: !!int ""', 'x: !!float ""', "x: !!timestamp soon", "x: !!binary '='", "? [a]\n: b"],
+    )
+    def test_tags_are_not_followed(self, tmp_path, entry):
+        assert of_text(tmp_path, f"---\n{entry}\n---\n") == SourceCard()
+
+    def test_names_that_no_file_holds(self, tmp_path):
+        found = of_text(tmp_path, '---\nlicense: "a\\ud800"\nlicense_name: "a\\0b"\nlicense_link: "a\\n---"\n---\n')
+        assert found == SourceCard()
+        assert of_text(tmp_path, "---\nlicense: null\nlanguage: no\n---\n") == SourceCard(language=["no"])
+
+    def test_a_link_longer_than_a_name_can_be(self, tmp_path):
+        link = "a" * 290
+        source = of_text(tmp_path, f"---\nbase_model: a/b\nlicense_link: {link}\n---\n")
+        assert f"license_link: https://huggingface.co/a/b/blob/main/{link}" in card(
+            Run("s", example()), source, tmp_path
+        )
+
+    def test_a_heading_of_blanks_is_read_at_once(self, tmp_path):
+        begun = time.monotonic()
+        assert of_text(tmp_path, "# a" + " " * 100_000 + "b\n# Citation" + " #" * 50_000 + "\nme").citation == "me"
+        assert time.monotonic() - begun < 5
 
     def test_too_large(self, tmp_path):
         assert of_text(tmp_path, BASE + "x" * 2**20) == SourceCard()

@@ -284,3 +284,13 @@ def test_vision_options_are_refused_for_language_models(tmp_path):
     assert "--repair is for timm/NAME" in done.stderr
     done = run("plan", "--model", "timm/resnet18", code=2)
     assert "language models" in done.stderr
+
+
+def test_reopening_runs_no_code_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    from grail.children import python
+
+    for name in ("torch", "json", "grail"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder')")
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(python("grail.modules.folder", "nowhere", "nothing"), capture_output=True, text=True)
+    assert done.returncode == 1 and "code of the folder" not in done.stderr and "nothing" in done.stderr

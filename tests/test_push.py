@@ -70,6 +70,36 @@ def test_all_but_what_tells_of_the_machine(hub, written):
     assert "wanda-sp" in hub.message and told["url"] == "https://hub/me/small"
 
 
+def test_no_file_from_outside(hub, written, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    for name in ("notes.txt", "README.md"):
+        (written / name).unlink(missing_ok=True)
+        (written / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(GrailError, match=rf"{name} is a link out of the folder"):
+            push(written, "me/small")
+        (written / name).unlink()
+    (written / "again.json").symlink_to("config.json")
+    push(written, "me/small")
+    assert hub.sent["again.json"] == hub.sent["config.json"]
+
+
+def test_what_a_run_left_that_was_cut_off_as_it_finished(hub, written):
+    for name in ("store", "replaced"):
+        (written / name).mkdir()
+        (written / name / "x.safetensors").write_text("x")
+    push(written, "me/small")
+    assert not [name for name in hub.sent if "/" in name]
+
+
+@pytest.mark.parametrize("recipe", [None, [], {"method": "\ud800"}, {"method": "x`\n# y"}])
+def test_a_record_by_somebody_else(hub, written, recipe):
+    (written / "grail.json").write_text(json.dumps({"recipe": recipe, "sites": [], "versions": {"a": "1\n# y"}}))
+    push(written, "me/small")
+    (written / "README.md").unlink()
+    push(written, "me/small")
+    assert "\n# y" not in hub.sent["README.md"].decode()
+
+
 def test_the_card_has_the_name_on_the_hub(hub, written):
     push(written, "me/five-billion")
     found = ModelCard(hub.sent["README.md"].decode())

@@ -661,3 +661,22 @@ class TestOurs:
             assert run["parameters"]["after"] < run["parameters"]["before"]
             assert {"dense", "compressed"} <= set(run["values"])
             assert read_run(folder / run["output"]).recipe["ratio"] > 0
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_no_run_writes_over_what_another_one_reads(tiny, tmp_path, later):
+    other = tiny_checkpoint(tmp_path / "other")
+    base = {"calibration": tiny["calibration"], "eval": "none", "overwrite": True}
+    reads = {"model": str(other), "output": str(tmp_path / "out")}
+    writes = {"model": tiny["model"], "output": str(other)}
+    content = {"base": base, "runs": [reads, writes] if later else [writes, reads]}
+    before = listing(other)
+    told = call("run", write(tmp_path / "r.yaml", content), code=2)
+    assert "other, which would be written over" in one_sentence(told.stderr)
+    assert listing(other) == before and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_option_is_told_once(tmp_path):
+    content = {"base": {"model": "a/b"}, "grid": {"ratio": [0.2]}, "output": "{model.__class__}"}
+    told = call("run", write(tmp_path / "r.yaml", content), code=2)
+    assert told.stderr.count("is no option") == 1 and told.stderr.count("run 1 of 1") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -297,3 +298,9 @@ def test_tokenizer_and_licence_are_carried_over_and_code_and_weights_are_not(tmp
     assert (path / "tokenizer.json").read_text() == "linked" and not (path / "tokenizer.json").is_symlink()
     assert [file.name for file in (path / "additional_chat_templates").iterdir()] == ["tools.jinja"]
     assert (path / "tokenizer_config.json").read_text() == '{"eos_token": "</s>"}'
+
+
+def test_a_name_that_is_no_utf_8(tmp_path):
+    out = OutputFolder(os.fsdecode(os.fsencode(tmp_path) + b"/out\xff"))
+    with pytest.raises(GrailError, match="UTF-8"):
+        out.check()

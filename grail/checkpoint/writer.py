@@ -89,6 +89,8 @@ class OutputFolder:
 
     def check(self, *inputs: Path) -> None:
         """Refuse an occupied output before any work is done, and one that holds an input, which would be deleted."""
+        if str(self.path) != os.fsencode(self.path).decode(errors="replace"):
+            raise GrailError(f"--output {self.path}: its name is no UTF-8, which safetensors asks for")
         for source in inputs:
             if Path(os.path.realpath(source)).is_relative_to(self.path):
                 raise GrailError(f"--output {self.path} holds the input {source}; choose another folder")

@@ -23,7 +23,8 @@ MAIN = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
 class Tasks:
     """Tasks by name, found before anything is loaded.
 
-    folder: of task descriptions (.yaml) of one's own; limit: so many questions of each task; shots: worked examples
+    Names may be patterns. folder: of task descriptions (.yaml) of one's own, whose functions and templates lm-eval
+    runs as code; limit: so many questions of each task; shots: worked examples
     before each question (None: as the task says). Raises GrailError for names that lm-eval does not know.
     """
 
@@ -41,9 +42,11 @@ class Tasks:
                 raise GrailError(f"{option} must be at least {least}; got {value}")
         with _imported() as lm_eval:
             self._manager = lm_eval.tasks.TaskManager(include_path=folder and str(folder))
-        for name in self.names:
-            if not self._manager.match_tasks([name]):
+        fitting = {name: self._manager.match_tasks([name]) for name in self.names}
+        for name, found in fitting.items():
+            if not found:
                 raise GrailError(f"--tasks {name}: lm-eval knows no such task (`lm-eval ls tasks` lists them)")
+        self.names = list(dict.fromkeys(task for found in fitting.values() for task in found))
 
     def measure(self, model: Any, tokenizer: Any, label: str) -> dict[str, dict]:
         """By task what it measures of a transformers model, the main metric first: metrics, each with its standard
@@ -99,6 +102,8 @@ def main_metric(scores: dict[str, Any]) -> tuple[str, float, float | None] | Non
 def _sentence(error: Exception) -> str:
     """What went wrong, in one sentence; lack of a network is the usual reason."""
     text = first_line(error)
+    if "confirm_run_unsafe_code" in text:
+        return "a task runs code that the model writes, which grail does not do"
     if any(word in f"{type(error).__name__} {text}" for word in ("Connection", "Offline", "LocalEntryNotFound", "Hub")):
         return f"its data cannot be fetched and is not in the hub's cache ({text})"
     return text or type(error).__name__

@@ -53,7 +53,10 @@ class WholeModel:
         """exp of the mean negative log-likelihood, as evaluation.perplexity has it. Raises GrailError when it is not
         finite."""
         loss = 0.0
-        for ids in windows_NL.split(max(1, AT_ONCE // windows_NL.shape[1])):
+        most, length = getattr(self.model.config, "max_position_embeddings", None), windows_NL.shape[1]
+        if most and length > most and not getattr(self.model.config, "rope_parameters", None):
+            raise GrailError(f"{self.source.path} knows {most} positions; {length} tokens need a smaller --seq-len")
+        for ids in windows_NL.split(max(1, AT_ONCE // length)):
             ids = ids.to(self.device)
             logits = self.model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             loss += cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").item()

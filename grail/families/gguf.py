@@ -72,6 +72,11 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
     path, config = model.source.path, model.config
     if model.base_type not in MODEL_TYPES:
         raise GrailError(f"{path}: llama.cpp's `llama` is not a {model.base_type}; --to gguf is for {_listed()}")
+    if model.in_grail_format and len(set(model.widths)) == 1:
+        raise GrailError(
+            f"{path} is in the format grail, for biases that a {model.base_type} has no place for; compress with "
+            f"--no-bias"
+        )
     if model.in_grail_format or len(set(model.widths)) > 1:
         raise GrailError(
             f"{path}: widths differ by layer, which llama.cpp's `llama` does not know; compress with "
@@ -82,6 +87,8 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
     widths, rope = model.widths[0], getattr(config, "rope_parameters", None) or {}
     length = config.max_position_embeddings
     if window := getattr(config, "sliding_window", None):
+        if not isinstance(window, int) or window < 1:
+            raise GrailError(f"{path / 'config.json'}: sliding_window is {window!r}")
         length = min(length, window)  # up to there attention to all is the same
     fields = {
         "vocab_size": config.vocab_size,
@@ -97,6 +104,9 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
         "rope.dimension_count": model.head_dim,
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }
+    for key, value in fields.items():
+        if not 0 < value < 2**32:
+            raise GrailError(f"{path / 'config.json'}: {value} is no {key} that GGUF can hold")
     entries = [_entry(model, name) for name in model.source.names()]
     scaling, more = _scaling(model, rope)
     return fields | scaling, entries + more

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..checkpoint.writer import OutputFolder, Piece
+from ..children import python
 from ..errors import GrailError
 from ..families.attention import replace_attention
 from ..families.network import ModuleSite, Network, check
@@ -133,8 +134,7 @@ def reopen(folder: Path, expected: nn.Module, examples: dict[str, Tensor]) -> fl
         probe = Path(work) / "probe.safetensors"
         tensors = {f"{EXAMPLE}{call}": example.cpu().contiguous() for call, example in examples.items()}
         save_file(tensors | {WANTED: answers(expected, examples)}, probe)
-        command = [sys.executable, "-m", __name__, str(folder), str(probe)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(python(__name__, folder, probe), capture_output=True, text=True)
     if done.returncode:
         raise GrailError(f"{folder} cannot be opened again: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
     return _judged(folder, float(json.loads(done.stdout)["difference"]))

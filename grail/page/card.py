@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _licence(source: SourceCard, base: list[str], beside: Path | None) -> dict[s
     """The source's, a link to a file that does not lie here turned into one to where it does."""
     found = {key: source.licence[key] for key in LICENCE if key in source.licence}
     link = found.get("license_link")
-    if link and not re.match(r"https?://", link) and not (beside and (beside / Path(link).name).is_file()):
+    if link and not re.match(r"https?://", link) and Path(link).name not in (os.listdir(beside) if beside else ()):
         found.pop("license_link")
         if base:
             found["license_link"] = f"https://huggingface.co/{base[0]}/blob/main/{link}"
@@ -125,8 +126,9 @@ def _summary(run: Run, base: list[str]) -> str:
         if run.repaired
         else "and nothing was repaired"
     )
+    method = _code(str(run.recipe.get("method", "unknown")))
     return (
-        f"{of} with {kept}: `{run.recipe.get('method', 'unknown')}` chose what goes ({_removed(run)}), {repaired}. "
+        f"{of} with {kept}: {method} chose what goes ({_removed(run)}), {repaired}. "
         "Made with an independent implementation of GRAIL (Tang, Wang, Thiele, Saukh, CPAL 2026); neither its authors "
         "nor those of the base model have anything to do with this folder."
     )
@@ -194,7 +196,7 @@ def _made(run: Run) -> list[str]:
             if number(calibration.get(key)) is not None
         ]
         parts.append(f"Calibrated on {_inline(_data(source))}: {', '.join(sizes)}, no labels.")
-    versions = ", ".join(f"{name} {value}" for name, value in mapping(run.grail.get("versions")).items())
+    versions = ", ".join(_inline(f"{name} {value}") for name, value in mapping(run.grail.get("versions")).items())
     parts.append(f"Versions: {versions}." if versions else "")
     parts.append("`report.html` shows every site; `grail.json` has every figure.")
     if run.ran is not None and nameable(run):

@@ -22,8 +22,9 @@ LONGEST = 20_000
 LICENCE = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-_HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*$")
+_HEADING = re.compile(r"(#{1,6})\s+(.*)")
 _CITES = re.compile(r"\b(citation|citing|cite|bibtex)\b", re.IGNORECASE)
+_NOTHING = ("null", "~")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
 
@@ -51,7 +52,7 @@ def source_card(folder: Path | None) -> SourceCard:
     metadata = _metadata(found[1]) if found else {}
     body = text[found.end() :] if found else text
     return SourceCard(
-        {key: value for key in LICENCE if isinstance(value := metadata.get(key), str) and 0 < len(value) <= 300},
+        {key: value for key in LICENCE if _is_name(value := metadata.get(key))},
         _strings(metadata.get("language")),
         [name for name in _strings(metadata.get("base_model")) if HUB_ID.fullmatch(name)],
         _citation(body, OURS in _strings(metadata.get("tags"))),
@@ -59,16 +60,22 @@ def source_card(folder: Path | None) -> SourceCard:
 
 
 def _metadata(block: str) -> dict[str, Any]:
+    """Scalars are text: no tag is followed, no number computed, and the language `no` is not false."""
     try:
-        found = yaml.safe_load(block)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = yaml.load(block, yaml.BaseLoader)
+    except Exception:  # PyYAML raises whatever comes to it
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _strings(value: Any) -> list[str]:
     entries = value if isinstance(value, list) else [value]
-    return [entry for entry in entries[:100] if isinstance(entry, str) and 0 < len(entry) <= 300]
+    return [entry for entry in entries[:100] if _is_name(entry)]
+
+
+def _is_name(value: Any) -> bool:
+    """Text that any file can hold, on one line."""
+    return isinstance(value, str) and 0 < len(value) <= 300 and value.isprintable() and value.lower() not in _NOTHING
 
 
 def _citation(body: str, ours: bool) -> str | None:
@@ -80,10 +87,15 @@ def _citation(body: str, ours: bool) -> str | None:
             break
         if rank:
             kept.append(line)
-        elif heading and (heading[2] == CARRIED if ours else _CITES.search(heading[2])):
+        elif heading and (_title(heading) == CARRIED if ours else _CITES.search(heading[2])):
             rank = len(heading[1])
     found = "\n".join(kept).strip()
     return found if found and len(found) <= LONGEST else None
+
+
+def _title(heading: re.Match[str]) -> str:
+    """Without the marks that may close it."""
+    return heading[2].rstrip().rstrip("#").rstrip()
 
 
 def _lines(body: str) -> Iterator[tuple[str, re.Match[str] | None]]:

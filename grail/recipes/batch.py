@@ -108,7 +108,7 @@ def states(requests: list[Request], *, overwrite: bool = False, resume: bool = F
 
 def check_ready(outcomes: list[Outcome]) -> None:
     """Look at files and outputs of all that is to be done. Raises GrailError before there is any work to lose."""
-    from .ready import check
+    from .ready import check, check_apart
 
     for outcome in outcomes:
         if outcome.state == WAITING:
@@ -116,6 +116,8 @@ def check_ready(outcomes: list[Outcome]) -> None:
                 check(outcome.asked)
             except GrailError as error:
                 raise type(error)(f"{outcome.output}: {error}") from error
+    waiting = [outcome.asked for outcome in outcomes if outcome.state == WAITING]
+    check_apart([outcome.asked for outcome in outcomes], waiting)
 
 
 def carry_out(outcomes: list[Outcome], progress: Progress, *, keep_going: bool = False) -> None:

@@ -138,6 +138,8 @@ def _filled_in(template: str, asked: Request, where: str) -> str:
             if form or conversion or name.replace("-", "_") not in TYPES.keys() - {OUTPUT, MODEL_OPTIONS}:
                 raise GrailError(f"{where}: {OUTPUT} {template}: {{{name}}} is no option, as {{ratio}} is one")
             parts.append(_in_a_name(getattr(asked.recipe, name.replace("-", "_"), None)))
+    except GrailError:
+        raise
     except ValueError as error:
         raise GrailError(f"{where}: {OUTPUT} {template}: {error}") from error
     return "".join(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..calibration.mixture import parts_of
@@ -18,13 +20,36 @@ NONE, BUILTIN = "none", "builtin"
 def check(asked: Request) -> None:
     """Raises GrailError naming the option whose file is missing, or the output that is in the way."""
     recipe = asked.recipe
+    out = OutputFolder(recipe.output, overwrite=recipe.overwrite, resume=recipe.resume)
+    out.check(*inputs(asked))
+
+
+def check_apart(requests: list[Request], begins: list[Request]) -> None:
+    """Raises GrailError where one run would write over what another one reads. begins: those that are to be done."""
+    places = {Path(os.path.realpath(asked.recipe.output)): asked for asked in begins}
+    for reader in requests:
+        found: list[Path] = []
+        with suppress(GrailError):  # what a finished run has read may be gone
+            found = inputs(reader)
+        for file in found:
+            real = Path(os.path.realpath(file))
+            writer = next((places[place] for place in (real, *real.parents) if place in places), reader)
+            if writer is not reader:
+                raise GrailError(
+                    f"{writer.recipe.output}: the run {reader.recipe.output} reads {file}, which would be written "
+                    f"over; choose another output"
+                )
+
+
+def inputs(asked: Request) -> list[Path]:
+    """The local files and folders that a run reads. Raises GrailError for one that is missing."""
+    recipe = asked.recipe
     files = _images(recipe) if asked.vision else _texts(recipe)
     if asked.vision or Path(recipe.model).exists():
         files["--model"] = [recipe.model] if Path(recipe.model).exists() else []
     elif not is_hub_name(recipe.model):
         locate(recipe.model)
-    out = OutputFolder(recipe.output, overwrite=recipe.overwrite, resume=recipe.resume)
-    out.check(*(Path(file) for found in files.values() for file in found))
+    return [Path(file) for found in files.values() for file in found]
 
 
 def _texts(recipe: Recipe) -> dict[str, list[str]]:

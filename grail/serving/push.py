@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..documents import read_json
+from ..checkpoint.writer import REPLACED, STORE
 from ..errors import GrailError, first_line
 from ..page.card import card
-from ..page.run import GRAIL, RAN, read_run
+from ..page.run import RAN, read_run
 from ..page.source_card import HUB_ID, README, source_card
 
 LEFT_OUT = (RAN, "lock", "journal.jsonl")
 """run.json tells of the machine; the others are there while a run works."""
+WORKING = (STORE, REPLACED)
+"""Folders left by a run that was cut off as it finished: hidden states of the calibration data, an older result."""
 
 
 def push(
@@ -40,23 +42,29 @@ def push(
         "dry_run": dry_run,
     }
     if not dry_run:
-        method = read_json(folder / GRAIL).get("recipe", {}).get("method", "grail")
+        method = run.recipe.get("method", "grail")
         told["url"] = _upload(repo, contents, private, message or f"Upload a network compressed with {method}")
     return told
 
 
 def _goes(folder: Path, file: Path) -> bool:
-    hidden = any(part.startswith(".") or part.endswith((".partial", ".tmp")) for part in file.relative_to(folder).parts)
-    return file.is_file() and not hidden and file.name not in LEFT_OUT
+    """Raises GrailError for a link out of the folder: what it leads to was never meant for the hub."""
+    parts = file.relative_to(folder).parts
+    hidden = any(part.startswith(".") or part.endswith((".partial", ".tmp")) for part in parts)
+    if hidden or parts[0] in WORKING or file.name in LEFT_OUT:
+        return False
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise GrailError(f"{file} is a link out of the folder; put the file itself there, or take the link away")
+    return file.is_file()
 
 
 def _card(folder: Path, run: Any, repo: str) -> bytes:
     """That of the folder with its name on the hub; one that is not as it was written is sent as it is."""
     file = folder / README
     source = source_card(folder)
-    if file.is_file() and (there := file.read_bytes()) != card(run, source, folder).encode():
+    if file.is_file() and (there := file.read_bytes()) != card(run, source, folder).encode(errors="replace"):
         return there
-    return card(type(run)(repo, run.grail, run.ran), source, folder).encode()
+    return card(type(run)(repo, run.grail, run.ran), source, folder).encode(errors="replace")
 
 
 def _size(content: Path | bytes) -> int:

@@ -53,12 +53,16 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
         raise GrailError(f"{folder} has no tokenizer.json, without which llama.cpp cannot read text")
     described = read_json(file)
     model = described.get("model")
+    loaded = load_tokenizer(folder)
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise GrailError(f"{file}: --to gguf knows tokenizers of the type BPE only")
     spm = bool(model.get("byte_fallback"))
-    tokens, types = _tokens(file, described, size, spm)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-    loaded = load_tokenizer(folder)
+    _check_unchanged(file, described, spm)
+    try:
+        tokens, types = _tokens(file, described, size, spm)
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GrailError(f"{file}: its words cannot be read ({type(error).__name__}: {error})") from error
     found = Vocabulary(
         model="llama" if spm else "gpt2",
         pre=DEFAULT if spm else _pre(file, described.get("pre_tokenizer")),
@@ -75,15 +79,31 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
     return found
 
 
+def _check_unchanged(file: Path, described: dict, spm: bool) -> None:
+    """Raises GrailError where text or words are changed before they are merged, which llama.cpp would not do."""
+    normalizer = described.get("normalizer") or {}
+    for step in normalizer.get("normalizers", [normalizer]):
+        spaces = step.get("type") == "Replace" and (step.get("pattern"), step.get("content")) == ({"String": " "}, "▁")
+        known = spaces or step.get("type") == "Prepend" if spm else step.get("type") == "NFC"
+        if step and not known:
+            raise GrailError(f"{file}: llama.cpp does not change text as {step.get('type')} does, its normalizer")
+    for key in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if described["model"].get(key):
+            raise GrailError(f"{file}: --to gguf does not know the {key} of its words")
+
+
 def _tokens(file: Path, described: dict, size: int, spm: bool) -> tuple[list[str], list[int]]:
     """By id; ids that no token has are filled up."""
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [UNUSED] * size
     added = {entry["content"]: entry for entry in described.get("added_tokens") or []}
     ids = described["model"]["vocab"] | {content: entry["id"] for content, entry in added.items()}
+    for number in range(size):
+        while tokens[number] in ids:
+            tokens[number] = f"[{tokens[number]}]"
     unknown = described["model"].get("unk_token")
     for token, number in ids.items():
-        if not 0 <= number < size:
+        if type(number) is not int or not 0 <= number < size:
             raise GrailError(f"{file}: {token!r} has the id {number}, the embedding has {size} rows")
         tokens[number] = token
         if token in added:
