@@ -29,3 +29,10 @@ def replacing(file: Path, suffix: str = "") -> Iterator[Path]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def refuse_part_of(folder: Path, file: Path, suffix: str) -> None:
+    """Raises GrailError where a file that is to be replaced is one of the checkpoint that is exported; one with the
+    export's own suffix is an earlier export."""
+    if file.exists() and file.suffix != suffix and file.resolve().is_relative_to(folder.resolve()):
+        raise GrailError(f"--output {file} is a file of the checkpoint itself; choose another name")

@@ -385,6 +385,15 @@ class TestRefused:
         monkeypatch.setattr(export_room.Stored, "data", second_block_lost)
         self.refuse(tmp_path / "dense", "up_proj.weight is not what it was", tmp_path, dtype="q8_0")
 
+    def test_the_checkpoint_s_own_files(self, tmp_path):
+        source = with_tokenizer(tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY), byte_level())
+        weights = (source / "model.safetensors").read_bytes()
+        for _ in range(2):
+            export_gguf(source, source / "m.gguf", overwrite=True)
+        with pytest.raises(GrailError, match="a file of the checkpoint itself"):
+            export_gguf(source, source / "model.safetensors", overwrite=True)
+        assert (source / "model.safetensors").read_bytes() == weights
+
     def test_what_is_written_wrong_is_noticed(self, small, tmp_path, monkeypatch):
         honest = export_room.Stored.data
         monkeypatch.setattr(

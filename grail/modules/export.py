@@ -12,7 +12,7 @@ from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..evaluation.zero_shot import calls_of, features, is_clip
 from ..families.network import IMAGES, TEXT
-from ..replacing import replacing
+from ..replacing import refuse_part_of, replacing
 from ..surroundings import undisturbed
 from .folder import load, relative_difference
 from .names import is_module_folder
@@ -79,6 +79,7 @@ def export_folder(path: str, to: str, output: str, *, tower: str | None = None, 
     CLIP's, images or text. Raises GrailError for another folder, or one that records no size."""
     if not is_module_folder(Path(path)):
         raise GrailError(f"{path} is no folder of a compressed vision network")
+    refuse_part_of(Path(path), Path(output), KINDS.get(to, ""))
     module = load(path).float()
     if is_clip(module) != (tower is not None):
         what = "has two towers: choose one with --tower" if tower is None else "has no towers: leave out --tower"

@@ -21,7 +21,7 @@ from ..errors import GrailError
 from ..families import open_family
 from ..families.gguf import ARCHITECTURE, Entry, described
 from ..page.source_card import source_card
-from ..replacing import replacing
+from ..replacing import refuse_part_of, replacing
 from ..surroundings import undisturbed
 from .vocabulary import Vocabulary, vocabulary
 
@@ -74,6 +74,7 @@ def export_gguf(path: str | Path, output: str | Path, *, dtype: str | None = Non
     if file.exists() and not overwrite:
         raise GrailError(f"--output {file} exists; choose another, or add --overwrite")
     folder = locate(str(path)).folder
+    refuse_part_of(folder, file, ".gguf")
     model = open_family(folder)
     fields, entries = described(model)
     dtype = dtype or STORED.get(model.source.info(entries[0].source).dtype)
