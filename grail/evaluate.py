@@ -94,7 +94,7 @@ def evaluate(
     if asked or speed or prompt:
         if precision["device"].type == "cpu":
             precision["dtype"] = precision["dtype"] or torch.float32
-        for label, measured in whole_models(folders, precision, asked, speed, prompt, progress).items():
+        for label, measured in _whole_models(folders, precision, asked, speed, prompt, progress).items():
             models[label] |= measured
     return found | {"models": models}
 
@@ -112,7 +112,7 @@ def _perplexity(network: Decoder | WholeModel, windows: Windows, label: str, pro
         return perplexity(network, windows.ids, work, track=progress.layers(f"evaluating {label}"))
 
 
-def whole_models(
+def _whole_models(
     folders: dict[str, Path],
     precision: dict[str, Any],
     tasks: Tasks | None,

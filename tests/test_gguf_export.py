@@ -176,6 +176,10 @@ class TestTheNetwork:
         model.model.layers[0].mlp.up_proj.weight.data[3] *= number
         model.save_pretrained(tmp_path / "dense")
         export_gguf(with_tokenizer(tmp_path / "dense", byte_level()), tmp_path / "m.gguf", dtype=dtype)
+        (found,) = [t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "blk.0.ffn_up.weight"]
+        row = torch.tensor(gguf.quants.dequantize(found.data, found.tensor_type))[3]
+        wanted = model.model.layers[0].mlp.up_proj.weight[3]
+        assert torch.allclose(row, wanted, rtol=0, atol=max(wanted.abs().max().item() / 127, 2**-18))
 
     def test_of_widths_that_differ_after_padding(self, tmp_path):
         source = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)

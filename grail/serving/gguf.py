@@ -16,6 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
+from ..checkpoint.gguf import STATED
 from ..checkpoint.locate import locate
 from ..errors import GrailError
 from ..families import open_family
@@ -134,11 +135,10 @@ def _general(folder: Path, dtype: str) -> dict[str, Any]:
     card = source_card(folder)
     name = folder.resolve().name.encode(errors="replace").decode()
     found: dict[str, Any] = {"type": "model", "name": name, "file_type": ENCODINGS[dtype].file_type}
-    for key, called in (("license", "license"), ("license_name", "license.name"), ("license_link", "license.link")):
-        if key in card.licence:
-            found[called] = card.licence[key]
-    if card.language:
-        found["languages"] = card.language
+    for called, key in STATED.items():
+        value = card.language if key == "language" else card.licence.get(key)
+        if value:
+            found[called] = value
     return found | {"quantization_version": gguf.GGML_QUANT_VERSION}
 
 
