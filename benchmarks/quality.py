@@ -43,7 +43,7 @@ TEXTS = ("builtin", "docstrings")
 HEADS = {0.2: 0.2222, 0.3: 0.2222, 0.5: 0.4444}
 """Shares of heads: 2, 2 and 4 of 9."""
 PLAIN = {
-    "alpha": "auto", "ridge": None, "ridge_form": "anchored", "allocation": None, "samples": 16, "seed": 0,
+    "alpha": "auto", "sweeps": 1, "ridge": None, "ridge_form": "anchored", "allocation": None, "samples": 16, "seed": 0,
     "compensate": True, "calibration": "builtin",
 }  # fmt: skip
 KEYS = ("method", "ratio", "target", *PLAIN)
@@ -120,7 +120,7 @@ def measure(asked: dict, work: Path) -> dict:
     """One compression and its evaluations."""
     output, options = work / "cell", {key: asked[key] for key in KEYS if asked[key] is not None}
     if asked["target"] == "hidden":
-        del options["alpha"]
+        del options["alpha"], options["sweeps"]
     ratio = options.pop("ratio")
     heads = HEADS.get(ratio, ratio)
     if asked["allocation"] == "error":
@@ -134,6 +134,7 @@ def measure(asked: dict, work: Path) -> dict:
         "parameters": report.parameters[1],
         "widths": [site["after"] for site in report.sites],
         "alphas": [site["alpha"] for site in report.sites],
+        "alphas_of_sweeps": [[one["alpha"] for one in site["sweeps"] or ()] for site in report.sites],
         "lambdas": [site["lambda"] for site in report.sites],
         "raised_sites": sum(site["retries"] > 0 for site in report.sites),
         "seconds": {name: round(seconds, 1) for name, seconds in report.phases.items()},

@@ -137,6 +137,9 @@ def compress(
     alpha: Annotated[
         str, _repair("--alpha", help="With --target stream, the share that is made up for, 0 to 1, or auto.")
     ] = "auto",
+    sweeps: Annotated[
+        int, _repair("--sweeps", help="With --target stream, how often a site is solved, each time for what is left.")
+    ] = 1,
     ridge: Annotated[
         str | None,
         _repair("--ridge", help="Ridge, relative to the mean of the Gram matrix's diagonal (0.001; stream: auto)."),

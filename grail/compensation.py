@@ -37,7 +37,9 @@ class Compensation:
     with their best bias where affine. held_out: the same error on windows of their own, of the repair without the
     stream (α = 0) and of this one; None where nothing was to be chosen. effective_rank: (tr G)² / ‖G‖_F² of the Gram
     matrix, with a bias the scatter, that the repair used: that of the hidden vector where the compressed one is a slice
-    of it, else of the compressed one; None where nothing was removed."""
+    of it, else of the compressed one; None where nothing was removed. sweeps: with several
+    (stream_choice.py) α, λ, retries and held-out error of each; λ and α are then the first one's, retries those of
+    all."""
 
     weight: Tensor | None
     lam: float
@@ -50,6 +52,7 @@ class Compensation:
     alpha: float | None = None
     held_out: tuple[float, float] | None = None
     effective_rank: float | None = None
+    sweeps: list[tuple[float, float, int, float | None]] | None = None
 
 
 @isolated

@@ -191,6 +191,8 @@ class Costs:
             # A, a side [K, O] for each part of the solution, the dense weight as float64 rows, and the best so far
             needed = 8 * kept**2 + 8 * sides * kept * outputs + 8 * width * min(outputs, CPU_ROWS) + ALLOCATOR
             needed += self._stored(site) * kept * outputs + 4 * sides * kept * outputs
+            if self.job.recipe.sweeps > 1:  # the best so far is float64, and so is what the next sweep starts from
+                needed += (16 - self._stored(site)) * kept * outputs
             needed += (2 * kept**2 + 4 * kept * outputs) * self.job.recipe.chooses  # moments of held-out windows
         elif self.job.recipe.compensate or self.job.selector.updates_weights():
             needed = solve_bytes(outputs, width, kept)
@@ -268,7 +270,11 @@ class Costs:
         each = kept**3 / 3 + 2.0 * kept**2 * sides * outputs + 2.0 * outputs * (width - kept) * kept
         each += 3.0 * kept**2 * outputs * recipe.chooses
         own += 2.0 * width**2 * outputs
-        return each * (len(RIDGES) if recipe.ridge == AUTO else 1) + own
+        # a further sweep has one right-hand side, and takes from it what there is already
+        again = kept**3 / 3 + (2.0 + 3.0 * recipe.chooses) * kept**2 * outputs
+        candidates = len(RIDGES) if recipe.ridge == AUTO else 1
+        own += (recipe.sweeps - 1) * (candidates * again + 2.0 * candidates * kept**2 * outputs)
+        return each * candidates + own
 
     def _training_flops(self, layer_flops: float) -> float:
         options = self.job.selector.regional_options()

@@ -40,6 +40,7 @@ class Flags(TypedDict, total=False):
     ridge: float | str | None
     target: str | None
     alpha: float | str
+    sweeps: int
     ridge_form: str
     bias: bool | None
     allocation: str | None

@@ -38,7 +38,8 @@ class Recipe:
     """The options of CONTRACTS, with underscores. `None` means "the default for this model and data".
 
     target: what a repaired consumer should add to the residual stream: what it did before ("hidden"), or also what the
-    sites before it got wrong ("stream"), of which alpha is the share."""
+    sites before it got wrong ("stream"), of which alpha is the share.
+    sweeps: how often a consumer is solved for at most, with target "stream": each time towards what is left."""
 
     TARGETS: ClassVar[tuple[str, ...]] = (HIDDEN, STREAM)
     MOST_TRIALS: ClassVar[int] = 16
@@ -58,6 +59,7 @@ class Recipe:
     ridge: Any = None
     target: str | None = None
     alpha: Any = "auto"
+    sweeps: int = 1
     ridge_form: str = "anchored"
     bias: bool | None = None
     allocation: str | None = None
@@ -93,7 +95,7 @@ class Recipe:
             if given and not (_is_number(value) and 0 <= value < 1):
                 raise GrailError(f"{_flag(option)} must be a number from 0 up to, not including, 1; got {value}")
         self._settle_target()
-        for option in ("samples", "seq_len", "round_to", "head_multiple"):
+        for option in ("samples", "sweeps", "seq_len", "round_to", "head_multiple"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise GrailError(f"{_flag(option)} must be a whole number, 1 or more; got {value}")
@@ -121,6 +123,8 @@ class Recipe:
             raise GrailError(f"--ridge must be a finite number, 0 or more{also}; got {self.ridge}")
         if not streams and self.alpha != AUTO:
             raise GrailError("--alpha is for --target stream")
+        if not streams and self.sweeps != 1:
+            raise GrailError("--sweeps is for --target stream: a repair of its own has nothing left to make up for")
         if self.alpha != AUTO and not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
             raise GrailError(f"--alpha must be a number from 0 to 1, or auto; got {self.alpha}")
 
@@ -136,7 +140,7 @@ class Recipe:
 
     def of_one_site(self) -> Recipe:
         """The same where only one site is compressed: there is no error of others to make up for."""
-        return replace(self, target=HIDDEN, alpha=AUTO, ridge=RIDGE if self.ridge == AUTO else self.ridge)
+        return replace(self, target=HIDDEN, alpha=AUTO, sweeps=1, ridge=RIDGE if self.ridge == AUTO else self.ridge)
 
     def ratio_of(self, kind: str) -> float:
         """The ratio for a kind of site, "heads" or "channels"."""

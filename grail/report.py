@@ -19,6 +19,7 @@ from .result import SiteResult
 from .training import Training
 from .widths import WidthPlan
 
+SWEEP = ("alpha", "lambda", "retries", "held_out_error")
 SCHEMA_VERSION = 1
 PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
 
@@ -53,8 +54,9 @@ class Report(Readable):
 
         name, kind, before and after (widths), lambda and retries (the ridge, and how often it was raised), rcond (of
         the equations), error_before and error_after (of the consumer's output, without and with the repair, as shares
-        of its energy), effective_rank, alpha and held_out_errors (of --target stream), trained: the layer was trained
-        afterwards, so that the error is that of the weights it started from. None where there is no such thing."""
+        of its energy), effective_rank, alpha, held_out_errors and sweeps (of --target stream), trained: the layer was
+        trained afterwards, so that the error is that of the weights it started from. None where there is no such
+        thing."""
         trained = {training.layer for training in self.trained}
         return [site_entry(result, result.site.layer in trained) for result in self.results]
 
@@ -146,11 +148,11 @@ def versions() -> dict[str, str]:
 def site_entry(result: SiteResult, trained: bool) -> dict[str, Any]:
     """A site as grail.json has it."""
     width = result.site.units.width
-    entry = {"name": result.site.name, "kind": result.site.kind, "before": width, "after": width}
+    entry: dict[str, Any] = {"name": result.site.name, "kind": result.site.kind, "before": width, "after": width}
     if result.reduction is not None:
         entry["after"] = result.reduction.kept_width
     done = result.compensation
-    return entry | {
+    figures: dict[str, Any] = {
         "lambda": done and done.lam,
         "retries": done.retries if done else 0,
         "rcond": done.rcond if done and math.isfinite(done.rcond) else None,
@@ -159,5 +161,7 @@ def site_entry(result: SiteResult, trained: bool) -> dict[str, Any]:
         "effective_rank": done and done.effective_rank,
         "alpha": done and done.alpha,
         "held_out_errors": done and done.held_out and list(done.held_out),
+        "sweeps": done and done.sweeps and [dict(zip(SWEEP, one, strict=True)) for one in done.sweeps],
         "trained": trained and result.reduction is not None,
     }
+    return entry | figures

@@ -15,7 +15,9 @@ from .distributed import Group
 from .families.base import Site
 from .reduction import Folding, Reduction, Selection
 
-FIGURES = ("lam", "retries", "info", "rcond", "error_before", "error_after", "alpha", "held_out", "effective_rank")
+FIGURES = (
+    "lam", "retries", "info", "rcond", "error_before", "error_after", "alpha", "held_out", "effective_rank", "sweeps",
+)  # fmt: skip
 
 
 @dataclass

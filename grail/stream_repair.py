@@ -9,13 +9,17 @@ W h + α D, so that with G = Σ h hᵀ and M = Σ h Dᵀ
 P is the repair of the site on its own (compensation.py). Where the compressed vector z is not R h (folding), A, and the
 right-hand sides Σ z (W h − W B0 z)ᵀ and Σ z Dᵀ are moments of z. With a bias all moments are about the means.
 
+A further sweep (--sweeps) takes the W' that was chosen for P, and for S what it leaves of the whole target t:
+S' = (Σ z tᵀ − A W'ᵀ)ᵀ (A + λI)⁻¹, iterated Tikhonov regularisation (Engl 1987), with its own α and λ.
+
 Shapes: O outputs, H width, K kept; B some outputs, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +36,8 @@ from .reduction import Reduction
 @dataclass
 class StreamSystem:
     """The normal equations of one site. anchor: rows of W B0, float64 [B, K]; matrix: A; own and stream: the two
-    right-hand sides, float64 [K, O], made anew at each call; scale: mean(diag A), of which --ridge is a share;
-    effective_rank: as in compensation.Compensation."""
+    right-hand sides, float64 [K, O], made anew at each call (own None: P is the anchor); scale: mean(diag A), of which
+    --ridge is a share; effective_rank: as in compensation.Compensation."""
 
     name: str
     form: str
@@ -41,7 +45,7 @@ class StreamSystem:
     matrix: MatrixRows
     scale: float
     anchor: Callable[[slice], Tensor]
-    own: Callable[[], Tensor]
+    own: Callable[[], Tensor] | None
     stream: Callable[[], Tensor]
     effective_rank: float
 
@@ -97,6 +101,36 @@ class StreamSystem:
             normal.effective_rank(),
         )
 
+    def after(self, weight_OK: Tensor) -> StreamSystem:
+        """The next sweep's: from a weight, float64, towards what it leaves. Of the first sweep's system alone."""
+        return replace(
+            self,
+            form=ANCHORED,
+            anchor=lambda outputs: weight_OK[outputs],
+            own=None,
+            stream=lambda: self._left(weight_OK),
+        )
+
+    def _left(self, weight_OK: Tensor) -> Tensor:
+        """Σ z (t − W' z)ᵀ, float64 [K, O]."""
+        left_KO = self.own().add_(self.stream())
+        for rows, block_RK in self.matrix.blocks():
+            for outputs in blocks(weight_OK):
+                change_BK = weight_OK[outputs]
+                if self.form == ANCHORED:
+                    change_BK = change_BK - self.anchor(outputs)
+                left_KO[rows, outputs] -= block_RK.double() @ change_BK.mT
+        return left_KO
+
+
+class Figures(NamedTuple):
+    """How a system was solved, as in compensation.Compensation."""
+
+    lam: float
+    retries: int
+    info: int
+    rcond: float
+
 
 class StreamSolution:
     """P and S for one λ (absolute, raised where needed); with `alpha` given P + α S alone. Raises GrailError naming the
@@ -105,18 +139,27 @@ class StreamSolution:
     @isolated
     def __init__(self, system: StreamSystem, lam: float, alpha: float | None = None):
         self.system, self.alpha = system, alpha
-        self.outputs = len(system.weight)
-        if alpha is None:
+        self.outputs = len(system.weight) if alpha is None and system.own is not None else 0
+        if system.own is None:
+            rhs_KM = system.stream()
+            rhs_KM = rhs_KM if alpha is None else rhs_KM.mul_(alpha)
+        elif alpha is None:
             rhs_KM = torch.cat([system.own().mT, system.stream().mT]).mT
         else:
             rhs_KM = system.own()
             rhs_KM = rhs_KM.add_(system.stream(), alpha=alpha) if alpha else rhs_KM
         self.solved: RidgeSolution = solve(system.matrix, rhs_KM, lam, system.name)
 
+    @property
+    def figures(self) -> Figures:
+        """Without the solution."""
+        return Figures(self.solved.lam, self.solved.retries, self.solved.info, self.solved.rcond)
+
     def own(self, outputs: slice) -> Tensor:
-        """Rows of P, float64 [B, K]."""
-        rows_BK = self.solved.solution.mT[: self.outputs][outputs]
-        return self.system.anchor(outputs) + rows_BK if self.system.form == ANCHORED else rows_BK
+        """Rows of P, float64 [B, K]; only where no α was given."""
+        if self.system.own is None:
+            return self.system.anchor(outputs)
+        return self._anchored(outputs, self.solved.solution.mT[: self.outputs][outputs])
 
     def stream(self, outputs: slice) -> Tensor:
         """Rows of S, float64 [B, K]; only where no α was given."""
@@ -126,10 +169,14 @@ class StreamSolution:
         """W'(α), [O, K]."""
 
         def wide(outputs: slice) -> Tensor:
-            own_BK = self.own(outputs)
-            return own_BK if self.alpha is not None else own_BK.add(self.stream(outputs), alpha=alpha)
+            if self.alpha is not None:
+                return self._anchored(outputs, self.solved.solution.mT[outputs])
+            return self.own(outputs).add(self.stream(outputs), alpha=alpha)
 
         return rounded(wide, self.system.weight, self.system.matrix.size, dtype, self.system.name)
+
+    def _anchored(self, outputs: slice, rows_BK: Tensor) -> Tensor:
+        return self.system.anchor(outputs) + rows_BK if self.system.form == ANCHORED else rows_BK
 
 
 def selection_errors(

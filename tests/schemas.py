@@ -25,10 +25,12 @@ class Maybe:
 
 TEXT, COUNT, SWITCH, NUMBER = str, int, bool, (int, float)
 BEFORE_AFTER = {"before": NUMBER, "after": NUMBER}
+SWEEP = {"alpha": NUMBER, "lambda": NUMBER, "retries": COUNT, "held_out_error": Maybe(NUMBER)}
 SITE = {
     "name": TEXT, "kind": TEXT, "before": COUNT, "after": COUNT, "lambda": Maybe(NUMBER), "retries": COUNT,
     "rcond": Maybe(NUMBER), "error_before": Maybe(NUMBER), "error_after": Maybe(NUMBER),
-    "effective_rank": Maybe(NUMBER), "alpha": Maybe(NUMBER), "held_out_errors": Maybe([NUMBER]), "trained": SWITCH,
+    "effective_rank": Maybe(NUMBER), "alpha": Maybe(NUMBER), "held_out_errors": Maybe([NUMBER]),
+    "sweeps": Maybe([SWEEP]), "trained": SWITCH,
 }  # fmt: skip
 RUN = {"schema_version": COUNT, "host": TEXT, "platform": TEXT, "argv": [TEXT], "seconds": Each(NUMBER),
        "peak_memory_bytes": COUNT}  # fmt: skip

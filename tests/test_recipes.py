@@ -96,7 +96,9 @@ vision_only = {
     "weights": st.none() | words, "repair": st.booleans(), "one_shot": st.booleans(), "batch": st.integers(1, 10**4),
     "residual_ratio": shares, "calibration_text": st.none() | words,
 }  # fmt: skip
-streams = st.fixed_dictionaries({}, optional={"alpha": st.just("auto") | st.floats(0, 1), "ridge": st.just("auto")})
+streams = st.fixed_dictionaries(
+    {}, optional={"alpha": st.just("auto") | st.floats(0, 1), "ridge": st.just("auto"), "sweeps": st.integers(1, 9)}
+)
 
 
 class TestTheText:
@@ -127,7 +129,7 @@ class TestTheText:
     def test_every_option_can_be_said_and_no_other(self):
         assert set(TYPES) == {f.name for f in fields(ModuleRecipe)} - {"called"} | {"model_options"}
         assert {f.name for f in fields(Recipe)} <= set(TYPES) | {"called"}
-        tried = set(plain) | set(text_only) | set(vision_only) | {"alpha", "target", "model"}
+        tried = set(plain) | set(text_only) | set(vision_only) | {"alpha", "sweeps", "target", "model"}
         assert tried | LEFT_OUT == set(TYPES) - {"model_options"} | {"called"}
         assert set(text_only) <= set(ELSEWHERE)
 

@@ -38,8 +38,9 @@ def centred(*rows: torch.Tensor, affine: bool) -> list[torch.Tensor]:
     return [x.double() - x.double().mean(0) if affine else x.double() for x in rows]
 
 
-def wanted(h_TH, t_TO, weight_OH, bias_O, reduction, alpha, ridge, form="anchored", affine=False):
-    """(W', b') of the issue's formula, from the rows themselves with explicit R and B0 in float64."""
+def wanted(h_TH, t_TO, weight_OH, bias_O, reduction, alpha, ridge, form="anchored", affine=False, sweeps=1):
+    """(W', b') of the issue's formula, from the rows themselves with explicit R and B0 in float64; more sweeps go on
+    from there, each taking α of what the ridge regression makes of what is left."""
     h, t, w, b = (x.double() for x in (h_TH, t_TO, weight_OH, bias_O))
     d = t - h @ w.mT - b
     moved_h, moved_d = centred(h, d, affine=affine)
@@ -48,8 +49,12 @@ def wanted(h_TH, t_TO, weight_OH, bias_O, reduction, alpha, ridge, form="anchore
     a = r @ gram @ r.mT
     anchor = w @ lift if form == "anchored" else torch.zeros(len(w), len(a), dtype=torch.float64)
     right = w @ gram @ r.mT + alpha * cross.mT @ r.mT - anchor @ a
-    new = anchor + torch.linalg.solve(a + ridge * a.diagonal().mean() * torch.eye(len(a)), right.mT).mT
-    return new, b + affine * (w @ h.mean(0) + alpha * d.mean(0) - new @ r @ h.mean(0))
+    shrunk = a + ridge * a.diagonal().mean() * torch.eye(len(a))
+    new, taken, moved_t = anchor + torch.linalg.solve(shrunk, right.mT).mT, alpha, moved_h @ w.mT + moved_d
+    for _ in range(sweeps - 1):
+        left = moved_t - moved_h @ r.mT @ new.mT
+        new, taken = new + alpha * torch.linalg.solve(shrunk, r @ moved_h.mT @ left).mT, taken + alpha * (1 - taken)
+    return new, b + affine * (w @ h.mean(0) + taken * d.mean(0) - new @ r @ h.mean(0))
 
 
 class Rows:
@@ -236,6 +241,8 @@ WIRINGS = {
     "seed_oss": ({"model_type": "seed_oss", "attention_out_bias": True}, {"bias": True}),
     "heads whole, a bias": ({}, {"attn_ratio": 0.0, "bias": True}),
     "MLP whole": ({"num_key_value_heads": 6}, {"mlp_ratio": 0.0, "method": "gram"}),
+    "two sweeps": ({}, {"sweeps": 2}),
+    "three sweeps, paper, own biases and a bias": (BIASES, {"sweeps": 3, "bias": True, "ridge_form": "paper"}),
 }
 
 
@@ -254,8 +261,8 @@ def test_every_site_is_the_formula_of_both_streams(folders, tmp_path, wiring):
         assert off(h[:, channels], z) < 1e-6
         reduction, form = Selection(channels, 1, h.shape[1]), options.get("ridge_form", "anchored")
         weight, own, t = dense.get_submodule(name).weight, bias_of(dense, name), aims[name][2] - before
-        affine = options.get("bias", False)
-        new, bias = wanted(h, t, weight, own, reduction, 0.6, 0.05, form, affine)
+        affine, sweeps = options.get("bias", False), options.get("sweeps", 1)
+        new, bias = wanted(h, t, weight, own, reduction, 0.6, 0.05, form, affine, sweeps)
         assert off(small.get_submodule(name).weight, new) < 1e-5
         assert (bias_of(small, name) - bias).norm() <= 1e-5 * bias.norm()
         assert entry["alpha"] == 0.6 and entry["held_out_errors"] is None
@@ -263,17 +270,19 @@ def test_every_site_is_the_formula_of_both_streams(folders, tmp_path, wiring):
         assert entry["error_after"] == pytest.approx((left.square().sum() / total.square().sum()).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_folded_sites_are_least_squares_of_both_streams(folders, tmp_path, bias):
-    """At vanishing ridge W' z (+ b') is the regression of (1 − α)(W h + b) + α (r_d − r_c) on z."""
-    ids, source = windows(), folders(**BIASES)
-    sites = compressed(source, tmp_path / "out", method="fold", alpha=0.6, ridge=1e-8, bias=bias)["sites"]
+@pytest.mark.parametrize("bias, sweeps", [(False, 1), (True, 1), (True, 2)])
+def test_folded_sites_are_least_squares_of_both_streams(folders, tmp_path, bias, sweeps):
+    """At vanishing ridge W' z (+ b') is the regression of (1 − α)(W h + b) + α (r_d − r_c) on z; a second sweep takes
+    α of what is left again."""
+    ids, source, taken = windows(), folders(**BIASES), 1 - 0.4**sweeps
+    options = {"method": "fold", "alpha": 0.6, "ridge": 1e-8, "bias": bias, "sweeps": sweeps}
+    sites = compressed(source, tmp_path / "out", **options)["sites"]
     dense, small = opened(source), opened(tmp_path / "out")
     aims, ways = streams(dense, ids), streams(small, ids)
     for entry, (name, (z, before, after)) in zip(sites, ways.items(), strict=True):
         weight, own = dense.get_submodule(name).weight, bias_of(dense, name)
         plain = dense_hidden(dense, ids, name, before) @ weight.mT + own
-        target = 0.4 * plain + 0.6 * (aims[name][2] - before) - own * (not bias)
+        target = (1 - taken) * plain + taken * (aims[name][2] - before) - own * (not bias)
         design = torch.cat([z, torch.ones(len(z), int(bias), dtype=torch.float64)], 1)
         want = torch.linalg.lstsq(design, target).solution.mT
         assert off(small.get_submodule(name).weight, want[:, : z.shape[1]]) < 1e-3

@@ -3,6 +3,7 @@ reported, gone on with and shared by processes. The formulas: test_stream_target
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -30,7 +31,7 @@ from tests.tiny import tiny_calibration, tiny_checkpoint
 pytestmark = pytest.mark.usefixtures("reopen_here", "small_runs_on_one_thread")
 METHODS = sorted(methods().keys() - {"wanda", "mag-l2"})
 ATTENTION, MLP = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"
-DISK, SECOND = {"store": "disk", "target": "stream"}, "model.layers.1.self_attn.o_proj.weight"
+DISK, SECOND = {"store": "disk", "target": "stream", "sweeps": 2}, "model.layers.1.self_attn.o_proj.weight"
 TRIAL, REST = [11, 12], list(range(11))  # of 13 windows the last two only decide
 
 
@@ -129,6 +130,8 @@ class TestWindows:
 BAD = {
     "--target dense": {"target": "dense"},
     "--alpha is for --target stream": {"alpha": 0.5},
+    "--sweeps is for --target stream": {"sweeps": 2},
+    "--sweeps must be a whole number, 1 or more; got 0": {"target": "stream", "sweeps": 0},
     "from 0 to 1, or auto; got 1.01": {"target": "stream", "alpha": 1.01},
     "got nan": {"target": "stream", "alpha": float("nan")},
     "0 or more, or auto; got much": {"target": "stream", "ridge": "much"},
@@ -240,6 +243,30 @@ def stopped(method: str, folder) -> Case:
     return case
 
 
+@pytest.mark.parametrize("sweeps", [2, 5])
+@pytest.mark.parametrize("method, bias", [("mag-sp", True), ("fold", False)])
+def test_a_further_sweep_lowers_what_is_left_on_the_windows_that_only_decide(tmp_path, method, bias, sweeps):
+    """From the written networks; what each sweep chose is in grail.json, and one that gains nothing is the last."""
+    source = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1, **BIASES)
+    options = {"method": method, "bias": bias, "ratio": 0.2, "ridge": 1.0}
+    entry = compressed(source, tmp_path / "out", sweeps=sweeps, **options)["sites"][1]
+    told = entry["sweeps"]
+    assert 2 <= len(told) <= sweeps, "this network does not show a sweep"
+    assert [told[0][name] for name in ("alpha", "lambda")] == [entry["alpha"], entry["lambda"]]
+    errors = [one["held_out_error"] for one in told]
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+    assert entry["held_out_errors"][0] >= errors[0] and entry["held_out_errors"][1] == errors[-1]
+    (_, before, after), (_, _, aim) = (streams(opened(f), windows()[TRIAL])[MLP] for f in (tmp_path / "out", source))
+    left, total = ((x.square().mean(1) / aim.square().mean(1)).sum() for x in (aim - after, aim - before))
+    assert errors[-1] == pytest.approx((left / total).item(), rel=1e-4)
+
+
+def test_sweeps_end_where_nothing_is_gained(source, tmp_path):
+    """At the first site both streams are one: the own repair leaves no more than its ridge does."""
+    first = compressed(source, tmp_path / "out", sweeps=50, ridge=1e-3)["sites"][0]
+    assert len(first["sweeps"] or [0]) < 50
+
+
 @pytest.mark.parametrize("method", ["wanda-sp", "flap", "fold"])
 def test_a_resumed_run_gives_the_same_bytes(tmp_path, method):
     case = stopped(method, tmp_path)
@@ -261,6 +288,7 @@ SHARED = {
     "wanda-sp": {"method": "wanda-sp", "chunks": [32, 32]},
     "fold": {"method": "fold", "bias": True, "chunks": [32, 32]},
     "one has nothing to try": {"method": "gram", "bias": True},
+    "sweeps": {"method": "wanda-sp", "sweeps": 2, "chunks": [32, 32]},
     "training": {"method": "wanda-pp-sp", "set": {"windows": "7"}, "chunks": [32, 32]},
 }
 

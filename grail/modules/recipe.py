@@ -9,7 +9,8 @@ from ..errors import GrailError
 from ..recipe import STREAM, Recipe
 
 ELSEWHERE = (
-    "gqa", "dtype", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len", "profile",
+    "gqa", "dtype", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len", "sweeps",
+    "profile",
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def numbers(value: Any) -> dict[str, float]:
 @dataclass(frozen=True)
 class SiteRow:
     """A site; condition: of the equations that were solved; held_out: errors of the repair on its own and towards the
-    stream, on windows that enter no statistic."""
+    stream, on windows that enter no statistic; sweeps: how many, where there were several."""
 
     name: str
     kind: str
@@ -64,6 +64,7 @@ class SiteRow:
     effective_rank: float | None
     alpha: float | None
     held_out: tuple[float | None, float | None]
+    sweeps: int | None
     trained: bool
 
     @classmethod
@@ -85,6 +86,7 @@ class SiteRow:
             number(entry.get("effective_rank")),
             number(entry.get("alpha")),
             (number(own), number(stream)),
+            len(sweeps) if isinstance(sweeps := entry.get("sweeps"), list) else None,
             entry.get("trained") is True,
         )
 

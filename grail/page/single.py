@@ -89,6 +89,7 @@ def _asked(run: Run) -> dict[str, object]:
         "seed": whole(number(recipe.get("seed"))) if "seed" in recipe else None,
         "ridge": _ridge(recipe) if run.repaired else "no repair was asked for",
         "α": recipe.get("alpha") if recipe.get("target") == "stream" else None,
+        "sweeps": recipe.get("sweeps") if recipe.get("sweeps") != 1 else None,
     }
 
 

@@ -73,6 +73,7 @@ COLUMNS: dict[str, Callable[[SiteRow], str]] = {
     "α": _number("alpha", 2),
     "held out, own": _held_out(0),
     "held out, chosen": _held_out(1),
+    "sweeps": _width("sweeps"),
     "trained": lambda site: "yes" if site.trained else "",
 }
 USUAL = ("error before", "error after", "λ", "condition", "effective rank")
