@@ -19,6 +19,7 @@ from .checkpoint.reader import SafetensorsFolder
 from .documents import read_json
 from .errors import GrailError
 from .evaluation.perplexity import perplexity
+from .evaluation.speed import PREFILL_SHAPE
 from .evaluation.tasks import Tasks
 from .evaluation.whole import WholeModel, load_whole
 from .families import open_family, supports
@@ -83,6 +84,10 @@ def evaluate(
     opened = {label: _open(folder, precision) for label, folder in folders.items()}
     models: dict[str, dict[str, Any]] = {label: _size(network.source) for label, network in opened.items()}
     found: dict[str, Any] = {"schema_version": 1}
+    if asked or prompt:
+        _check_tokenizers(folders, "--tasks" if asked else "--prompt")
+    if speed:
+        _check_positions(opened)
     if data != NO_DATA:
         windows = _windows(opened[model], data, samples, seq_len, recorded)
         _check_same_tokens(opened, windows)
@@ -194,6 +199,21 @@ def _windows(
             f"or a changed file): its perplexity cannot be repeated here; name the data with --data"
         )
     return found
+
+
+def _check_tokenizers(folders: dict[str, Path], option: str) -> None:
+    """Raises GrailError where one lacks what the option needs, before anything is measured."""
+    for label, folder in folders.items():
+        if not has_tokenizer(folder):
+            raise GrailError(f"{option}: {label} has no tokenizer files (tokenizer.json and others); put them there")
+
+
+def _check_positions(networks: dict[str, Decoder | WholeModel]) -> None:
+    """Raises GrailError where a network has fewer positions than --speed takes."""
+    for label, network in networks.items():
+        most = network.positions if isinstance(network, WholeModel) else None
+        if most is not None and most < PREFILL_SHAPE[1]:
+            raise GrailError(f"--speed reads texts of {PREFILL_SHAPE[1]} tokens, and {label} knows {most} positions")
 
 
 def _check_same_tokens(networks: dict[str, Decoder | WholeModel], windows: Windows) -> None:

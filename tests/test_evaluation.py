@@ -184,6 +184,19 @@ class TestOtherModels:
         with pytest.raises(GrailError, match="512 positions"):
             evaluate(str(other), data=str(data))
 
+    def test_fewer_positions_than_speed_takes(self, tmp_path):
+        config = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path)
+        with pytest.raises(GrailError, match=r"--speed reads texts of 256 tokens, and .* knows 64 positions"):
+            evaluate(str(tmp_path), data="none", speed=True)
+
+    @pytest.mark.parametrize("option", ["tasks", "prompt"])
+    def test_without_a_tokenizer_nothing_is_loaded(self, tmp_path, monkeypatch, option):
+        monkeypatch.setattr("grail.evaluate.load_whole", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr("grail.evaluate.Tasks", lambda *_, **__: True)
+        with pytest.raises(GrailError, match=f"--{option}: .*bare has no tokenizer"):
+            evaluate(str(tiny_checkpoint(tmp_path / "bare")), data="none", **{option: "a"})
+
     def test_other_tokens_are_not_compared(self, folder, tmp_path):
         (tmp_path / "text.txt").write_text(" ".join(f"w{3 + n % 60}" for n in range(500)))
         fewer = tiny_tokenizer(tiny_checkpoint(tmp_path / "fewer"), 32)

@@ -175,7 +175,8 @@ class TestTheNetwork:
         model = tiny_model(vocab_size=VOCABULARY, hidden_size=64, num_attention_heads=4)
         model.model.layers[0].mlp.up_proj.weight.data[3] *= number
         model.save_pretrained(tmp_path / "dense")
-        export_gguf(with_tokenizer(tmp_path / "dense", byte_level()), tmp_path / "m.gguf", dtype=dtype)
+        told = export_gguf(with_tokenizer(tmp_path / "dense", byte_level()), tmp_path / "m.gguf", dtype=dtype)
+        assert told["difference"] < 0.01, "of the numbers that matter"
         (found,) = [t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "blk.0.ffn_up.weight"]
         row = torch.tensor(gguf.quants.dequantize(found.data, found.tensor_type))[3]
         wanted = model.model.layers[0].mlp.up_proj.weight[3]

@@ -665,6 +665,18 @@ class TestOurs:
             assert read_run(folder / run["output"]).recipe["ratio"] > 0
 
 
+def test_a_run_that_starts_from_what_another_one_has_yet_to_write(tiny, tmp_path, monkeypatch):
+    """Said, and gone on with by doing what is said."""
+    monkeypatch.chdir(tmp_path)
+    runs = [{"output": "out/a"}, {"model": "out/a", "output": "out/b"}]
+    file = write(tmp_path / "r.yaml", {"base": tiny, "runs": runs})
+    told = one_sentence(call("run", file, code=2).stderr)
+    assert "out/b: its model is what the run out/a has yet to write" in told and not (tmp_path / "out").exists()
+    call("run", file, "--only", "out/a", "--quiet")
+    call("run", file, "--quiet")
+    assert read_run(tmp_path / "out/b").recipe["model"] == "out/a"
+
+
 @pytest.mark.parametrize("later", [True, False])
 def test_no_run_writes_over_what_another_one_reads(tiny, tmp_path, later):
     other = tiny_checkpoint(tmp_path / "other")

@@ -48,14 +48,24 @@ class WholeModel:
         """Token ids are below this."""
         return self.model.get_input_embeddings().num_embeddings
 
+    @cached_property
+    def positions(self) -> int | None:
+        """The longest text that it takes, from its config.json; None where rotations know no end."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.source.path, trust_remote_code=False)
+        rotates = getattr(config, "rope_parameters", None)
+        return None if rotates else getattr(config, "max_position_embeddings", None)
+
     @torch.no_grad()
     def perplexity(self, windows_NL: Tensor) -> float:
         """exp of the mean negative log-likelihood, as evaluation.perplexity has it. Raises GrailError when it is not
         finite."""
-        loss = 0.0
-        most, length = getattr(self.model.config, "max_position_embeddings", None), windows_NL.shape[1]
-        if most and length > most and not getattr(self.model.config, "rope_parameters", None):
-            raise GrailError(f"{self.source.path} knows {most} positions; {length} tokens need a smaller --seq-len")
+        loss, length = 0.0, windows_NL.shape[1]
+        if self.positions and length > self.positions:
+            raise GrailError(
+                f"{self.source.path} knows {self.positions} positions; {length} tokens need a smaller --seq-len"
+            )
         for ids in windows_NL.split(max(1, AT_ONCE // length)):
             ids = ids.to(self.device)
             logits = self.model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)

@@ -108,15 +108,16 @@ def states(requests: list[Request], *, overwrite: bool = False, resume: bool = F
 
 def check_ready(outcomes: list[Outcome]) -> None:
     """Look at files and outputs of all that is to be done. Raises GrailError before there is any work to lose."""
-    from .ready import check, check_apart
+    from .ready import check, check_apart, check_models
 
+    waiting = [outcome.asked for outcome in outcomes if outcome.state == WAITING]
+    check_models(waiting)
     for outcome in outcomes:
         if outcome.state == WAITING:
             try:
                 check(outcome.asked)
             except GrailError as error:
                 raise type(error)(f"{outcome.output}: {error}") from error
-    waiting = [outcome.asked for outcome in outcomes if outcome.state == WAITING]
     check_apart([outcome.asked for outcome in outcomes], waiting)
 
 

@@ -41,6 +41,19 @@ def check_apart(requests: list[Request], begins: list[Request]) -> None:
                 )
 
 
+def check_models(begins: list[Request]) -> None:
+    """Raises GrailError where one of these runs starts from what another one has yet to write."""
+    places = {os.path.realpath(asked.recipe.output): asked for asked in begins}
+    for asked in begins:
+        model = os.path.realpath(str(asked.recipe.model))
+        first = places.get(model, asked)
+        if first is not asked and not os.path.exists(model):
+            raise GrailError(
+                f"{asked.recipe.output}: its model is what the run {first.recipe.output} has yet to write; what a run "
+                f"reads must be there before any begins: run that one first (--only {first.recipe.output})"
+            )
+
+
 def inputs(asked: Request) -> list[Path]:
     """The local files and folders that a run reads. Raises GrailError for one that is missing."""
     recipe = asked.recipe

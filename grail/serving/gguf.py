@@ -64,7 +64,7 @@ def export_gguf(path: str | Path, output: str | Path, *, dtype: str | None = Non
     """Write the checkpoint `path` as the file `output`. dtype: one of ENCODINGS, None for that in which it is stored.
 
     Returns {file, to, dtype, bytes, tensors, difference}: difference is the largest error of a number relative to the
-    largest in its row. Raises GrailError for what llama.cpp's `llama` cannot hold, and where the file does not hold
+    largest of its tensor. Raises GrailError for what llama.cpp's `llama` cannot hold, and where the file does not hold
     what the checkpoint does.
     """
     file = Path(output)
@@ -203,9 +203,8 @@ def _compared(file: Path, entries: list[Entry], get: Callable[[str], Tensor], dt
         read = gguf.quants.dequantize(found[entry.name].data, found[entry.name].tensor_type)
         tensor = entry.back(torch.from_numpy(np.array(read, dtype=np.float32)).view(entry.shape))
         wanted = (get(entry.source) if entry.source else entry.read()).float()
-        scale = wanted.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         errors = (tensor - wanted).abs()
-        error = (errors / scale).max().item()
+        error = errors.max().item() / max(wanted.abs().max().item(), torch.finfo(torch.float32).tiny)
         if not (errors <= encoding.allowed(wanted)).all():
             raise GrailError(
                 f"as written, {entry.source or entry.name} is not what it was (relative error {error:.1e})"
