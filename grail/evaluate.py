@@ -185,7 +185,7 @@ def _windows(
     found = evaluation_windows(
         source,
         lambda: load_tokenizer(model.source.path),
-        model.vocabulary if isinstance(model, WholeModel) else model.config.vocab_size,
+        _vocabulary(model),
         seq_len=seq_len or recorded.get("seq_len"),
         samples=wanted,
         held_out=recorded.get("held_out", False),
@@ -199,6 +199,10 @@ def _windows(
             f"or a changed file): its perplexity cannot be repeated here; name the data with --data"
         )
     return found
+
+
+def _vocabulary(network: Decoder | WholeModel) -> int:
+    return network.vocabulary if isinstance(network, WholeModel) else network.config.vocab_size
 
 
 def _check_tokenizers(folders: dict[str, Path], option: str) -> None:
@@ -217,11 +221,22 @@ def _check_positions(networks: dict[str, Decoder | WholeModel]) -> None:
 
 
 def _check_same_tokens(networks: dict[str, Decoder | WholeModel], windows: Windows) -> None:
-    """A perplexity is one by token: raises GrailError where the second network has other tokens for the text."""
+    """A perplexity is one by token: raises GrailError where a network does not have the tokens, or the second one
+    others for the text."""
+    for label, network in networks.items():
+        if (most := int(windows.ids.max())) >= (size := _vocabulary(network)):
+            raise GrailError(
+                f"{label} has {size} tokens and the text has token id {most}; it was made for another model"
+            )
     if len(networks) < 2 or all(part.endswith(".safetensors") for part in parts_of(windows.source)):
         return
     (first, one), (second, other) = networks.items()
     if not has_tokenizer(other.source.path):
+        if _vocabulary(one) != _vocabulary(other):
+            raise GrailError(
+                f"{second} has no tokenizer, and a vocabulary of {_vocabulary(other)} where {first} has one of "
+                f"{_vocabulary(one)}: put its tokenizer's files there"
+            )
         return
     ours, theirs = (load_tokenizer(network.source.path) for network in (one, other))
     text = ours.decode(windows.ids.flatten()[:COMPARED], skip_special_tokens=True)

@@ -68,8 +68,9 @@ def compress(
     of transformers ModuleRecipe).
 
     model: a folder, alias or hub name; or a loaded transformers module, which is not modified: then
-    `report.model` is the narrower module, and `output` may be left out. A module needs calibration data that is
-    tokenised already (a tensor [N, L], a list of tensors, an iterable of batches, or a .safetensors file).
+    `report.model` is the narrower module, and `output` may be left out. A module needs its `tokenizer`, or calibration
+    data that is tokenised already (a tensor [N, L], a list of tensors, an iterable of batches with input_ids and maybe
+    an attention_mask or weights, or a .safetensors file).
     Or a vision network: transformers' ViT, DeiT, DINOv2 or CLIP as a folder or loaded; any other module (`sites`: a
     description by hand; `preprocessing`: for images that are not floats as it reads them; `tokenizer`: for captions);
     timm/NAME, torchvision/NAME and open_clip/NAME with `weights` (`model_options`: for the library's factory).
@@ -98,20 +99,25 @@ def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleRe
         return _compress_in_memory(model, progress, **flags)
     if isinstance(model, (str, Path)) and is_network(str(model)):
         return _compress_named(str(model), progress, **flags)
-    unknown = set(flags) - {f.name for f in fields(Recipe)}
+    loaded = hasattr(model, "save_pretrained")
+    unknown = set(flags) - {f.name for f in fields(Recipe)} - ({"tokenizer"} if loaded else set())
     if unknown:
         raise GrailError(f"compress has no option {', '.join(sorted(unknown))}")
-    if not hasattr(model, "save_pretrained"):
+    if not loaded:
         if not flags.get("output"):
             raise GrailError("compress needs output=FOLDER: where to write the smaller checkpoint")
         return run(Recipe(model=str(model), **flags), progress)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise GrailError("compress of a module works in one process: save it to a folder and compress that")
     with tempfile.TemporaryDirectory(prefix="grail-") as work:
-        source, output = Path(work) / "source", flags.pop("output", None)
+        source, output, tokenizer = Path(work) / "source", flags.pop("output", None), flags.pop("tokenizer", None)
         flags["called"] = type(model).__name__
         Recipe(model=str(source), **flags)
         model.save_pretrained(source)
+        if tokenizer is not None:
+            if not hasattr(tokenizer, "save_pretrained"):
+                raise GrailError(f"tokenizer must be one of transformers; got {type(tokenizer).__name__}")
+            tokenizer.save_pretrained(source)
         report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
         assert report is not None and report.output is not None, "there is one process, and it is the main one"
         report.model = load(report.output).to(next(model.parameters()).device)

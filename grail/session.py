@@ -42,6 +42,8 @@ EVALUATED_BY_DEFAULT = 10**9
 PROBE_LENGTH = 64
 FAR_OFF = 0.05
 DECIDING_TOKENS = 2048
+OVERLAPPING = 2
+"""How often a token of the text is used, from which on it is said."""
 WIDTHS = "widths"
 
 
@@ -198,6 +200,11 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> Any:
+        if self.recipe.called and not self.has_tokenizer:
+            raise GrailError(
+                f"a {self.recipe.called} given in Python knows no text: give tokenizer= along, or token ids "
+                f"[windows, length] as calibration="
+            )
         return load_tokenizer(self.located.folder)
 
     @property
@@ -226,10 +233,19 @@ class Session:
             what = "--bias" if self.job.affine else f"--method {recipe.method}"
             raise GrailError(f"{windows.source}: weights of tokens are not offered with {what}; leave one of them out")
         widest = max(site.units.width for site in self.job.sites if self.job.changes(site))
-        if windows.tokens < widest:
+        different = windows.different
+        if different < widest:
             self.progress.warn(
-                f"{windows.tokens} calibration tokens for {widest} channels: the Gram matrix is singular; use more text"
+                f"{different:,} different calibration tokens for {widest:,} channels: the Gram matrix is singular, and "
+                f"the errors on this text say little of other text; use more"
             )
+        elif windows.tokens > OVERLAPPING * different:
+            self.progress.warn(
+                f"--calibration {windows.source} has only {different:,} tokens for windows of {windows.tokens:,}: they "
+                f"overlap; fewer --samples give nearly the same sooner, more text gives more"
+            )
+        if isinstance(recipe.calibration, Tensor) and len(recipe.calibration) > recipe.samples + recipe.trial_windows:
+            self.progress.warn(f"{len(recipe.calibration)} windows were given, samples={recipe.samples} are used")
         return windows
 
     def _evaluated(self) -> Windows | None:
@@ -242,9 +258,8 @@ class Session:
             if tokenised or self.parameters >= EVALUATED_BY_DEFAULT:
                 return None
             if not self.has_tokenizer:
-                self.progress.warn(
-                    f"{self.located.folder} has no tokenizer: no evaluation (name token ids with --eval)"
-                )
+                named = self.recipe.called or self.located.folder
+                self.progress.warn(f"{named} has no tokenizer: no evaluation (name token ids with --eval)")
                 return None
         source = absolute(asked or given)
         length = self.recipe.seq_len or (self.windows.ids.shape[1] if self.windows else default_length(source))
@@ -257,6 +272,11 @@ class Session:
         )
         if found is None and asked is not None:
             raise GrailError(f"--eval {asked} holds less than one window of {length} tokens")
+        if found is None:
+            self.progress.warn(
+                f"the part of {given} that is held out holds less than one window of {length} tokens: no evaluation; "
+                f"give more text, a smaller --seq-len, or other text with --eval"
+            )
         return found
 
     def held_out(self, source: str) -> bool:
@@ -288,6 +308,7 @@ class Session:
             "windows": count,
             "seq_len": length,
             "tokens": self.windows.tokens,
+            "distinct_tokens": self.windows.different,
             "trial_windows": self.trial_windows,
             "weighted": self.windows.weights is not None,
         }

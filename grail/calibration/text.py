@@ -29,7 +29,8 @@ TRIAL_STRETCH = 8
 class Windows:
     """ids [N, L]; source is what the user named; sha256 over all tensors. trial [V, L] or None: windows of the same
     source that the others do not overlap, for a choice between candidates. weights [N, L] and trial_weights [V, L],
-    float32, or None: how much each token counts, 1 in the mean of the first."""
+    float32, or None: how much each token counts, 1 in the mean of the first. distinct: tokens of the text that the
+    windows cover, which overlap where it is short (None: they were given as windows)."""
 
     ids: Tensor
     source: str
@@ -37,6 +38,7 @@ class Windows:
     trial: Tensor | None = None
     weights: Tensor | None = None
     trial_weights: Tensor | None = None
+    distinct: int | None = None
 
     @classmethod
     def of(
@@ -56,6 +58,11 @@ class Windows:
     @property
     def tokens(self) -> int:
         return self.ids.numel()
+
+    @property
+    def different(self) -> int:
+        """Tokens that say something of their own."""
+        return self.tokens if self.distinct is None else self.distinct
 
 
 def default_length(source: Any) -> int:
@@ -96,7 +103,9 @@ def load_calibration(
     if any(windows.weights is not None for windows in found):
         raise GrailError(f"--calibration {source}: texts that are joined cannot have weights; give one file")
     held = torch.cat([windows.trial for windows in found]) if trial else None
-    return Windows.of(torch.cat([windows.ids for windows in found]), str(source), held)
+    joined = Windows.of(torch.cat([windows.ids for windows in found]), str(source), held)
+    joined.distinct = sum(windows.different for windows in found)
+    return joined
 
 
 def _of_one(
@@ -127,7 +136,9 @@ def _of_one(
     ids, held = (
         torch.stack([tokens[o : o + length] for o in some]) if some else None for some in (drawn.tolist(), reserved)
     )
-    return Windows.of(ids, source, held)
+    found = Windows.of(ids, source, held)
+    found.distinct = int((drawn.sort().values.diff().clamp(max=length)).sum()) + length
+    return found
 
 
 def evaluation_windows(

@@ -12,7 +12,7 @@ from ..checkpoint.reader import SafetensorsFolder
 from ..errors import GrailError
 from .sources import no_such_text
 
-TENSORS = ("input_ids", "weights")
+IDS, WEIGHTS, MASK = "input_ids", "weights", "attention_mask"
 """Names in pre-tokenised files and batches."""
 
 
@@ -21,9 +21,9 @@ def pretokenised(path: Path, vocabulary: int, option: str, seq_len: int | None) 
     if not path.is_file():
         raise GrailError(no_such_text(str(path), option))
     folder = SafetensorsFolder(path)
-    if "input_ids" not in folder:
+    if IDS not in folder:
         raise GrailError(f"{path} holds no tensor input_ids [windows, length]")
-    ids = checked(folder.get("input_ids"), vocabulary, str(path))
+    ids = checked(folder.get(IDS), vocabulary, str(path))
     if seq_len is not None and seq_len > ids.shape[1]:
         raise GrailError(f"{path} holds windows of {ids.shape[1]} tokens; --seq-len {seq_len} is longer")
     return ids[:, :seq_len]
@@ -35,8 +35,10 @@ def from_batches(source: Any, samples: int, seq_len: int | None) -> tuple[Tensor
     weights: list[Tensor | None] = []
     try:
         for batch in [source] if isinstance(source, Tensor) or hasattr(source, "keys") else source:
-            named = batch if hasattr(batch, "keys") else {"input_ids": batch}
-            ids, own = (torch.atleast_2d(torch.as_tensor(named[k])) if k in named else None for k in TENSORS)
+            if isinstance(batch, (list, tuple)) and len(batch) == 1 and isinstance(batch[0], Tensor):
+                (batch,) = batch  # of a TensorDataset
+            named = batch if hasattr(batch, "keys") else {IDS: batch}
+            ids, own = (None if t is None else torch.atleast_2d(torch.as_tensor(t)) for t in _parts(named))
             found += list(ids)
             weights += [None] * len(ids) if own is None else list(own)
             if len(found) >= samples:
@@ -47,7 +49,9 @@ def from_batches(source: Any, samples: int, seq_len: int | None) -> tuple[Tensor
         ones = torch.ones(len(found[0]))
         stacked = torch.stack([ones if own is None else own.float().cpu() for own in weights[:samples]])
         return ids, stacked[:, :seq_len]
-    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+    except GrailError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
         raise GrailError(
             "calibration: expected token ids [windows, length]: a tensor, a list of tensors of one length, or batches "
             f"with input_ids, and with weights of the same shape if any ({type(error).__name__}: {error})"
@@ -57,7 +61,20 @@ def from_batches(source: Any, samples: int, seq_len: int | None) -> tuple[Tensor
 def stored_weights(path: Path) -> Tensor | None:
     """weights of a file, if it has any."""
     folder = SafetensorsFolder(path)
-    return folder.get(TENSORS[1]) if TENSORS[1] in folder else None
+    return _parts({name: folder.get(name) for name in (WEIGHTS, MASK) if name in folder} | {IDS: None})[1]
+
+
+def _parts(named: Any) -> tuple[Any, Any]:
+    """Token ids, and how much they count: what a mask hides counts nothing. Raises GrailError for a mask that hides
+    what others look back at."""
+    weights, mask = (named.get(name) for name in (WEIGHTS, MASK))
+    if mask is not None:
+        seen = torch.atleast_2d(torch.as_tensor(mask)).bool()
+        if bool((seen[:, 1:] & ~seen[:, :-1]).any()):
+            raise GrailError(f"calibration: {MASK} hides tokens before others; pad at the right")
+        if not bool(seen.all()):
+            weights = seen.float() if weights is None else torch.atleast_2d(torch.as_tensor(weights)) * seen
+    return named[IDS], weights
 
 
 def weigh(weights: Tensor | None, ids_NL: Tensor, where: str) -> Tensor | None:

@@ -101,7 +101,10 @@ def evaluate_folders(
     another. data: default what grail.json records; classes, templates: files for the zero-shot accuracy of a CLIP;
     probe: also that of a linear classifier on the features. Raises GrailError for bad input."""
     where = usable_device(device)
-    modules = {label: _opened(label, weights).to(where) for label in filter(None, (model, against))}
+    labels = list(filter(None, (model, against)))
+    if weights is not None and all(Path(label).is_dir() for label in labels):
+        raise GrailError(f"--weights: {model} is a folder with weights of its own; leave out --weights")
+    modules = {label: _opened(label, weights).to(where) for label in labels}
     for option, value in (("--classes", classes), ("--templates", templates)):
         if value is not None and not any(map(is_clip, modules.values())):
             raise GrailError(f"{option} is for networks that read text; {model} is a plain classifier")
@@ -173,13 +176,11 @@ def _tokenizer(model: str) -> Tokenizer | None:
 
 
 def _opened(model: str, weights: str | None) -> nn.Module:
-    if Path(model).is_dir() and weights is not None:
-        raise GrailError(f"--weights: {model} is a folder with weights of its own; leave out --weights")
     if is_module_folder(Path(model)):
         return load(model)
     if Architecture.parse(model) is None:
         raise GrailError(f"{model} is no folder of a compressed network, and not {NAMED}")
-    return open_network(model, weights, {})[0]
+    return open_network(model, None if Path(model).is_dir() else weights, {})[0]
 
 
 def _preprocessing(model: str, module: nn.Module) -> Preprocessing | None:

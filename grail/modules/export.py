@@ -78,7 +78,9 @@ def export_folder(path: str, to: str, output: str, *, tower: str | None = None, 
     """The same in float32 for a folder that grail wrote, with an example of its recorded input size. tower: which of a
     CLIP's, images or text. Raises GrailError for another folder, or one that records no size."""
     if not is_module_folder(Path(path)):
-        raise GrailError(f"{path} is no folder of a compressed vision network")
+        text = (Path(path) / "grail.json").exists()
+        hint = "; of a language model --to gguf makes a file for llama.cpp" if text else ""
+        raise GrailError(f"{path} is no folder of a compressed vision network{hint}")
     refuse_part_of(Path(path), Path(output), KINDS.get(to, ""))
     module = load(path).float()
     if is_clip(module) != (tower is not None):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +15,7 @@ from grail_kernels.inputs import all_finite
 
 from ..calibration.images import open_images
 from ..calibration.preprocessing import Preprocessing
-from ..errors import GrailError
+from ..errors import GrailError, first_line
 from ..recipe import FEWEST_TRIALS, TRIALS_EVERY
 from .recipe import ModuleRecipe
 
@@ -29,6 +33,8 @@ def calibration_inputs(
     ):
         join = torch.stack if all(t.dim() == 3 for t in given) else torch.cat  # single images [C, H, W], or batches
         given = join(list(given))
+    if hasattr(given, "__iter__") and not isinstance(given, (str, Path, list, tuple, dict, Tensor)):
+        given = _loaded(given, recipe.samples)
     if isinstance(given, Tensor) and given.is_floating_point():
         return _tensors(given, recipe)
     images = open_images(given, limit=recipe.samples)
@@ -36,6 +42,26 @@ def calibration_inputs(
     batches = list(images.batches(preprocessing or _not_prepared, recipe.batch, chosen))
     told = {"source": images.name, "sha256": images.sha256(chosen), "images": len(chosen)}
     return batches, told | {"size": list(batches[0].shape[1:])}, images.classes
+
+
+def _loaded(batches: Iterable[Any], samples: int) -> Any:
+    """Of a loader whose batches are no images, with targets or without: so many inputs in one tensor."""
+    items = iter(batches)
+    first = next(items, None)
+    rows = _inputs_of(first)
+    if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dim() in (0, 1, 3, 4):
+        return itertools.chain([first], items)
+    found = [rows]
+    while sum(map(len, found)) < samples and (item := next(items, None)) is not None:
+        found.append(_inputs_of(item))
+    try:
+        return torch.cat(found)[:samples]
+    except (RuntimeError, TypeError) as error:
+        raise GrailError(f"calibration: batches that cannot be joined ({first_line(error)})") from error
+
+
+def _inputs_of(item: Any) -> Any:
+    return item[0] if isinstance(item, (tuple, list)) and item else item
 
 
 def _tensors(given: Tensor, recipe: ModuleRecipe) -> tuple[list[Tensor], dict, None]:
@@ -70,6 +96,6 @@ def parted(batches: list[Tensor], recipe: ModuleRecipe) -> tuple[list[Tensor], l
 
 def _not_prepared(_: Tensor) -> Tensor:
     raise GrailError(
-        "calibration images of whole numbers need preprocessing=grail.Preprocessing(...); or give floats as the "
-        "network reads them (in a folder of transformers, preprocessor_config.json says it)"
+        "calibration images of whole numbers need preprocessing=grail.Preprocessing(...); or give calibration= as "
+        "floats, as the network reads them (in a folder of transformers, preprocessor_config.json says it)"
     )

@@ -62,6 +62,7 @@ def _evaluated(
     report: ModuleReport,
     recipe: ModuleRecipe,
     pruned: Callable[[], ModuleReport],
+    progress: Progress,
     preprocessing: Preprocessing | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> dict | None:
@@ -76,7 +77,15 @@ def _evaluated(
     if recipe.compare_pruned and recipe.compensate:
         modules = {"dense": module, "pruned": pruned().model, "compressed": report.model}
     judged = {label: classifier(each, images, tokenizer) for label, each in modules.items()}
-    return accuracies(judged, images, preprocessing, next(module.parameters()).device)
+    try:
+        return accuracies(judged, images, preprocessing, next(module.parameters()).device)
+    except GrailError as error:
+        if recipe.eval is not None:
+            raise
+        progress.warn(
+            f"no evaluation on {images.name}, which goes with the calibration: {error}; name others by --eval"
+        )
+        return None
 
 
 def _gives_classes(module: nn.Module, tokenizer: Tokenizer | None) -> bool:
@@ -110,7 +119,7 @@ def compress_module(
         report.source = source or report.source
         plain = replace(recipe, compensate=False, bias=False, repair=False)
         pruned = partial(_compressed, module, plain, progress, lambda entry: None, **inputs)
-        report.evaluation = _evaluated(module, report, recipe, pruned, preprocessing, tokenizer)
+        report.evaluation = _evaluated(module, report, recipe, pruned, progress, preprocessing, tokenizer)
         if out is not None:
             _write(out, report, module, architecture, preprocessing, tokenizer)
     return report
@@ -148,6 +157,8 @@ def _compressed(
     every = [site for tower in towers for site in tower.dense.sites]
     streams = [site for tower in towers for site in tower.dense.residual]
     progress.say(f"{type(module).__name__}: {len(every)} sites, method {recipe.method}")
+    if recipe.compensate:
+        _warn_of_few_inputs(towers, progress)
     for tower in towers:
         if tower.batches:
             in_order(tower.dense, tower.batches[0][:2])
@@ -192,6 +203,18 @@ def _compressed(
         examples=examples,
         phases={"compress": seconds},
     )
+
+
+def _warn_of_few_inputs(towers: list[Tower], progress: Progress) -> None:
+    """Where inputs are single rows, so that one is one row of a Gram matrix."""
+    for tower in towers:
+        count = sum(map(len, tower.batches))
+        widest = max((site.units.width for site in tower.sites), default=0)
+        if tower.batches and tower.batches[0].dim() == 2 and tower.dense.reads != TEXT and count < widest:
+            progress.warn(
+                f"{count} calibration inputs for {widest} channels: the Gram matrix is singular, and the errors on "
+                f"these inputs say little of others; give more"
+            )
 
 
 def _follow_streams(network: Network, changed: list[ModuleSite], example: Tensor, progress: Progress) -> None:

@@ -22,11 +22,9 @@ METHOD = """\
   year      = {2026}
 }"""
 BUILT_IN = {"builtin": "Python documentation (built in)", "docstrings": "docstrings of Python's standard library"}
-EXPECT = (
-    "It can do no more than the network it was made from and has that network's biases and limits. What was measured "
-    "is in the table above; on tasks and languages that the calibration data has little of, more may have been lost. "
-    "Evaluate it on your own task: `grail eval FOLDER --tasks ...`."
-)
+IMAGES_BUILT_IN = {"builtin": "scikit-learn's handwritten digits (built in)"}
+GIVEN = "given in Python"
+"""What a run calls data that has no name."""
 TEXT, CLASSES, ZERO_SHOT, FEATURES = (
     "text-generation", "image-classification", "zero-shot-image-classification", "image-feature-extraction",
 )  # fmt: skip
@@ -55,7 +53,7 @@ def card(run: Run, source: SourceCard, beside: Path | None = None) -> str:
         *_loading(run),
         *_made(run),
         "## What to expect",
-        EXPECT,
+        _expectation(run),
         *_rights(source, base),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
@@ -94,7 +92,7 @@ def _results(run: Run) -> list[EvalResult] | None:
         return None
     evaluation = mapping(run.grail.get("evaluation"))
     counts = {key: n for key in ("windows", "seq_len", "images") if (n := number(evaluation.get(key))) is not None}
-    name = _data(measure.data)
+    name = _data(measure.data, run.vision)
     return [
         EvalResult(
             task_type=_pipeline(run),
@@ -107,10 +105,11 @@ def _results(run: Run) -> list[EvalResult] | None:
     ]
 
 
-def _data(name: str) -> str:
+def _data(name: str, vision: bool = False) -> str:
     """A file or folder by its last name: where it lay is nobody's business."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    built_in = IMAGES_BUILT_IN if vision else BUILT_IN
+    if name in built_in:
+        return built_in[name]
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name or name
 
 
@@ -154,13 +153,24 @@ def _measured(run: Run) -> str:
         rows.append(("multiply-adds of one input", scaled(before), "", f"{scaled(after)} {_share(before, after)}"))
     if (measure := run.measure) is not None:
         values = {name: measure.shown(value) for name, value in measure.values.items()}
-        told = f"{measure.name} on {_inline(_data(measure.data))}"
+        told = f"{measure.name} on {_inline(_data(measure.data, run.vision))}"
         rows.append((told, *(values.get(name, "") for name in ("dense", "pruned", "compressed"))))
     if not rows:
         return ""
     head = ("", "before", "pruned only", "this network" if run.repaired else "this network (pruned only)")
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---|---|---|---|", *lines[1:]])
+    shown = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
+    lines = ["| " + " | ".join(row[i] for i in shown) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(shown) + "|", *lines[1:]])
+
+
+def _expectation(run: Run) -> str:
+    measured = "What was measured is in the table above; on" if run.measure else "What it can do was not measured. On"
+    how = "--data IMAGES" if run.vision else "--tasks ..."
+    tried = "" if run.from_python and run.vision else f": `grail eval FOLDER {how}`"
+    return (
+        f"It can do no more than the network it was made from and has that network's biases and limits. {measured} "
+        f"data that the calibration had little of, more may have been lost. Evaluate it on your own task{tried}."
+    )
 
 
 def _share(before: float | None, after: float | None) -> str:
@@ -195,7 +205,8 @@ def _made(run: Run) -> list[str]:
             for key in ("windows", "images", "tokens")
             if number(calibration.get(key)) is not None
         ]
-        parts.append(f"Calibrated on {_inline(_data(source))}: {', '.join(sizes)}, no labels.")
+        told = "inputs given in Python" if source == GIVEN else _inline(_data(source, run.vision))
+        parts.append(f"Calibrated on {told}: {', '.join(sizes)}, no labels.")
     versions = ", ".join(_inline(f"{name} {value}") for name, value in mapping(run.grail.get("versions")).items())
     parts.append(f"Versions: {versions}." if versions else "")
     parts.append("`report.html` shows every site; `grail.json` has every figure.")
