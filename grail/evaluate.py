@@ -86,6 +86,8 @@ def evaluate(
     found: dict[str, Any] = {"schema_version": 1}
     if asked or prompt:
         _check_tokenizers(folders, "--tasks" if asked else "--prompt")
+    if asked:
+        asked.fetch()
     if speed:
         _check_positions(opened)
     if data != NO_DATA:

@@ -30,6 +30,8 @@ MEASURED = {
     "memory peak": "{:,}",
 }
 """What `grail eval` shows of a model, and how."""
+CHANNELS = {"heads": "channels of heads", "channels": "channels of MLPs"}
+"""What widths count, by kind of site."""
 
 
 class _Stderr(Console):
@@ -98,7 +100,7 @@ def show_report(report: Report, console: Console) -> None:
         lines["output error"] = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}"
         raised = sum(site["retries"] > 0 for site in compensated)
         if raised:
-            lines["ridge raised"] = f"at {raised} sites, where the Gram matrix is singular (see grail.json)"
+            lines["ridge raised"] = f"at {counted(raised, 'site')}, where the Gram matrix is singular (see grail.json)"
     if report.evaluation:
         found = report.evaluation
         names = {"dense": "dense", "pruned": "pruned only", "compressed": "compressed"}
@@ -108,7 +110,7 @@ def show_report(report: Report, console: Console) -> None:
     lines["recipe"] = str(Path(report.output) / FILE)
     trust = ", trust_remote_code=True" if report.format.loads == "grail" else ""
     lines["loads with"] = f"AutoModelForCausalLM.from_pretrained({report.output!r}{trust}), {report.loads_with}"
-    lines["tensor par."] = f"up to {report.format.tensor_parallel} processes"
+    lines["tensor par."] = f"up to {counted(report.format.tensor_parallel, 'process', 'es')}"
     if report.class_changed:
         lines["class changed"] = report.class_changed
     for key, value in lines.items():
@@ -119,7 +121,7 @@ def show_plan(found: dict, console: Console) -> None:
     """What `grail plan` says."""
     memory, seconds, flops = found["memory_bytes"], found["seconds"], found["flops"]
     kinds = ", ".join(
-        f"{kind} {entry['before']} -> {entry['after']} at {entry['changed']} of {entry['sites']} sites"
+        f"{entry['before']} -> {entry['after']} {CHANNELS[kind]} at {entry['changed']} of {entry['sites']} sites"
         if entry["changed"]
         else f"{kind} unchanged"
         for kind, entry in found["sites"].items()
@@ -198,6 +200,11 @@ def _score(found: tuple[str, float, float | None] | None) -> str:
         return ""
     _, value, error = found
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def counted(number: int, what: str, plural: str = "s") -> str:
+    """1 site, 2 sites."""
+    return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def before_after(before: int, after: int, unit: float, name: str) -> str:

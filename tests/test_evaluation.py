@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -138,6 +139,11 @@ class TestTasks:
         with pytest.raises(GrailError, match=words):
             evaluate(str(folder), data="none", **options)
 
+    def test_data_that_cannot_be_had_is_told_before_anything_is_measured(self, folder, monkeypatch):
+        monkeypatch.setattr("grail.evaluate.perplexity", lambda *_, **__: pytest.fail("measured"))
+        with pytest.raises(GrailError, match=r"--tasks piqa.*cannot be fetched"):
+            evaluate(str(folder), tasks="piqa")
+
     def test_a_broken_description_is_told(self, folder, questions, tmp_path):
         broken = (questions / "choices.yaml").read_text().replace("{{answer}}", "{{nothing.there}}")
         (tmp_path / "broken.yaml").write_text(broken.replace("three_choices", "broken"))
@@ -193,7 +199,7 @@ class TestOtherModels:
     @pytest.mark.parametrize("option", ["tasks", "prompt"])
     def test_without_a_tokenizer_nothing_is_loaded(self, tmp_path, monkeypatch, option):
         monkeypatch.setattr("grail.evaluate.load_whole", lambda *_, **__: pytest.fail("loaded"))
-        monkeypatch.setattr("grail.evaluate.Tasks", lambda *_, **__: True)
+        monkeypatch.setattr("grail.evaluate.Tasks", lambda *_, **__: Mock())
         with pytest.raises(GrailError, match=f"--{option}: .*bare has no tokenizer"):
             evaluate(str(tiny_checkpoint(tmp_path / "bare")), data="none", **{option: "a"})
 

@@ -48,6 +48,14 @@ class Tasks:
                 raise GrailError(f"--tasks {name}: lm-eval knows no such task (`lm-eval ls tasks` lists them)")
         self.names = list(dict.fromkeys(task for found in fitting.values() for task in found))
 
+    def fetch(self) -> None:
+        """Get the tasks' data, before anything is measured. Raises GrailError where it cannot be had."""
+        with _imported() as lm_eval:
+            try:
+                lm_eval.tasks.get_task_dict(self.names, self._manager)
+            except Exception as error:
+                raise GrailError(f"--tasks {','.join(self.names)}: {_sentence(error)}") from error
+
     def measure(self, model: Any, tokenizer: Any, label: str) -> dict[str, dict]:
         """By task what it measures of a transformers model, the main metric first: metrics, each with its standard
         error as NAME_stderr where there is one, and "questions". Raises GrailError where a task's data cannot be had
