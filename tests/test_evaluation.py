@@ -147,7 +147,7 @@ class TestTasks:
     def test_a_broken_description_is_told(self, folder, questions, tmp_path):
         broken = (questions / "choices.yaml").read_text().replace("{{answer}}", "{{nothing.there}}")
         (tmp_path / "broken.yaml").write_text(broken.replace("three_choices", "broken"))
-        with pytest.raises(GrailError, match="--tasks broken on"):
+        with pytest.raises(GrailError, match="--tasks broken: "):
             evaluate(str(folder), data="none", tasks="broken", tasks_folder=str(tmp_path))
 
     def test_without_lm_eval(self, folder, monkeypatch):
