@@ -39,7 +39,7 @@ class Compensation:
     matrix, with a bias the scatter, that the repair used: that of the hidden vector where the compressed one is a slice
     of it, else of the compressed one; None where nothing was removed. sweeps: with several
     (stream_choice.py) α, λ, retries and held-out error of each; λ and α are then the first one's, retries those of
-    all."""
+    all. raised: (λ asked, λ taken) of the first solve whose λ had to be raised, None where none had."""
 
     weight: Tensor | None
     lam: float
@@ -53,6 +53,7 @@ class Compensation:
     held_out: tuple[float, float] | None = None
     effective_rank: float | None = None
     sweeps: list[tuple[float, float, int, float | None]] | None = None
+    raised: tuple[float, float] | None = None
 
 
 @isolated
@@ -158,6 +159,7 @@ def compensate_pairs(
 
     weight_OK = rounded(wide, anchor_OK, normal.width, dtype or anchor_OK.dtype, name)
     found = Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    found.raised = (lam, solved.lam) if solved.retries else None
     found.effective_rank = normal.effective_rank()
     _judge_pairs(found, anchor_OK, pairs)
     return found
@@ -198,7 +200,9 @@ def _repaired(
         return lifted_BK.add_(rhs_MK[outputs])
 
     weight_OK = rounded(wide, weight_OH, reduction.kept_width, dtype, name)
-    return Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    found = Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    found.raised = (lam, solved.lam) if solved.retries else None
+    return found
 
 
 def _residual(gram: PackedSymmetric, reduction: Reduction) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoint.background import Background
 from .checkpoint.writer import SHARD, OutputFolder, Piece
 from .chunks import Chunks, Texts
-from .errors import GrailError
+from .errors import Circumstance, GrailError
 from .job import Job
 from .layer import LayerPass
 from .machine import apart
@@ -182,13 +182,25 @@ def _recalled(job: Job, chunks: Chunks, out: OutputFolder, streamed: Streamed, l
         return 0
     sites = {site.name: site for site in job.sites}
     for step in steps:
-        streamed.results += [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
+        results = [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
+        streamed.results += results
+        if job.recipe.strict:
+            _refuse_raised(results)
         if step["trained"]:
             streamed.trained.append(Training(**step["trained"]))
     for part in _streams(job, chunks):
         for layer in range(first):
             store.drop(part.series(layer), part.all)
     return first
+
+
+def _refuse_raised(results: list[SiteResult]) -> None:
+    """For --strict, of what an earlier run did without it, which keeps its work."""
+    try:
+        for result in results:
+            result.refuse_raised()
+    except GrailError as error:
+        raise Circumstance(str(error)) from error
 
 
 def _write_rest(job: Job, chunks: Chunks, streamed: Streamed, out: OutputFolder) -> None:

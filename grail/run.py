@@ -15,7 +15,7 @@ import torch
 from .begun import workspace_of
 from .checkpoint.writer import OutputFolder
 from .distributed import Group
-from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
+from .errors import Circumstance, GrailError, Interrupted, Lost, circumstance
 from .finish import evaluate, reopen_written, write_rest
 from .flags import Flags, Savable
 from .modules.architecture import Architecture
@@ -216,15 +216,15 @@ def _telling_what_is_kept(out: OutputFolder) -> Iterator[None]:
         raise
     except Lost:
         raise
-    except (GrailError, OSError) as error:
-        if not out.kept or (isinstance(error, OSError) and error.errno not in CIRCUMSTANCES):
+    except Exception as error:
+        sentence = str(error) if isinstance(error, GrailError) else circumstance(error)
+        if sentence is None or not out.kept:
             raise
-        sentence = sentence_of(error) if isinstance(error, OSError) else str(error)
         raise Circumstance(f"{sentence}; {_kept(out)}") from error
 
 
 def _kept(out: OutputFolder) -> str:
-    return f"what is done is kept in {out.partial}: the command that began it goes on from there with --resume"
+    return f"what is done is kept in {out.home}: the command that began it goes on from there with --resume"
 
 
 def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:

@@ -130,6 +130,7 @@ class Figures(NamedTuple):
     retries: int
     info: int
     rcond: float
+    raised: tuple[float, float] | None
 
 
 class StreamSolution:
@@ -149,11 +150,12 @@ class StreamSolution:
             rhs_KM = system.own()
             rhs_KM = rhs_KM.add_(system.stream(), alpha=alpha) if alpha else rhs_KM
         self.solved: RidgeSolution = solve(system.matrix, rhs_KM, lam, system.name)
+        self.raised = (lam, self.solved.lam) if self.solved.retries else None
 
     @property
     def figures(self) -> Figures:
         """Without the solution."""
-        return Figures(self.solved.lam, self.solved.retries, self.solved.info, self.solved.rcond)
+        return Figures(self.solved.lam, self.solved.retries, self.solved.info, self.solved.rcond, self.raised)
 
     def own(self, outputs: slice) -> Tensor:
         """Rows of P, float64 [B, K]; only where no α was given."""

@@ -89,6 +89,8 @@ class ModulePass:
             for site in (s for s in self.work.sites if self.work.block_of(s.consumer) == blocks[number]):
                 changes = self.kept[site.name] < site.units.count
                 results[site.name] = self._compress(site) if changes else SiteResult(site)
+                if self.recipe.strict:
+                    results[site.name].refuse_raised()
                 tell(site_entry(results[site.name], trained=False))
             for stream in filter(None, (self.dense_stream, self.work_stream, *self.trial_streams)):
                 stream.advance(blocks[number])
@@ -101,7 +103,10 @@ class ModulePass:
         for block in self.dense.blocks or [""]:
             for site in (s for s in self.dense.sites if self.dense.block_of(s.consumer) == block):
                 statistics = self._gather(site)
-                found[site.name] = self.selector.global_scores(self._view(site, statistics))
+                view = self._view(site, statistics)
+                found[site.name] = self.selector.global_scores(view)
+                if self.recipe.strict and view.damping is not None:
+                    view.damping.refuse_raised(site.name)
             self.dense_stream.advance(block)
         return found
 
@@ -113,7 +118,8 @@ class ModulePass:
         found = [self._consumed(view, reduction, site, name, target, emitted) for name in site.consumers]
         if isinstance(reduction, Folding):
             self._settle_norms(site, emitted)
-        return SiteResult(site, reduction, _together([done for done in found if done is not None]))
+        compensation = _together([done for done in found if done is not None])
+        return SiteResult(site, reduction, compensation, damping=view.damping)
 
     def _consumed(
         self, view: SiteView, reduction: Reduction, site: ModuleSite, name: str, target: Stream, emitted: Stream
@@ -254,7 +260,8 @@ def _together(found: list[Compensation]) -> Compensation | None:
     averaged = ("error_before", "error_after", "effective_rank")
     means = {key: sum(getattr(f, key) for f in found) / len(found) for key in averaged}
     worst = {key: max(getattr(f, key) for f in found) for key in ("lam", "retries", "info")}
-    return replace(found[0], rcond=min(f.rcond for f in found), **worst, **means)
+    raised = next((f.raised for f in found if f.raised), None)
+    return replace(found[0], rcond=min(f.rcond for f in found), raised=raised, **worst, **means)
 
 
 class _Frozen:

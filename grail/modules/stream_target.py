@@ -210,6 +210,7 @@ def _finished(layer: nn.Module, moments: Moments, alpha: float, chosen: Candidat
         weight=narrow.from_patches(layer, weight_OX),
         bias=bias_O if alpha else None,
         retries=max(each.retries for each in solved),
+        raised=next((each.raised for each in solved if each.raised), None),
         info=max(each.info for each in solved),
         rcond=min(each.rcond for each in solved),
         error_before=moments.error(lifted_OX),
