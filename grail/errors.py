@@ -16,6 +16,8 @@ CIRCUMSTANCES = {
 """Errors of the system that the user can mend: a full or broken disk, a folder that vanished."""
 FROM_RUST = re.compile(r"\(os error (\d+)\)")
 """How errors of the system end in the text of safetensors and tokenizers, which have exceptions of their own."""
+CUT_OFF = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says where the system would not write all of an array, and does not say why."""
 NO_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "MemoryError", "Cannot allocate memory")
 """In the text of errors of torch, and of processes that were started, where there is no memory left."""
 
@@ -52,6 +54,8 @@ def naming(file: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None and CUT_OFF.search(str(error)):
+            raise Circumstance(f"{file}: {error}; the disk is full, or takes no file of that length") from error
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(file)) from error

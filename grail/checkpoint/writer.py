@@ -290,6 +290,8 @@ class OutputFolder:
         os.replace(self.partial, self.path)
         for name in (REPLACED, STORE):
             shutil.rmtree(self.path / name, ignore_errors=True)
+            if (self.path / name).exists():
+                raise Circumstance(f"{self.path} is finished, but {self.path / name} cannot be taken away")
         for name in (LOCK, JOURNAL):
             (self.path / name).unlink(missing_ok=True)
         return self.path
