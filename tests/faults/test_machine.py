@@ -91,7 +91,7 @@ def trial(case: Case, home: Path, number: int, error: int) -> None:
     assert os.strerror(error) in said[0] or "cannot be taken away" in said[0], where
     olds = [folder / "config.json" for folder in (out, home / "out.partial" / REPLACED)]
     finished = out.exists() and files_of(out).keys() >= case.files.keys()
-    assert finished or ["old"] == [old.read_text() for old in olds if old.exists()], where
+    assert finished or [old.read_text() for old in olds if old.exists()] == ["old"], where
     kept = case.compress(out, resume=True)
     assert files_of(out) == case.files, where
     assert [file.name for file in home.iterdir()] == ["out"], where
@@ -117,7 +117,7 @@ def test_a_run_cut_off_between_the_two_renames_can_be_begun_anew(case, tmp_path)
     aside.mkdir(parents=True)
     (aside / "config.json").write_text("old")
     (tmp_path / "out.partial" / "lock").touch()
-    with pytest.raises(grail.GrailError, match="not empty.*--overwrite"):
+    with pytest.raises(grail.GrailError, match=r"not empty.*--overwrite"):
         case.compress(tmp_path / "out", overwrite=False)
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     case.compress(tmp_path / "out")

@@ -4,7 +4,6 @@ it was, and afterwards the same command works."""
 from __future__ import annotations
 
 import errno
-import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
