@@ -78,7 +78,7 @@ def circumstance(error: BaseException) -> str | None:
 
 
 def _no_memory(error: BaseException) -> str:
-    wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error))
+    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
     more = f" ({wanted[1]} more were asked for)" if wanted else ""
     return f"out of memory{more}: take less at once with --memory, --store disk or --batch, or give the process more"
 

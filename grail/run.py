@@ -199,7 +199,8 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
         if tight := warn_if_tight(plan):
             progress.warn(tight)
         # the inner guard: the others must know before the folder in which they write is taken away
-        with _telling_what_is_kept(out), out if group.main else nullcontext(), group.guard():
+        folder, opened = plan.session.located.folder, out if group.main else nullcontext()
+        with _telling_what_is_kept(out), opened, group.guard(), _input_that_was_sound(folder):
             report = _carry_out(plan, out)
     group.close()
     return report
@@ -221,6 +222,19 @@ def _telling_what_is_kept(out: OutputFolder) -> Iterator[None]:
         if sentence is None or not out.kept:
             raise
         raise Circumstance(f"{sentence}; {_kept(out)}") from error
+
+
+@contextmanager
+def _input_that_was_sound(folder: Path) -> Iterator[None]:
+    """Input that cannot be read any more, because its folder or its disk went, is no bad input: work is kept."""
+    try:
+        yield
+    except Circumstance:
+        raise
+    except GrailError as error:
+        if folder.exists() and not isinstance(error.__cause__, OSError):
+            raise
+        raise Circumstance(str(error)) from error
 
 
 def _kept(out: OutputFolder) -> str:
