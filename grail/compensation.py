@@ -21,7 +21,7 @@ from grail_kernels.inputs import isolated
 from grail_kernels.ridge import MatrixRows
 
 from .moments import PairStatistics
-from .normal_equations import CPU_ROWS, FORMS, blocks, consumed, gathered, relative, rounded, solve
+from .normal_equations import CPU_ROWS, FORMS, blocks, consumed, gathered, relative, rounded, share_of, solve
 from .reduction import Reduction, Selection
 from .statistics import SiteStatistics
 
@@ -237,7 +237,7 @@ def _errors(
         for i, candidate in enumerate(candidates):
             wide_BH = reduction.expand_consumer(candidate(outputs).float())
             energies[i] += gram.quadratic_trace(torch.sub(weight_BH, wide_BH, out=wide_BH))
-    shares = [max(energy / total, 0.0) if total > 0 else 0.0 for energy in (plain, *energies)]
+    shares = [share_of(energy, total) for energy in (plain, *energies)]
     return shares[0], shares[1:]
 
 
@@ -250,5 +250,5 @@ def _judge_pairs(found: Compensation, anchor_OK: Tensor, pairs: PairStatistics) 
         after += pairs.normal.quadratic_trace(delta_BK) - 2 * torch.sum(delta_BK.mT * cross_KO[:, outputs]).item()
         if pairs.affine:
             biases.append(pairs.mean_difference[outputs] - delta_BK @ pairs.mean)
-    found.error_before, found.error_after = (max(e / total, 0.0) if total > 0 else 0.0 for e in (before, after))
+    found.error_before, found.error_after = (share_of(energy, total) for energy in (before, after))
     found.bias = torch.cat(biases) if pairs.affine else None

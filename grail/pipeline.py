@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grail_kernels.inputs import all_finite
+
 from .checkpoint.background import Background
 from .checkpoint.writer import SHARD, OutputFolder, Piece
 from .chunks import Chunks, Texts
@@ -221,12 +223,16 @@ def _layer_pieces(job: Job, layer: int, changed: dict[str, Tensor], reductions: 
         changed = job.format.layer_tensors(layer, changed, reductions)
     names = _names(job, layer)
     added = [name for name in changed if name not in job.model.source]
-    return [
-        Piece.of(name, changed[name].to(job.written_dtype(changed[name].dtype)))
-        if name in changed
-        else _copied(job, name)
-        for name in names + added
-    ]
+    return [_changed(job, name, changed[name]) if name in changed else _copied(job, name) for name in names + added]
+
+
+def _changed(job: Job, name: str, tensor: Tensor) -> Piece:
+    """A new tensor, in the dtype that is written."""
+    dtype = job.written_dtype(tensor.dtype)
+    tensor = tensor.to(dtype)
+    if not all_finite(tensor):
+        raise GrailError(f"{name}: what it is repaired to overflows {dtype}; use a wider --output-dtype")
+    return Piece.of(name, tensor)
 
 
 def _copied(job: Job, name: str) -> Piece:

@@ -3,6 +3,7 @@ processes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,18 @@ class SiteResult:
     weight: Tensor | None = None
     bias: Tensor | None = None
     damping: Damping | None = None
+
+    def check(self, *, strict: bool) -> None:
+        """Raises GrailError naming the site where its figures are no numbers; strict: or where a λ had to be raised."""
+        done = self.compensation
+        figures = () if done is None else (done.error_before, done.error_after, *(done.held_out or ()))
+        if not all(map(math.isfinite, figures)):
+            raise GrailError(
+                f"{self.site.name}: activations or weights are so large that the error cannot be computed; check the "
+                f"checkpoint"
+            )
+        if strict:
+            self.refuse_raised()
 
     def refuse_raised(self) -> None:
         """Raises GrailError naming the site where a λ had to be raised: what --strict asks for."""

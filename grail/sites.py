@@ -26,8 +26,7 @@ def compress(run: LayerPass, site: Site) -> SiteResult:
     """Select and compensate one site, and compute its branch from the result."""
     folds = run.job.selector.folds(site.kind)
     result, narrow = _fold(run, site) if folds else (_prune(run, site), {})
-    if run.job.recipe.strict:
-        result.refuse_raised()
+    result.check(strict=run.job.recipe.strict)
     apply(run, site, result, narrow if folds else None)
     return result
 

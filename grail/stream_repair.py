@@ -29,7 +29,7 @@ from grail_kernels.inputs import isolated
 from grail_kernels.ridge import MatrixRows
 
 from .moments import CrossMoments, PairStatistics
-from .normal_equations import ANCHORED, blocks, consumed, relative, rounded, solve
+from .normal_equations import ANCHORED, blocks, consumed, relative, rounded, share_of, solve
 from .reduction import Reduction
 
 
@@ -192,7 +192,7 @@ def selection_errors(
             delta_BH = weight_BH - reduction.expand_consumer(candidate[outputs].float())
             lost = 2 * torch.sum(delta_BH * cross_BH, dtype=torch.float64).item()
             energies[i] += gram.quadratic_trace(delta_BH) + lost
-    return _shares(energies, stream.target_energy)
+    return [share_of(energy, stream.target_energy) for energy in energies]
 
 
 def pair_errors(
@@ -206,8 +206,4 @@ def pair_errors(
             delta_BK = candidate[outputs].double() - anchor_OK[outputs].double()
             gained = 2 * torch.sum(delta_BK * cross_KO[:, outputs].mT, dtype=torch.float64).item()
             energies[i] += pairs.normal.quadratic_trace(delta_BK) - gained
-    return _shares(energies, stream.target_energy)
-
-
-def _shares(energies: list[float], total: float) -> list[float]:
-    return [max(energy / total, 0.0) if total > 0 else 0.0 for energy in energies]
+    return [share_of(energy, stream.target_energy) for energy in energies]

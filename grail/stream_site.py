@@ -28,8 +28,7 @@ def compress(run: LayerPass, twin: Twin, site: Site) -> SiteResult:
     folds = run.job.selector.folds(site.kind) and run.job.changes(site)
     prepared = _fold(run, twin, site) if folds else _prune(run, twin, site)
     result = repair(run, site, prepared)
-    if run.job.recipe.strict:
-        result.refuse_raised()
+    result.check(strict=run.job.recipe.strict)
     apply(run, site, result, prepared.narrow if folds else None)
     twin.close()
     return result

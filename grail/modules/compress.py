@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from grail_kernels.inputs import all_finite
+
 from ..compensation import Compensation, compensate
 from ..errors import GrailError
 from ..families.network import ModuleSite, Network
@@ -89,8 +91,7 @@ class ModulePass:
             for site in (s for s in self.work.sites if self.work.block_of(s.consumer) == blocks[number]):
                 changes = self.kept[site.name] < site.units.count
                 results[site.name] = self._compress(site) if changes else SiteResult(site)
-                if self.recipe.strict:
-                    results[site.name].refuse_raised()
+                results[site.name].check(strict=self.recipe.strict)
                 tell(site_entry(results[site.name], trained=False))
             for stream in filter(None, (self.dense_stream, self.work_stream, *self.trial_streams)):
                 stream.advance(blocks[number])
@@ -118,6 +119,13 @@ class ModulePass:
         found = [self._consumed(view, reduction, site, name, target, emitted) for name in site.consumers]
         if isinstance(reduction, Folding):
             self._settle_norms(site, emitted)
+        for name in (*site.consumers, *site.norms):
+            layer = self.work.layer(name)
+            if not all(all_finite(parameter) for parameter in layer.parameters(recurse=False)):
+                raise GrailError(
+                    f"{site.name}: what {name} is repaired to overflows {layer.weight.dtype}; give the network in a "
+                    f"wider dtype, or more --ridge"
+                )
         compensation = _together([done for done in found if done is not None])
         return SiteResult(site, reduction, compensation, damping=view.damping)
 
@@ -165,7 +173,7 @@ class ModulePass:
             with watched(layers, lambda i, x: statistics.update(self._rows(layers[i], x, stream.number))):
                 for _ in stream.hidden(site.consumers[-1]):
                     pass
-            statistics.check_finite(site.name)
+            statistics.check_finite(site.name, "give the network in float32")
         return statistics
 
     def _rows(self, consumer: nn.Module, hidden: Tensor, number: int) -> Tensor:
