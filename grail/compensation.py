@@ -39,7 +39,8 @@ class Compensation:
     matrix, with a bias the scatter, that the repair used: that of the hidden vector where the compressed one is a slice
     of it, else of the compressed one; None where nothing was removed. sweeps: with several
     (stream_choice.py) α, λ, retries and held-out error of each; λ and α are then the first one's, retries those of
-    all. raised: (λ asked, λ taken) of the first solve whose λ had to be raised, None where none had."""
+    all. raised: (λ asked, λ taken) of the first solve whose λ had to be raised, None where none had.
+    stream_lam: λ of the part towards the stream, where it has equations of its own (networks in memory)."""
 
     weight: Tensor | None
     lam: float
@@ -54,6 +55,7 @@ class Compensation:
     effective_rank: float | None = None
     sweeps: list[tuple[float, float, int, float | None]] | None = None
     raised: tuple[float, float] | None = None
+    stream_lam: float | None = None
 
 
 @isolated

@@ -49,14 +49,15 @@ def sentence_of(error: OSError) -> str:
 
 
 @contextmanager
-def naming(file: Path | str) -> Iterator[None]:
-    """Errors of the system within say which file they are about: those of a write do not by themselves."""
+def naming(file: Path | str, *, nameless: bool = False) -> Iterator[None]:
+    """Errors of the system within say which file they are about: those of a write do not by themselves. nameless: only
+    these."""
     try:
         yield
     except OSError as error:
         if error.errno is None and CUT_OFF.search(str(error)):
             raise Circumstance(f"{file}: {error}; the disk is full, or takes no file of that length") from error
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or (nameless and error.filename is not None):
             raise
         raise OSError(error.errno, error.strerror, str(file)) from error
 

@@ -21,7 +21,7 @@ def replacing(file: Path, suffix: str = "") -> Iterator[Path]:
         raise GrailError(f"{file} cannot be written: {error.filename} is no folder") from error
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial{suffix}")
     try:
-        with naming(file):
+        with naming(file, nameless=True):
             yield temporary
             os.replace(temporary, file)
     except BaseException:

@@ -20,7 +20,7 @@ from .selectors.base import Damping
 
 FIGURES = (
     "lam", "retries", "info", "rcond", "error_before", "error_after", "alpha", "held_out", "effective_rank", "sweeps",
-    "raised",
+    "raised", "stream_lam",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ SITE = {
     "rcond": Maybe(NUMBER), "error_before": Maybe(NUMBER), "error_after": Maybe(NUMBER),
     "effective_rank": Maybe(NUMBER), "alpha": Maybe(NUMBER), "held_out_errors": Maybe([NUMBER]),
     "sweeps": Maybe([SWEEP]), "trained": SWITCH, "raised": Maybe([NUMBER]),
+    "stream_lambda": Maybe(NUMBER),
     "damping": Maybe({"lambda": NUMBER, "retries": COUNT}),
 }  # fmt: skip
 RUN = {"schema_version": COUNT, "host": TEXT, "platform": TEXT, "argv": [TEXT], "seconds": Each(NUMBER),

@@ -212,6 +212,7 @@ def _finished(layer: nn.Module, moments: Moments, alpha: float, chosen: Candidat
         bias=bias_O if alpha else None,
         retries=max(each.retries for each in solved),
         raised=next((each.raised for each in solved if each.raised), None),
+        stream_lam=chosen.correction.lam,
         info=max(each.info for each in solved),
         rcond=min(each.rcond for each in solved),
         error_before=moments.error(lifted_OX),

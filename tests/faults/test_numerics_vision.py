@@ -201,3 +201,12 @@ def test_one_number_is_none(kind, where, value):
 def test_decoder_methods_are_refused_by_name():
     with pytest.raises(grail.GrailError, match="wanda-pp-sp"):
         refuse_decoder_methods(methods()["wanda-pp-sp"]())
+
+
+def test_the_ridge_of_the_part_towards_the_stream_is_in_the_record():
+    """Of a convolution: its equations are those of all taps, so that the same --ridge is another λ."""
+    module, inputs = NETWORKS["maps"]()
+    flags = {"calibration": inputs, "sites": module.sites(), "target": "stream", "alpha": 1.0, "ridge": 0.01}
+    plain, conv = grail.compress(module, **flags).sites
+    assert plain["stream_lambda"] is None, "its stream is not known"
+    assert conv["stream_lambda"] > 0 and conv["stream_lambda"] != conv["lambda"]
