@@ -155,6 +155,9 @@ def compress(
             help="anchored (shrinks to pruning) or paper (to zero).",
         ),
     ] = "anchored",
+    strict: Annotated[
+        bool, _repair("--strict", help="Stop with an error where a ridge would have to be raised.")
+    ] = False,
     device: Annotated[str, _machine("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[
         str | None,

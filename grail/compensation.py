@@ -21,7 +21,7 @@ from grail_kernels.inputs import isolated
 from grail_kernels.ridge import MatrixRows
 
 from .moments import PairStatistics
-from .normal_equations import CPU_ROWS, FORMS, blocks, consumed, gathered, relative, rounded, solve
+from .normal_equations import CPU_ROWS, FORMS, blocks, consumed, gathered, relative, rounded, share_of, solve
 from .reduction import Reduction, Selection
 from .statistics import SiteStatistics
 
@@ -39,7 +39,8 @@ class Compensation:
     matrix, with a bias the scatter, that the repair used: that of the hidden vector where the compressed one is a slice
     of it, else of the compressed one; None where nothing was removed. sweeps: with several
     (stream_choice.py) α, λ, retries and held-out error of each; λ and α are then the first one's, retries those of
-    all."""
+    all. raised: (λ asked, λ taken) of the first solve whose λ had to be raised, None where none had.
+    stream_lam: λ of the part towards the stream, where it has equations of its own (networks in memory)."""
 
     weight: Tensor | None
     lam: float
@@ -53,6 +54,8 @@ class Compensation:
     held_out: tuple[float, float] | None = None
     effective_rank: float | None = None
     sweeps: list[tuple[float, float, int, float | None]] | None = None
+    raised: tuple[float, float] | None = None
+    stream_lam: float | None = None
 
 
 @isolated
@@ -158,6 +161,7 @@ def compensate_pairs(
 
     weight_OK = rounded(wide, anchor_OK, normal.width, dtype or anchor_OK.dtype, name)
     found = Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    found.raised = (lam, solved.lam) if solved.retries else None
     found.effective_rank = normal.effective_rank()
     _judge_pairs(found, anchor_OK, pairs)
     return found
@@ -198,7 +202,9 @@ def _repaired(
         return lifted_BK.add_(rhs_MK[outputs])
 
     weight_OK = rounded(wide, weight_OH, reduction.kept_width, dtype, name)
-    return Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    found = Compensation(weight_OK, solved.lam, solved.retries, solved.info, solved.rcond, 0.0, 0.0)
+    found.raised = (lam, solved.lam) if solved.retries else None
+    return found
 
 
 def _residual(gram: PackedSymmetric, reduction: Reduction) -> tuple[Tensor, Tensor]:
@@ -233,7 +239,7 @@ def _errors(
         for i, candidate in enumerate(candidates):
             wide_BH = reduction.expand_consumer(candidate(outputs).float())
             energies[i] += gram.quadratic_trace(torch.sub(weight_BH, wide_BH, out=wide_BH))
-    shares = [max(energy / total, 0.0) if total > 0 else 0.0 for energy in (plain, *energies)]
+    shares = [share_of(energy, total) for energy in (plain, *energies)]
     return shares[0], shares[1:]
 
 
@@ -246,5 +252,5 @@ def _judge_pairs(found: Compensation, anchor_OK: Tensor, pairs: PairStatistics) 
         after += pairs.normal.quadratic_trace(delta_BK) - 2 * torch.sum(delta_BK.mT * cross_KO[:, outputs]).item()
         if pairs.affine:
             biases.append(pairs.mean_difference[outputs] - delta_BK @ pairs.mean)
-    found.error_before, found.error_after = (max(e / total, 0.0) if total > 0 else 0.0 for e in (before, after))
+    found.error_before, found.error_after = (share_of(energy, total) for energy in (before, after))
     found.bias = torch.cat(biases) if pairs.affine else None

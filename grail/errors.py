@@ -1,11 +1,25 @@
-"""Exceptions that are no bugs: bad input, and an interruption that can be gone on from."""
+"""Exceptions that are no bugs: bad input, what the machine refuses, and an interruption that can be gone on from."""
 
 from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-CIRCUMSTANCES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENAMETOOLONG}
-"""Errors of the system that the user can mend."""
+CIRCUMSTANCES = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG,
+    errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN,
+    errno.ETIMEDOUT, errno.ENOMEM,
+}  # fmt: skip
+"""Errors of the system that the user can mend: a full or broken disk, a folder that vanished."""
+FROM_RUST = re.compile(r"\(os error (\d+)\)")
+"""How errors of the system end in the text of safetensors and tokenizers, which have exceptions of their own."""
+CUT_OFF = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says where the system would not write all of an array, and does not say why."""
+NO_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "MemoryError", "Cannot allocate memory")
+"""In the text of errors of torch, and of processes that were started, where there is no memory left."""
 
 
 class GrailError(ValueError):
@@ -34,6 +48,42 @@ def sentence_of(error: OSError) -> str:
     return f"{error.filename or 'input/output'}: {error.strerror or error}"
 
 
+@contextmanager
+def naming(file: Path | str, *, nameless: bool = False) -> Iterator[None]:
+    """Errors of the system within say which file they are about: those of a write do not by themselves. nameless: only
+    these."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and CUT_OFF.search(str(error)):
+            raise Circumstance(f"{file}: {error}; the disk is full, or takes no file of that length") from error
+        if error.errno is None or (nameless and error.filename is not None):
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def circumstance(error: BaseException) -> str | None:
+    """The sentence of what the machine refused, whichever library found out; None for anything else."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return _no_memory(error)
+    if isinstance(error, OSError):
+        return sentence_of(error) if error.errno in CIRCUMSTANCES else None
+    if isinstance(error, GrailError):
+        return None
+    found = FROM_RUST.search(str(error))
+    if found and int(found[1]) in CIRCUMSTANCES:
+        return first_line(error) if int(found[1]) != errno.ENOMEM else _no_memory(error)
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY):
+        return _no_memory(error)
+    return None
+
+
+def _no_memory(error: BaseException) -> str:
+    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
+    more = f" ({wanted[1]} more were asked for)" if wanted else ""
+    return f"out of memory{more}: take less at once with --memory, --store disk or --batch, or give the process more"
+
+
 def verdict(error: BaseException) -> tuple[str, int] | None:
     """The sentence and the exit code of what a command may end with; None for a bug."""
     if isinstance(error, GrailError):
@@ -42,6 +92,5 @@ def verdict(error: BaseException) -> tuple[str, int] | None:
         return str(error), 75
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing new was kept", 130
-    if isinstance(error, OSError) and error.errno in CIRCUMSTANCES:
-        return sentence_of(error), 2
-    return None
+    told = circumstance(error)
+    return None if told is None else (told, 2)

@@ -43,6 +43,7 @@ class Flags(TypedDict, total=False):
     sweeps: int
     ridge_form: str
     bias: bool | None
+    strict: bool
     allocation: str | None
     format: str
     round_to: int | None

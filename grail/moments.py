@@ -7,6 +7,7 @@ d what some given weight gets wrong about it. Accumulating the difference means 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
 
 def dot(a_TO: Tensor, b_TO: Tensor, *, exact: bool = False) -> float:
     """Σ a·b of float32 rows: in float32 along a row, in float64 over the rows. exact: all in float64, which takes
-    a hundred times as long, for sums from which those of the means are taken off."""
-    if exact:
-        return torch.sum(a_TO.double() * b_TO.double()).item()
-    return torch.linalg.vecdot(a_TO, b_TO).sum(dtype=torch.float64).item()
+    a hundred times as long, for sums from which those of the means are taken off; so too where float32 overflows."""
+    found = math.nan if exact else torch.linalg.vecdot(a_TO, b_TO).sum(dtype=torch.float64).item()
+    return found if math.isfinite(found) else torch.sum(a_TO.double() * b_TO.double()).item()
 
 
 class CrossMoments:

@@ -59,6 +59,13 @@ def relative(ridge: float, diag_K: Tensor, name: str) -> float:
     return ridge * mean
 
 
+def share_of(energy: float, total: float) -> float:
+    """An error as a share; 0 of nothing, NaN where one of the two is too large for its sums."""
+    if not (math.isfinite(energy) and math.isfinite(total)):
+        return math.nan
+    return max(energy / total, 0.0) if total > 0 else 0.0
+
+
 def solve(a: MatrixRows, rhs_KM: Tensor, lam: float, name: str) -> RidgeSolution:
     """The solution is written over the right-hand side."""
     trim_memory(a.size**2)  # what making the right-hand side left free would lie beside A, the largest block of all

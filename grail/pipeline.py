@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grail_kernels.inputs import all_finite
+
 from .checkpoint.background import Background
 from .checkpoint.writer import SHARD, OutputFolder, Piece
 from .chunks import Chunks, Texts
-from .errors import GrailError
+from .errors import Circumstance, GrailError
 from .job import Job
 from .layer import LayerPass
 from .machine import apart
@@ -182,13 +184,25 @@ def _recalled(job: Job, chunks: Chunks, out: OutputFolder, streamed: Streamed, l
         return 0
     sites = {site.name: site for site in job.sites}
     for step in steps:
-        streamed.results += [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
+        results = [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
+        streamed.results += results
+        if job.recipe.strict:
+            _refuse_raised(results)
         if step["trained"]:
             streamed.trained.append(Training(**step["trained"]))
     for part in _streams(job, chunks):
         for layer in range(first):
             store.drop(part.series(layer), part.all)
     return first
+
+
+def _refuse_raised(results: list[SiteResult]) -> None:
+    """For --strict, of what an earlier run did without it, which keeps its work."""
+    try:
+        for result in results:
+            result.refuse_raised()
+    except GrailError as error:
+        raise Circumstance(str(error)) from error
 
 
 def _write_rest(job: Job, chunks: Chunks, streamed: Streamed, out: OutputFolder) -> None:
@@ -209,12 +223,16 @@ def _layer_pieces(job: Job, layer: int, changed: dict[str, Tensor], reductions: 
         changed = job.format.layer_tensors(layer, changed, reductions)
     names = _names(job, layer)
     added = [name for name in changed if name not in job.model.source]
-    return [
-        Piece.of(name, changed[name].to(job.written_dtype(changed[name].dtype)))
-        if name in changed
-        else _copied(job, name)
-        for name in names + added
-    ]
+    return [_changed(job, name, changed[name]) if name in changed else _copied(job, name) for name in names + added]
+
+
+def _changed(job: Job, name: str, tensor: Tensor) -> Piece:
+    """A new tensor, in the dtype that is written."""
+    dtype = job.written_dtype(tensor.dtype)
+    tensor = tensor.to(dtype)
+    if not all_finite(tensor):
+        raise GrailError(f"{name}: what it is repaired to overflows {dtype}; use a wider --output-dtype")
+    return Piece.of(name, tensor)
 
 
 def _copied(job: Job, name: str) -> Piece:

@@ -28,8 +28,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "output_dtype": (None, *DTYPES),
 }
 """What the options that are words may be; None: the default for this model and method."""
-LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called"}
-"""Where the result goes and how it is computed; the rest decides what it is."""
+LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called", "strict"}
+"""Where the result goes, how it is computed and what is refused; the rest decides what it is."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -39,7 +39,8 @@ class Recipe:
 
     target: what a repaired consumer should add to the residual stream: what it did before ("hidden"), or also what the
     sites before it got wrong ("stream"), of which alpha is the share.
-    sweeps: how often a consumer is solved for at most, with target "stream": each time towards what is left."""
+    sweeps: how often a consumer is solved for at most, with target "stream": each time towards what is left.
+    strict: a λ that would have to be raised ends the run."""
 
     TARGETS: ClassVar[tuple[str, ...]] = (HIDDEN, STREAM)
     MOST_TRIALS: ClassVar[int] = 16
@@ -62,6 +63,7 @@ class Recipe:
     sweeps: int = 1
     ridge_form: str = "anchored"
     bias: bool | None = None
+    strict: bool = False
     allocation: str | None = None
     format: str = "auto"
     round_to: int | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import GrailError
+from .errors import GrailError, naming
 
 
 @contextmanager
@@ -21,10 +21,12 @@ def replacing(file: Path, suffix: str = "") -> Iterator[Path]:
         raise GrailError(f"{file} cannot be written: {error.filename} is no folder") from error
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial{suffix}")
     try:
-        yield temporary
-        os.replace(temporary, file)
+        with naming(file, nameless=True):
+            yield temporary
+            os.replace(temporary, file)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what stopped this may stop that too
+            temporary.unlink(missing_ok=True)
         with suppress(OSError):  # of another one, who put something there
             for folder in made:
                 folder.rmdir()

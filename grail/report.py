@@ -52,11 +52,13 @@ class Report(Readable):
     def sites(self) -> list[dict[str, Any]]:
         """One entry per site, in execution order, of plain values: `pandas.DataFrame(report.sites)` is a table of them.
 
-        name, kind, before and after (widths), lambda and retries (the ridge, and how often it was raised), rcond (of
-        the equations), error_before and error_after (of the consumer's output, without and with the repair, as shares
-        of its energy), effective_rank, alpha, held_out_errors and sweeps (of --target stream), trained: the layer was
-        trained afterwards, so that the error is that of the weights it started from. None where there is no such
-        thing."""
+        name, kind, before and after (widths), lambda and retries (the ridge, and how often it was raised), raised (the
+        ridge asked for and the one it took, where that was another), rcond (of the equations), error_before and
+        error_after (of the consumer's output, without and with the repair, as shares of its energy), effective_rank,
+        alpha, held_out_errors and sweeps (of --target stream; stream_lambda where the part towards the stream has
+        equations of its own, in networks held in memory), damping (lambda and retries of a method that selects by
+        a damped Gram matrix), trained: the layer was trained afterwards, so that the error is that of the weights it
+        started from. None where there is no such thing."""
         trained = {training.layer for training in self.trained}
         return [site_entry(result, result.site.layer in trained) for result in self.results]
 
@@ -155,13 +157,16 @@ def site_entry(result: SiteResult, trained: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "lambda": done and done.lam,
         "retries": done.retries if done else 0,
+        "raised": done and done.raised and list(done.raised),
         "rcond": done.rcond if done and math.isfinite(done.rcond) else None,
         "error_before": done and done.error_before,
         "error_after": done and done.error_after,
         "effective_rank": done and done.effective_rank,
         "alpha": done and done.alpha,
+        "stream_lambda": done and done.stream_lam,
         "held_out_errors": done and done.held_out and list(done.held_out),
         "sweeps": done and done.sweeps and [dict(zip(SWEEP, one, strict=True)) for one in done.sweeps],
+        "damping": result.damping and {"lambda": result.damping.lam, "retries": result.damping.retries},
         "trained": trained and result.reduction is not None,
     }
     return entry | figures

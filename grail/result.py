@@ -3,6 +3,7 @@ processes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,24 +13,52 @@ from torch import Tensor
 
 from .compensation import Compensation
 from .distributed import Group
+from .errors import GrailError
 from .families.base import Site
 from .reduction import Folding, Reduction, Selection
+from .selectors.base import Damping
 
 FIGURES = (
     "lam", "retries", "info", "rcond", "error_before", "error_after", "alpha", "held_out", "effective_rank", "sweeps",
+    "raised", "stream_lam",
 )  # fmt: skip
 
 
 @dataclass
 class SiteResult:
     """`compensation` is None when a site was only pruned, `reduction` too when nothing was removed; `weight` [O, K] and
-    `bias` [O] (or None) are the consumer's new ones, None once they are written."""
+    `bias` [O] (or None) are the consumer's new ones, None once they are written. damping: what the method added to the
+    Gram matrix by which it selected, where it did."""
 
     site: Site
     reduction: Reduction | None = None
     compensation: Compensation | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    damping: Damping | None = None
+
+    def check(self, *, strict: bool) -> None:
+        """Raises GrailError naming the site where its figures are no numbers; strict: or where a λ had to be raised."""
+        done = self.compensation
+        figures = () if done is None else (done.error_before, done.error_after, *(done.held_out or ()))
+        if not all(map(math.isfinite, figures)):
+            raise GrailError(
+                f"{self.site.name}: activations or weights are so large that the error cannot be computed; check the "
+                f"checkpoint"
+            )
+        if strict:
+            self.refuse_raised()
+
+    def refuse_raised(self) -> None:
+        """Raises GrailError naming the site where a λ had to be raised: what --strict asks for."""
+        if self.damping is not None:
+            self.damping.refuse_raised(self.site.name)
+        if self.compensation is not None and self.compensation.raised is not None:
+            asked, taken = self.compensation.raised
+            raise GrailError(
+                f"{self.site.name}: the equations are singular with λ = {asked:.3g}, and it took {taken:.3g}; "
+                f"use more calibration text or more --ridge, or leave out --strict"
+            )
 
     def without_tensors(self) -> SiteResult:
         """What the report needs: the new weights are on disk by then."""
@@ -46,6 +75,8 @@ class SiteResult:
             found["cluster"] = reduction.cluster.tolist()
         if done is not None:
             found["figures"] = {name: getattr(done, name) for name in FIGURES}
+        if self.damping is not None:
+            found["damping"] = list(self.damping)
         return found
 
     @classmethod
@@ -57,7 +88,7 @@ class SiteResult:
         elif "cluster" in found:
             reduction = Folding(torch.tensor(found["cluster"]))
         done = Compensation(weight=None, **found["figures"]) if "figures" in found else None
-        return cls(site, reduction, done)
+        return cls(site, reduction, done, damping=Damping(*found["damping"]) if "damping" in found else None)
 
 
 def from_main(group: Group, site: Site, compute: Callable[[], SiteResult]) -> SiteResult:

@@ -15,7 +15,7 @@ import torch
 from .begun import workspace_of
 from .checkpoint.writer import OutputFolder
 from .distributed import Group
-from .errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, Lost, sentence_of
+from .errors import Circumstance, GrailError, Interrupted, Lost, circumstance
 from .finish import evaluate, reopen_written, write_rest
 from .flags import Flags, Savable
 from .modules.architecture import Architecture
@@ -205,7 +205,8 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
         if tight := warn_if_tight(plan):
             progress.warn(tight)
         # the inner guard: the others must know before the folder in which they write is taken away
-        with _telling_what_is_kept(out), out if group.main else nullcontext(), group.guard():
+        folder, opened = plan.session.located.folder, out if group.main else nullcontext()
+        with _telling_what_is_kept(out), opened, group.guard(), _input_that_was_sound(folder):
             report = _carry_out(plan, out)
     group.close()
     return report
@@ -222,15 +223,28 @@ def _telling_what_is_kept(out: OutputFolder) -> Iterator[None]:
         raise
     except Lost:
         raise
-    except (GrailError, OSError) as error:
-        if not out.kept or (isinstance(error, OSError) and error.errno not in CIRCUMSTANCES):
+    except Exception as error:
+        sentence = str(error) if isinstance(error, GrailError) else circumstance(error)
+        if sentence is None or not out.kept:
             raise
-        sentence = sentence_of(error) if isinstance(error, OSError) else str(error)
         raise Circumstance(f"{sentence}; {_kept(out)}") from error
 
 
+@contextmanager
+def _input_that_was_sound(folder: Path) -> Iterator[None]:
+    """Input that cannot be read any more, because its folder or its disk went, is no bad input: work is kept."""
+    try:
+        yield
+    except Circumstance:
+        raise
+    except GrailError as error:
+        if folder.exists() and not isinstance(error.__cause__, OSError):
+            raise
+        raise Circumstance(str(error)) from error
+
+
 def _kept(out: OutputFolder) -> str:
-    return f"what is done is kept in {out.partial}: the command that began it goes on from there with --resume"
+    return f"what is done is kept in {out.home}: the command that began it goes on from there with --resume"
 
 
 def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:

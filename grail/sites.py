@@ -26,6 +26,7 @@ def compress(run: LayerPass, site: Site) -> SiteResult:
     """Select and compensate one site, and compute its branch from the result."""
     folds = run.job.selector.folds(site.kind)
     result, narrow = _fold(run, site) if folds else (_prune(run, site), {})
+    result.check(strict=run.job.recipe.strict)
     apply(run, site, result, narrow if folds else None)
     return result
 
@@ -94,7 +95,7 @@ def select_and_repair(run: LayerPass, site: Site, view: SiteView) -> SiteResult:
     if job.affine:
         own_O = job.consumer_bias(site)
         bias_O = mean_bias(view.weight_OH, weight_OK, reduction, view.statistics, own_O).to(dtype)
-    return SiteResult(site, reduction, compensation, weight_OK, bias_O)
+    return SiteResult(site, reduction, compensation, weight_OK, bias_O, view.damping)
 
 
 def _fold(run: LayerPass, site: Site) -> tuple[SiteResult, dict[str, Tensor]]:

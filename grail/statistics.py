@@ -113,13 +113,14 @@ class SiteStatistics:
             return squares_H + self._gram.mean.square() if self._gram.centred else squares_H
         return self._moment(self._squares) / max(self.count, 1) + self._mean.square()
 
-    def check_finite(self, name: str) -> None:
-        """Raise GrailError naming the site when an activation was NaN or too large for its dtype."""
+    def check_finite(self, name: str, wider: str = "use --dtype float32") -> None:
+        """Raise GrailError naming the site when an activation was NaN or too large for its dtype; wider: what to do
+        about that."""
         bad = (~torch.isfinite(self.mean_square())).nonzero()[:, 0].tolist()
         if bad:
             raise GrailError(
                 f"{name}: {len(bad)} of {self.width} channels carry NaN or infinite activations (first: channel "
-                f"{bad[0]}); check the checkpoint, or use --dtype float32 where a narrower one overflows"
+                f"{bad[0]}); check the checkpoint, or {wider} where a narrower one overflows"
             )
 
     def _moment(self, value_H: Tensor) -> Tensor:

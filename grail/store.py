@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import Circumstance
+from .errors import Circumstance, naming
 
 MAGIC = b"GRAILCHK"
 START = len(MAGIC) + 8
@@ -93,14 +93,13 @@ class DiskStore(ChunkStore):
         header = len(text).to_bytes(4, "little") + text
         start = MAGIC + zlib.crc32(raw, zlib.crc32(header)).to_bytes(4, "little") + header
         try:
-            path.parent.mkdir(exist_ok=True)
-            with open(path, "wb", buffering=0) as file:
-                for part in (start, raw):
-                    _write_all(file, memoryview(part))
+            with naming(path):
+                path.parent.mkdir(exist_ok=True)
+                with open(path, "wb", buffering=0) as file:
+                    for part in (start, raw):
+                        _write_all(file, memoryview(part))
         except FileNotFoundError as error:
             raise Circumstance(self._gone) from error
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def get(self, series: str, number: int, device: torch.device | str = "cpu") -> Tensor:
         path = self._path(series, number)

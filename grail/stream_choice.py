@@ -19,6 +19,7 @@ from .normal_equations import rounded
 from .recipe import AUTO
 from .reduction import Reduction
 from .result import SiteResult, from_main
+from .selectors.base import Damping
 from .stream_repair import Figures, StreamSolution, StreamSystem
 from .trials import RIDGES, TrialErrors, TrialMoments
 from .twin import TARGET, WEIGHT
@@ -28,7 +29,7 @@ from .twin import TARGET, WEIGHT
 class Prepared:
     """A site before its solve. z: the compressed hidden vectors of a chunk; errors: figures of candidates [O, K]; with
     a bias: base, the mean output that the own repair should have [O], and the means of z [K] and of D [O]; narrow: the
-    producers of a folding."""
+    producers of a folding; damping: what the selection took."""
 
     reduction: Reduction
     lifted: Tensor
@@ -39,6 +40,7 @@ class Prepared:
     mean: Tensor | None = None
     mean_difference: Tensor | None = None
     narrow: dict[str, Tensor] = field(default_factory=dict)
+    damping: Damping | None = None
 
     def biases(self, own_OK: Tensor, stream_OK: Tensor, taken: float) -> tuple[Tensor, Tensor]:
         """(b₀, b₁), float64 [O], of P and S; taken: the share of the mean of D that P makes up for."""
@@ -93,7 +95,7 @@ def repair(run: LayerPass, site: Site, prepared: Prepared) -> SiteResult:
         compensation.error_before, compensation.error_after = prepared.errors(candidates)
         if run.job.affine:
             bias_O = prepared.bias(weight_OK, taken).to(dtype)
-        return SiteResult(site, prepared.reduction, compensation, weight_OK, bias_O)
+        return SiteResult(site, prepared.reduction, compensation, weight_OK, bias_O, prepared.damping)
 
     return from_main(run.work.group, site, finished)
 
@@ -136,6 +138,7 @@ def _compensation(weight_OK: Tensor, done: list[Choice]) -> Compensation:
     found = Compensation(
         weight_OK, solved[0].lam, sum(s.retries for s in solved), next((s.info for s in solved if s.info), 0),
         min(s.rcond for s in solved), 0.0, 0.0, alpha=first.alpha,
+        raised=next((s.raised for s in solved if s.raised), None),
     )  # fmt: skip
     if first.held_out is not None:
         found.held_out = first.held_out[0], last.held_out[1]

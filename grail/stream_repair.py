@@ -29,7 +29,7 @@ from grail_kernels.inputs import isolated
 from grail_kernels.ridge import MatrixRows
 
 from .moments import CrossMoments, PairStatistics
-from .normal_equations import ANCHORED, blocks, consumed, relative, rounded, solve
+from .normal_equations import ANCHORED, blocks, consumed, relative, rounded, share_of, solve
 from .reduction import Reduction
 
 
@@ -130,6 +130,7 @@ class Figures(NamedTuple):
     retries: int
     info: int
     rcond: float
+    raised: tuple[float, float] | None
 
 
 class StreamSolution:
@@ -149,11 +150,12 @@ class StreamSolution:
             rhs_KM = system.own()
             rhs_KM = rhs_KM.add_(system.stream(), alpha=alpha) if alpha else rhs_KM
         self.solved: RidgeSolution = solve(system.matrix, rhs_KM, lam, system.name)
+        self.raised = (lam, self.solved.lam) if self.solved.retries else None
 
     @property
     def figures(self) -> Figures:
         """Without the solution."""
-        return Figures(self.solved.lam, self.solved.retries, self.solved.info, self.solved.rcond)
+        return Figures(self.solved.lam, self.solved.retries, self.solved.info, self.solved.rcond, self.raised)
 
     def own(self, outputs: slice) -> Tensor:
         """Rows of P, float64 [B, K]; only where no α was given."""
@@ -190,7 +192,7 @@ def selection_errors(
             delta_BH = weight_BH - reduction.expand_consumer(candidate[outputs].float())
             lost = 2 * torch.sum(delta_BH * cross_BH, dtype=torch.float64).item()
             energies[i] += gram.quadratic_trace(delta_BH) + lost
-    return _shares(energies, stream.target_energy)
+    return [share_of(energy, stream.target_energy) for energy in energies]
 
 
 def pair_errors(
@@ -204,8 +206,4 @@ def pair_errors(
             delta_BK = candidate[outputs].double() - anchor_OK[outputs].double()
             gained = 2 * torch.sum(delta_BK * cross_KO[:, outputs].mT, dtype=torch.float64).item()
             energies[i] += pairs.normal.quadratic_trace(delta_BK) - gained
-    return _shares(energies, stream.target_energy)
-
-
-def _shares(energies: list[float], total: float) -> list[float]:
-    return [max(energy / total, 0.0) if total > 0 else 0.0 for energy in energies]
+    return [share_of(energy, stream.target_energy) for energy in energies]

@@ -7,16 +7,15 @@ Shapes: H a site's width, K what is kept of it, O outputs of its consumer; B win
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .families.base import Site
 from .layer import HIDDEN, LayerPass
 from .moments import CrossMoments, PairStatistics, dot
-from .reduction import Reduction, Selection
+from .reduction import Selection
 from .result import SiteResult, from_main
+from .selectors import SiteView
 from .sites import apply, folded, narrowed_producers, select, view_of
 from .statistics import SiteStatistics
 from .stream_choice import Prepared, repair
@@ -29,6 +28,7 @@ def compress(run: LayerPass, twin: Twin, site: Site) -> SiteResult:
     folds = run.job.selector.folds(site.kind) and run.job.changes(site)
     prepared = _fold(run, twin, site) if folds else _prune(run, twin, site)
     result = repair(run, site, prepared)
+    result.check(strict=run.job.recipe.strict)
     apply(run, site, result, prepared.narrow if folds else None)
     twin.close()
     return result
@@ -58,8 +58,8 @@ def _prune(run: LayerPass, twin: Twin, site: Site) -> Prepared:
     stream = moments[0] if moments else CrossMoments(statistics.accumulator, _outputs(run, site), affine=job.affine)
     stream.sum_over(group)
     view = view_of(run, site, statistics)
-    reduction = _selection(run, site, lambda: select(run, view))
-    weight_OH, gram = view.weight_OH, view.matrix
+    chosen = _selection(run, site, view)
+    reduction, weight_OH, gram = chosen.reduction, view.weight_OH, view.matrix
     with run.work.profile.phase("solve"):
         stream.minus_(weight_OH, gram)
     found = Prepared(
@@ -68,6 +68,7 @@ def _prune(run: LayerPass, twin: Twin, site: Site) -> Prepared:
         StreamSystem.of_selection(weight_OH, gram, stream.cross, reduction, form=job.recipe.ridge_form, name=site.name),
         lambda number: reduction.reduce(run.hidden_again(site, number)),
         lambda candidates: selection_errors(weight_OH, candidates, reduction, gram, stream),
+        damping=chosen.damping,
     )
     if job.affine:
         mean_H = statistics.mean()
@@ -76,12 +77,12 @@ def _prune(run: LayerPass, twin: Twin, site: Site) -> Prepared:
     return found
 
 
-def _selection(run: LayerPass, site: Site, choose: Callable[[], Reduction]) -> Reduction:
+def _selection(run: LayerPass, site: Site, view: SiteView) -> SiteResult:
     """What the main process chooses; everything, where nothing is to be removed."""
     units = site.units
     if not run.job.changes(site):
-        return Selection(torch.arange(units.count), units.size, units.width)
-    return from_main(run.work.group, site, lambda: SiteResult(site, choose())).reduction
+        return SiteResult(site, Selection(torch.arange(units.count), units.size, units.width))
+    return from_main(run.work.group, site, lambda: SiteResult(site, select(run, view), damping=view.damping))
 
 
 def _fold(run: LayerPass, twin: Twin, site: Site) -> Prepared:
@@ -90,7 +91,8 @@ def _fold(run: LayerPass, twin: Twin, site: Site) -> Prepared:
     twin.targets(site)
     twin.passed(site)
     view = view_of(run, site, run.gather(site, keep_counted=True))
-    reduction = _selection(run, site, lambda: select(run, view))
+    chosen = _selection(run, site, view)
+    reduction = chosen.reduction
     narrow = narrowed_producers(run, site, reduction)
     lifted_OK = reduction.lift_consumer(view.weight_OH.double()).to(job.written_dtype(view.weight_OH.dtype))
     anchor_OK = lifted_OK.float()
@@ -128,6 +130,7 @@ def _fold(run: LayerPass, twin: Twin, site: Site) -> Prepared:
         lambda number: run.hidden_again(site, number) if run.work.spill else folded(run, site, number, narrow),
         lambda candidates: pair_errors(lifted_OK, candidates, pairs, stream, products),
         narrow=narrow,
+        damping=chosen.damping,
     )
     if job.affine:
         found.base = _plus_own_bias(run, site, lifted_OK.double() @ pairs.mean + pairs.mean_difference)

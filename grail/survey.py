@@ -47,7 +47,10 @@ def score_survey(job: Job, work: Workspace, texts: Texts, track: Track = lambda 
             statistics = SiteStatistics(site.units.width, needs, device=job.model.device, affine=job.affine)
             if needed:
                 run.pass_through(site, statistics)
-            scores[site.name] = selector.global_scores(view_of(run, site, statistics)).cpu()
+            view = view_of(run, site, statistics)
+            scores[site.name] = selector.global_scores(view).cpu()
+            if job.recipe.strict and view.damping is not None:
+                view.damping.refuse_raised(site.name)
         run.end()
         work.store.drop(chunks.series(layer), chunks.all)
     work.store.drop(chunks.series(job.model.layer_count), chunks.all)

@@ -98,9 +98,7 @@ def show_report(report: Report, console: Console) -> None:
     if compensated:
         pruned, repaired = (mean(compensated, key) for key in ("error_before", "error_after"))
         lines["output error"] = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}"
-        raised = sum(site["retries"] > 0 for site in compensated)
-        if raised:
-            lines["ridge raised"] = f"at {counted(raised, 'site')}, where the Gram matrix is singular (see grail.json)"
+    lines |= raised(report.sites)
     if report.evaluation:
         found = report.evaluation
         names = {"dense": "dense", "pruned": "pruned only", "compressed": "compressed"}
@@ -210,6 +208,16 @@ def counted(number: int, what: str, plural: str = "s") -> str:
 def before_after(before: int, after: int, unit: float, name: str) -> str:
     """Two sizes and their relation."""
     return f"{before / unit:.1f} {name} -> {after / unit:.1f} {name} ({(after - before) / before:+.1%})"
+
+
+def raised(sites: list[dict]) -> dict[str, str]:
+    """Lines on how many sites had a λ raised: that of their repair, and that of the method's own selection."""
+    counts = {
+        "ridge raised": sum(site["retries"] > 0 for site in sites),
+        "damping raised": sum((site["damping"] or {"retries": 0})["retries"] > 0 for site in sites),
+    }
+    why = "where the Gram matrix is singular (see grail.json)"
+    return {key: f"at {count} {'sites' if count > 1 else 'site'}, {why}" for key, count in counts.items() if count}
 
 
 def mean(entries: list[dict], key: str) -> float:

@@ -17,7 +17,7 @@ from grail_kernels import CrossAccumulator, GramAccumulator
 
 from .distributed import Group
 from .moments import dot
-from .normal_equations import blocks
+from .normal_equations import blocks, share_of
 
 TINY = 1e-20
 """No token counts more than one whose mean square this is."""
@@ -95,4 +95,4 @@ class TrialErrors:
     def at(self, alpha: float) -> float:
         """The error at an α, as a share of Σ ‖t‖²."""
         error = self.own - 2 * alpha * self.mixed + alpha**2 * self.stream
-        return max(error / self.total, 0.0) if self.total > 0 else 0.0
+        return share_of(error, self.total)

@@ -30,7 +30,9 @@ SITE = {
     "name": TEXT, "kind": TEXT, "before": COUNT, "after": COUNT, "lambda": Maybe(NUMBER), "retries": COUNT,
     "rcond": Maybe(NUMBER), "error_before": Maybe(NUMBER), "error_after": Maybe(NUMBER),
     "effective_rank": Maybe(NUMBER), "alpha": Maybe(NUMBER), "held_out_errors": Maybe([NUMBER]),
-    "sweeps": Maybe([SWEEP]), "trained": SWITCH,
+    "sweeps": Maybe([SWEEP]), "trained": SWITCH, "raised": Maybe([NUMBER]),
+    "stream_lambda": Maybe(NUMBER),
+    "damping": Maybe({"lambda": NUMBER, "retries": COUNT}),
 }  # fmt: skip
 RUN = {"schema_version": COUNT, "host": TEXT, "platform": TEXT, "argv": [TEXT], "seconds": Each(NUMBER),
        "peak_memory_bytes": COUNT}  # fmt: skip

@@ -6,7 +6,9 @@ Steps are committed in order and by the main thread alone, so that neither their
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from ..distributed import Group
 from ..profile import Profile
 from .reader import SafetensorsFolder
 from .writer import OutputFolder, Piece
+
+THREADS = 2
+ROOM = 2**25
+"""Bytes of address space that a thread wants, with something to spare."""
 
 
 @dataclass
@@ -34,11 +40,18 @@ class Background:
 
     def __init__(self, out: OutputFolder, group: Group, profile: Profile, *, enabled: bool = True):
         self.out, self.group, self.profile, self.enabled = out, group, profile, enabled
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="grail-background")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="grail-background")
         self._pending: _Pending | None = None
         self._then: Callable[[], None] | None = None
 
     def __enter__(self) -> Background:
+        """Start the threads while there is room for them: starting one that finds no memory never returns."""
+        with mmap.mmap(-1, THREADS * ROOM):
+            pass
+        started = threading.Barrier(THREADS + 1)
+        for _ in range(THREADS):
+            self._pool.submit(started.wait)
+        started.wait()
         return self
 
     def __exit__(self, kind, error, trace) -> None:

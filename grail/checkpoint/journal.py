@@ -13,6 +13,8 @@ from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
+from ..errors import naming
+
 START = "start"
 
 
@@ -57,15 +59,12 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         """Put a line in place of all that follows the last step."""
-        try:
-            with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-                file.truncate(self._ends[-1])
-                file.seek(self._ends[-1])
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        with naming(self.path), open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.truncate(self._ends[-1])
+            file.seek(self._ends[-1])
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _parsed(line: bytes) -> dict | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,11 +42,15 @@ def verify(
     "plain" or "grail" (OutputFormat.loads).
     Raises RuntimeError with the child's last lines when anything differs: a bug in GRAIL, not in the input.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
+
+    from ..errors import Circumstance, naming
 
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
-        save_file({"ids": probe_1L, "logits": logits_1LV.float().contiguous()}, Path(work) / "probe.safetensors")
-        (Path(work) / "expected.json").write_text(json.dumps({"token_ids": token_ids, "tensors": written}))
+        with naming(work):
+            probe = save({"ids": probe_1L, "logits": logits_1LV.float().contiguous()})
+            (Path(work) / "probe.safetensors").write_bytes(probe)
+            (Path(work) / "expected.json").write_text(json.dumps({"token_ids": token_ids, "tensors": written}))
         script = "import runpy, sys; sys.argv[0] = 'reopen'; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
         command = [sys.executable, "-c", script, __file__, str(folder), work, dtype]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
@@ -54,6 +59,11 @@ def verify(
         if layerwise:
             command.append("--layerwise")
         done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment)
+    if done.returncode < 0:
+        raise Circumstance(
+            f"the process that opens {folder} again was ended by {signal.Signals(-done.returncode).name}, as happens "
+            f"where memory runs out"
+        )
     if done.returncode:
         raise RuntimeError(f"{folder} does not reopen: " + " | ".join(done.stderr.strip().splitlines()[-3:]))
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -13,7 +13,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,7 +21,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ..errors import Circumstance, GrailError
+from ..errors import Circumstance, GrailError, naming
 from .journal import Journal
 from .reader import DTYPES, INDEX, read_json
 
@@ -142,6 +142,8 @@ class OutputFolder:
             raise GrailError(self._occupied)
         if home != self.partial:
             os.replace(home, self.partial)
+        elif self._put_back() and not self.resume:
+            self.check()
         self._entered = True
         self.journal = Journal(self.partial / JOURNAL)
         goes_on = self.resume and self.journal.committed
@@ -169,19 +171,34 @@ class OutputFolder:
     def kept(self) -> bool:
         """Whether this run leaves work that another one can go on with: what lies on disk decides, since an
         interruption may come between a journal line and what this process knows of it."""
-        return self.keep and self._entered and Journal(self.partial / JOURNAL).committed
+        return self.keep and self._entered and Journal(self.home / JOURNAL).committed
+
+    @property
+    def home(self) -> Path:
+        """Where the working files lie: in OUT itself where all that was left was to take them away."""
+        return self.partial if self.partial.exists() else self.path
 
     def __exit__(self, kind, error, trace) -> None:
         refused = isinstance(error, GrailError) and not isinstance(error, Circumstance)
+        with suppress(OSError):
+            self._put_back()
         if self.partial.exists() and (refused or not self.kept):
             _remove(self.partial)
             self._unmake()
         self._lock.close()
 
     def _unmake(self) -> None:
-        for folder in self._made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+        with suppress(OSError):  # what stopped the run is told, and may stop this too
+            for folder in self._made:
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()
+
+    def _put_back(self) -> bool:
+        """Give an old output its place again, where the new one did not get so far as to take it; whether it did."""
+        if not (self.partial / REPLACED).exists() or self.path.exists():
+            return False
+        os.replace(self.partial / REPLACED, self.path)
+        return True
 
     def write_shard(self, file: str, pieces: list[Piece], **said: object) -> None:
         """Write and commit one safetensors file; `said` is kept in the journal beside it."""
@@ -201,13 +218,10 @@ class OutputFolder:
     def _replacing(self, file: str) -> Iterator[IO]:
         """A file written beside, then on disk, then renamed."""
         temporary = self.partial / (file + ".tmp")
-        try:
-            with open(temporary, "wb") as handle:
-                yield handle
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(temporary)) from error
+        with naming(temporary), open(temporary, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(temporary, self.partial / file)
 
     def commit_shard(self, file: str, pieces: list[Piece], checksum: int, **said: object) -> None:
@@ -276,6 +290,8 @@ class OutputFolder:
         os.replace(self.partial, self.path)
         for name in (REPLACED, STORE):
             shutil.rmtree(self.path / name, ignore_errors=True)
+            if (self.path / name).exists():
+                raise Circumstance(f"{self.path} is finished, but {self.path / name} cannot be taken away")
         for name in (LOCK, JOURNAL):
             (self.path / name).unlink(missing_ok=True)
         return self.path

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from grail_kernels.inputs import all_finite
+
 from ..compensation import Compensation, compensate
 from ..errors import GrailError
 from ..families.network import ModuleSite, Network
@@ -89,6 +91,7 @@ class ModulePass:
             for site in (s for s in self.work.sites if self.work.block_of(s.consumer) == blocks[number]):
                 changes = self.kept[site.name] < site.units.count
                 results[site.name] = self._compress(site) if changes else SiteResult(site)
+                results[site.name].check(strict=self.recipe.strict)
                 tell(site_entry(results[site.name], trained=False))
             for stream in filter(None, (self.dense_stream, self.work_stream, *self.trial_streams)):
                 stream.advance(blocks[number])
@@ -101,7 +104,10 @@ class ModulePass:
         for block in self.dense.blocks or [""]:
             for site in (s for s in self.dense.sites if self.dense.block_of(s.consumer) == block):
                 statistics = self._gather(site)
-                found[site.name] = self.selector.global_scores(self._view(site, statistics))
+                view = self._view(site, statistics)
+                found[site.name] = self.selector.global_scores(view)
+                if self.recipe.strict and view.damping is not None:
+                    view.damping.refuse_raised(site.name)
             self.dense_stream.advance(block)
         return found
 
@@ -113,7 +119,15 @@ class ModulePass:
         found = [self._consumed(view, reduction, site, name, target, emitted) for name in site.consumers]
         if isinstance(reduction, Folding):
             self._settle_norms(site, emitted)
-        return SiteResult(site, reduction, _together([done for done in found if done is not None]))
+        for name in (*site.consumers, *site.norms):
+            layer = self.work.layer(name)
+            if not all(all_finite(parameter) for parameter in layer.parameters(recurse=False)):
+                raise GrailError(
+                    f"{site.name}: what {name} is repaired to overflows {layer.weight.dtype}; give the network in a "
+                    f"wider dtype, or more --ridge"
+                )
+        compensation = _together([done for done in found if done is not None])
+        return SiteResult(site, reduction, compensation, damping=view.damping)
 
     def _consumed(
         self, view: SiteView, reduction: Reduction, site: ModuleSite, name: str, target: Stream, emitted: Stream
@@ -159,7 +173,7 @@ class ModulePass:
             with watched(layers, lambda i, x: statistics.update(self._rows(layers[i], x, stream.number))):
                 for _ in stream.hidden(site.consumers[-1]):
                     pass
-            statistics.check_finite(site.name)
+            statistics.check_finite(site.name, "give the network in float32")
         return statistics
 
     def _rows(self, consumer: nn.Module, hidden: Tensor, number: int) -> Tensor:
@@ -254,7 +268,8 @@ def _together(found: list[Compensation]) -> Compensation | None:
     averaged = ("error_before", "error_after", "effective_rank")
     means = {key: sum(getattr(f, key) for f in found) / len(found) for key in averaged}
     worst = {key: max(getattr(f, key) for f in found) for key in ("lam", "retries", "info")}
-    return replace(found[0], rcond=min(f.rcond for f in found), **worst, **means)
+    raised = next((f.raised for f in found if f.raised), None)
+    return replace(found[0], rcond=min(f.rcond for f in found), raised=raised, **worst, **means)
 
 
 class _Frozen:

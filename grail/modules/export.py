@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -124,6 +125,8 @@ def _onnx(module: nn.Module, example: Tensor, file: Path) -> Tensor:
 def _program(module: nn.Module, example: Tensor, file: Path) -> Tensor:
     wide = torch.cat([example, example])
     program = torch.export.export(module, (wide,), dynamic_shapes=(_batch(),))
-    torch.export.save(program, file)
+    content = io.BytesIO()  # a file of its own would abort the process where the disk is full
+    torch.export.save(program, content)
+    file.write_bytes(content.getbuffer())
     with torch.no_grad():
         return torch.export.load(file).module()(example)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..checkpoint.writer import OutputFolder, Piece
 from ..children import python
-from ..errors import GrailError
+from ..errors import GrailError, naming
 from ..families.attention import replace_attention
 from ..families.network import ModuleSite, Network, check
 from ..result import SiteResult
@@ -133,7 +133,8 @@ def reopen(folder: Path, expected: nn.Module, examples: dict[str, Tensor]) -> fl
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
         probe = Path(work) / "probe.safetensors"
         tensors = {f"{EXAMPLE}{call}": example.cpu().contiguous() for call, example in examples.items()}
-        save_file(tensors | {WANTED: answers(expected, examples)}, probe)
+        with naming(probe):
+            probe.write_bytes(save(tensors | {WANTED: answers(expected, examples)}))
         done = subprocess.run(python(__name__, folder, probe), capture_output=True, text=True)
     if done.returncode:
         raise GrailError(f"{folder} cannot be opened again: {(done.stderr.splitlines() or ['no reason given'])[-1]}")

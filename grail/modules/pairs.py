@@ -13,6 +13,7 @@ from grail_kernels import GramAccumulator
 
 from ..compensation import Compensation, compensate_pairs
 from ..moments import PairStatistics
+from ..normal_equations import share_of
 from ..reduction import Reduction
 
 
@@ -52,10 +53,8 @@ class HiddenPairs:
 
     def _errors(self, weight_OH: Tensor, map_HK: Tensor) -> tuple[float, float]:
         total = self._target.packed.quadratic_trace(weight_OH)
-        if not total > 0:
-            return 0.0, 0.0
         before = self._difference.packed.quadratic_trace(weight_OH)
         change_OK = weight_OH @ (map_HK - self.lift_HK.double())
         cross_KO = self._pairs.cross.double() @ weight_OH.mT
         after = before - 2 * torch.sum(change_OK.mT * cross_KO).item() + self._pairs.normal.quadratic_trace(change_OK)
-        return max(before / total, 0.0), max(after / total, 0.0)
+        return share_of(before, total), share_of(after, total)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..compensation import Compensation, compensate_pairs
 from ..families.network import ModuleSite
 from ..moments import CrossMoments, PairStatistics
+from ..normal_equations import share_of
 from ..recipe import AUTO
 from ..trials import RIDGES, TrialErrors, TrialMoments, importance
 from . import narrow
@@ -129,7 +130,7 @@ class Moments:
         """Σ‖y_c + D − W' z − b'‖² / Σ‖y_c + D‖², with its best bias where one is fitted."""
         gained = 2 * torch.sum(weight_OX.mT * self.target.cross.double()).item()
         left = self.target.difference_energy - gained + self.difference.normal.quadratic_trace(weight_OX)
-        return max(left / self.target.target_energy, 0.0) if self.target.target_energy > 0 else 0.0
+        return share_of(left, self.target.target_energy)
 
 
 @dataclass
@@ -210,6 +211,8 @@ def _finished(layer: nn.Module, moments: Moments, alpha: float, chosen: Candidat
         weight=narrow.from_patches(layer, weight_OX),
         bias=bias_O if alpha else None,
         retries=max(each.retries for each in solved),
+        raised=next((each.raised for each in solved if each.raised), None),
+        stream_lam=chosen.correction.lam,
         info=max(each.info for each in solved),
         rcond=min(each.rcond for each in solved),
         error_before=moments.error(lifted_OX),

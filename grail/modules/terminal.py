@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..recipe import FILE
-from ..terminal import before_after, mean, show_table
+from ..terminal import before_after, mean, raised, show_table
 
 if TYPE_CHECKING:
     from .report import ModuleReport
@@ -26,6 +26,7 @@ def show_network(report: ModuleReport, console: Console) -> None:
     if repaired:
         before, after = (mean(repaired, key) for key in ("error_before", "error_after"))
         lines["output error"] = f"mean of {len(repaired)} sites: without repair {before:.4f}, with it {after:.4f}"
+    lines |= raised(report.sites)
     if report.repaired_norms:
         lines["BatchNorms"] = f"{report.repaired_norms} estimated anew"
     if report.evaluation:

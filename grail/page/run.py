@@ -66,6 +66,7 @@ class SiteRow:
     held_out: tuple[float | None, float | None]
     sweeps: int | None
     trained: bool
+    damping_retries: float | None
 
     @classmethod
     def of(cls, entry: dict) -> SiteRow:
@@ -88,6 +89,7 @@ class SiteRow:
             (number(own), number(stream)),
             len(sweeps) if isinstance(sweeps := entry.get("sweeps"), list) else None,
             entry.get("trained") is True,
+            number(mapping(entry.get("damping")).get("retries")),
         )
 
     @property

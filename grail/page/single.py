@@ -124,7 +124,7 @@ def _ratio(run: Run) -> str:
 
 def _reached(run: Run) -> dict[str, object]:
     sites = run.sites
-    raised = sum((site.retries or 0) > 0 for site in sites)
+    raised, damped = (sum((getattr(site, of) or 0) > 0 for site in sites) for of in ("retries", "damping_retries"))
     conditions = [site.condition for site in sites if site.condition is not None]
     regional = run.grail.get("regional")
     norms = number(run.grail.get("repaired_norms"))
@@ -133,6 +133,7 @@ def _reached(run: Run) -> dict[str, object]:
         "sites": f"{len(sites)}, of which {sum(s.before != s.after for s in sites)} were made narrower",
         "worst condition": power(max(conditions), 2) if conditions else None,
         "ridge raised": f"at {raised} of {len(sites)} sites, where the Gram matrix is singular" if raised else None,
+        "damping raised": f"at {damped} of {len(sites)} sites, to select by a singular matrix" if damped else None,
         "trained afterwards": f"{len(regional)} layers" if isinstance(regional, list) and regional else None,
         "BatchNorms": f"{norms:.0f} estimated anew" if norms else None,
         "format": string(run.grail.get("format")),

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..checkpoint.writer import JOURNAL
 from ..documents import read_json
-from ..errors import CIRCUMSTANCES, Circumstance, GrailError, Interrupted, sentence_of, verdict
+from ..errors import Circumstance, GrailError, Interrupted, circumstance, verdict
 from ..page.command import flags
 from ..page.run import GRAIL, RAN, mapping, read_run
 from ..progress import Progress
@@ -92,7 +92,19 @@ def finished_result(asked: Request) -> dict[str, Any] | None:
     options = mapping(mapping(found.get("source")).get("options"))
     if found.get("recipe") != wanted or options != asked.model_options:
         return None
+    if asked.recipe.strict:
+        _refuse_raised(folder, found.get("sites"))
     return found | ({"run": read_json(folder / RAN)} if (folder / RAN).is_file() else {})
+
+
+def _refuse_raised(folder: Path, sites: Any) -> None:
+    """Raises GrailError for a result that --strict would not have let through."""
+    for site in map(mapping, sites if isinstance(sites, list) else []):
+        if site.get("retries") or mapping(site.get("damping")).get("retries"):
+            raise GrailError(
+                f"{folder} is finished, and a λ was raised at {site.get('name')}; leave out --strict, or start over "
+                f"with other options and --overwrite"
+            )
 
 
 def states(requests: list[Request], *, overwrite: bool = False, resume: bool = False) -> list[Outcome]:
@@ -155,8 +167,8 @@ def _stop(output: str, error: Exception) -> NoReturn:
     """Raise the same kind of error, its sentence with the output's name; a bug as it is, with a note."""
     if isinstance(error, GrailError):
         raise type(error)(f"{output}: {error}") from error
-    if isinstance(error, OSError) and error.errno in CIRCUMSTANCES:
-        raise Circumstance(f"{output}: {sentence_of(error)}") from error
+    if (told := circumstance(error)) is not None:
+        raise Circumstance(f"{output}: {told}") from error
     error.add_note(f"in the run {output}")
     raise error
 

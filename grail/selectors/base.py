@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,23 @@ BLOCK_GRADIENTS = "block_gradients"
 ROWS = 256
 
 
+class Damping(NamedTuple):
+    """λ that a method added to the Gram matrix to select by it: as its option asks for, as used, and how often it was
+    raised."""
+
+    asked: float
+    lam: float
+    retries: int
+
+    def refuse_raised(self, name: str) -> None:
+        """Raises GrailError naming the site where λ had to be raised: what --strict asks for."""
+        if self.retries:
+            raise GrailError(
+                f"{name}: the matrix that the method selects by is singular with λ = {self.asked:.3g}, and it took "
+                f"{self.lam:.3g}; use more calibration text or more --set damping=..., or leave out --strict"
+            )
+
+
 @dataclass
 class SiteView:
     """Everything a selector may look at. Shapes: O outputs, H width, D inputs of a producer.
@@ -29,7 +46,7 @@ class SiteView:
     need "producers"; biased: the names of those that have such a column; gradients_OH: for those that need
     "block_gradients", RMS over calibration windows of ∂‖f(X)‖₂/∂weight for the block f; kept: units to keep in each
     group; windows: number of calibration windows; affine: whether the repair fits a bias too, so that the exact
-    objective is the centred one.
+    objective is the centred one; damping: noted by selectors that use one.
     """
 
     name: str
@@ -44,11 +61,16 @@ class SiteView:
     windows: int = 1
     affine: bool = False
     biased: frozenset[str] = frozenset()
+    damping: Damping | None = None
 
     @property
     def matrix(self) -> PackedSymmetric:
         """The Gram matrix that the repair is solved with: about the mean where a bias is fitted along."""
         return self.statistics.scatter if self.affine else self.statistics.gram
+
+    def note(self, damping: Damping) -> None:
+        """What a selection took, for the report."""
+        self.damping = damping
 
     def generator(self) -> torch.Generator:
         """A random stream that depends on the seed and the site's name alone."""

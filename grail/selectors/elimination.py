@@ -16,6 +16,7 @@ costs 2 H² per channel in GEMM and one product of W with a vector.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,39 +24,47 @@ from torch import Tensor
 from grail_kernels import PackedSymmetric, RidgeError, RidgeSolution, ridge_solve
 
 from ..errors import GrailError
+from .base import Damping
 
+Note = Callable[[Damping], object]
 BLOCK = 64
 """Channels between two block updates, unless one unit is wider."""
 
 
-def damped_inverse(matrix: PackedSymmetric, damping: float, name: str) -> Tensor:
+def ignored(damping: Damping) -> None:
+    """Nobody wants to know."""
+
+
+def damped_inverse(matrix: PackedSymmetric, damping: float, name: str, note: Note = ignored) -> Tensor:
     """(G + λI)⁻¹, dense float64 [H, H], λ = damping · mean(diag G), raised by grail_kernels' rule where G needs more.
 
-    The peak is about five float64 matrices of size H (5 GB at H = 11008); one remains.
+    note: is told. The peak is about five float64 matrices of size H (5 GB at H = 11008); one remains.
     Raises GrailError naming the site when no λ up to mean(diag G) works.
     """
     eye_HH = torch.eye(matrix.width, dtype=torch.float64, device=matrix.device)
-    return _solve(matrix.to_dense(), eye_HH, damping, name).solution
+    return _solve(matrix.to_dense(), eye_HH, damping, name, note).solution
 
 
-def damped_dense(matrix: PackedSymmetric, damping: float, name: str) -> Tensor:
+def damped_dense(matrix: PackedSymmetric, damping: float, name: str, note: Note = ignored) -> Tensor:
     """G + λI, dense float64 [H, H], with the λ of `damped_inverse`."""
     dense_HH = matrix.to_dense()
     probe_H1 = torch.ones(matrix.width, 1, dtype=torch.float64, device=matrix.device)
-    lam = _solve(dense_HH, probe_H1, damping, name).lam
+    lam = _solve(dense_HH, probe_H1, damping, name, note).lam
     dense_HH = dense_HH.double()
     dense_HH.diagonal().add_(lam)
     return dense_HH
 
 
-def _solve(dense_HH: Tensor, rhs_HM: Tensor, damping: float, name: str) -> RidgeSolution:
+def _solve(dense_HH: Tensor, rhs_HM: Tensor, damping: float, name: str, note: Note) -> RidgeSolution:
     lam = damping * dense_HH.diagonal().double().mean().item()
     if not math.isfinite(lam):
         raise GrailError(f"{name}: the Gram matrix holds NaN or infinity; check the checkpoint and the text")
     try:
-        return ridge_solve(dense_HH, rhs_HM, lam, solve_dtype=torch.float64)
+        found = ridge_solve(dense_HH, rhs_HM, lam, solve_dtype=torch.float64)
     except RidgeError as error:
         raise GrailError(f"{name}: the Gram matrix cannot be inverted: {error}; use more calibration text") from error
+    note(Damping(lam, found.lam, found.retries))
+    return found
 
 
 class Elimination:

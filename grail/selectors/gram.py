@@ -63,10 +63,10 @@ class GramSelector(Selector):
         return standardised(self._backward(site).costs())
 
     def _backward(self, site: SiteView) -> Elimination:
-        inverse_HH = damped_inverse(site.matrix, self.damping, site.name)
+        inverse_HH = damped_inverse(site.matrix, self.damping, site.name, site.note)
         return Elimination(inverse_HH, site.weight_OH, site.units.size, site.name)
 
     def _forward(self, site: SiteView) -> Elimination:
-        residual_HH = damped_dense(site.matrix, self.damping, site.name)
+        residual_HH = damped_dense(site.matrix, self.damping, site.name, site.note)
         output_OH = site.weight_OH.to(residual_HH) @ residual_HH
         return Elimination(residual_HH, output_OH, site.units.size, site.name)

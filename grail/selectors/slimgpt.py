@@ -72,5 +72,5 @@ class SlimGPT(Selector):
         return self.damping * site.matrix.diagonal().double().mean().item()
 
     def _elimination(self, site: SiteView) -> Elimination:
-        inverse_HH = damped_inverse(site.matrix, self.damping, site.name)
+        inverse_HH = damped_inverse(site.matrix, self.damping, site.name, site.note)
         return Elimination(inverse_HH, site.weight_OH, site.units.size, site.name)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoint.gguf import STATED
 from ..checkpoint.locate import locate
-from ..errors import GrailError
+from ..errors import Circumstance, GrailError, first_line
 from ..families import open_family
 from ..families.gguf import ARCHITECTURE, Entry, described
 from ..page.source_card import source_card
@@ -193,7 +193,10 @@ def _add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
 
 def _compared(file: Path, entries: list[Entry], get: Callable[[str], Tensor], dtype: str) -> float:
     """Read the file with the gguf package and compare each tensor with the checkpoint's."""
-    reader = gguf.GGUFReader(file)
+    try:
+        reader = gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as error:  # numpy's writes may end early without a word
+        raise Circumstance(f"{file} cannot be read again ({first_line(error)}); the disk may be full") from error
     found = {tensor.name: tensor for tensor in reader.tensors}
     if len(reader.tensors) != len(entries) or set(found) != {entry.name for entry in entries}:
         raise GrailError(f"{file}: the tensors that were written are not those that are read")

@@ -1,0 +1,164 @@
+"""--strict, and where it is seen without it that a λ had to be raised: of repairs, and of methods that select by a
+Gram matrix."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import grail
+from grail.checkpoint.journal import Journal
+from grail.checkpoint.writer import JOURNAL
+from grail.errors import Interrupted
+from grail.modules.terminal import show_network
+from grail.page.run import Run
+from grail.page.single import page
+from grail.recipe import Recipe
+from grail.recipes.batch import finished_result
+from grail.request import Request
+from grail.terminal import show_report
+from tests.faults.numeric_cases import DOWN, dead_channels, edited, no_reopening
+from tests.tiny import tiny_calibration, tiny_checkpoint
+
+SINGULAR = {"ratio": 0.3, "ridge": 0.0, "method": "random"}
+TARGETS = {
+    "hidden": {},
+    "bias": {"bias": True},
+    "paper": {"ridge_form": "paper"},
+    "fold": {"method": "fold"},
+    "stream": {"target": "stream", "alpha": 1.0},
+    "sweeps": {"target": "stream", "sweeps": 2},
+    "padded": {"format": "padded"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Options of runs whose Gram matrices are singular."""
+    work = tmp_path_factory.mktemp("strict")
+    source = edited(tiny_checkpoint(work / "source"), work / "dead", dead_channels)
+    few = str(tiny_calibration(work / "few.safetensors", windows=8, length=3))
+    with no_reopening():
+        yield {"model": source, "calibration": few, **SINGULAR}
+
+
+def raised_at(record: dict) -> list[str]:
+    return [site["name"] for site in record["sites"] if site["retries"]]
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_raised_ridge_is_in_the_record_and_refused_when_strict(runs, tmp_path, kind):
+    flags = runs | TARGETS[kind]
+    report = grail.compress(**flags, output=tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "grail.json").read_text())
+    names = raised_at(record)
+    assert names and record["recipe"].get("strict") is None
+    for site in record["sites"]:
+        assert (site["raised"] is not None) == (site["retries"] > 0)
+    first = next(site for site in record["sites"] if site["retries"])
+    asked, taken = first["raised"]
+    assert asked == 0.0 and taken > 0 and (kind == "sweeps" or taken == first["lambda"])
+    with pytest.raises(grail.GrailError) as refusal:
+        grail.compress(**flags, output=tmp_path / "strict", strict=True)
+    said = str(refusal.value)
+    assert said.startswith(names[0]) and f"{taken:.3g}" in said and "--strict" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    with (tmp_path / "shown").open("w") as file:
+        show_report(report, Console(file=file, width=200))
+    shown = (tmp_path / "shown").read_text()
+    assert f"ridge raised   at {len(names)} site" in shown
+    assert f"at {len(names)} of {len(record['sites'])} sites" in page(Run("out", record))
+
+
+def test_sound_equations_are_not_refused_and_give_the_same_bytes(runs, tmp_path):
+    flags = runs | {"ridge": 0.1}
+    for name in ("loose", "strict"):
+        grail.compress(**flags, output=tmp_path / name, strict=name == "strict")
+    loose, strict = (
+        {f.name: f.read_bytes() for f in (tmp_path / name).iterdir() if f.suffix == ".safetensors"}
+        | {"grail.json": (tmp_path / name / "grail.json").read_bytes()}
+        for name in ("loose", "strict")
+    )
+    assert loose == strict
+
+
+@pytest.mark.parametrize("method", ["gram", "slimgpt"])
+@pytest.mark.parametrize("options", [{}, {"target": "stream", "alpha": 1.0}, {"allocation": "global"}], ids=str)
+def test_a_selection_by_a_singular_matrix_is_told_and_refused_when_strict(runs, tmp_path, method, options):
+    flags = runs | {"ridge": 0.1, "method": method, "set": {"damping": "0"}} | options
+    report = grail.compress(**flags, output=tmp_path / "out")
+    damped = [site for site in report.sites if site["damping"] and site["damping"]["retries"]]
+    assert damped and all(site["damping"]["lambda"] > 0 for site in damped)
+    assert not raised_at({"sites": report.sites})
+    with pytest.raises(grail.GrailError, match=r"damping=.*--strict") as refusal:
+        grail.compress(**flags, output=tmp_path / "strict", strict=True)
+    assert str(refusal.value).startswith("model.layers.0")
+    with (tmp_path / "shown").open("w") as file:
+        show_report(report, Console(file=file, width=200))
+    assert f"damping raised at {len(damped)} site" in (tmp_path / "shown").read_text()
+
+
+def test_forward_selection_is_told_too(runs, tmp_path):
+    flags = runs | {"ridge": 0.1, "method": "gram", "set": {"damping": "0", "direction": "forward"}}
+    report = grail.compress(**flags, output=tmp_path / "out")
+    assert any(site["damping"]["retries"] for site in report.sites)
+
+
+def test_work_of_a_run_that_was_not_strict_is_looked_at_and_kept(runs, tmp_path):
+    flags = runs | {"store": "disk"}
+
+    def stop(entry: dict) -> None:
+        if entry["name"] == DOWN:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        grail.compress(**flags, output=tmp_path / "out", on_site=stop)
+    steps = len(Journal(tmp_path / "out.partial" / JOURNAL).steps)
+    with pytest.raises(grail.GrailError, match=r"model\.layers\.0.*--strict.*kept in"):
+        grail.compress(**flags, output=tmp_path / "out", resume=True, strict=True)
+    assert len(Journal(tmp_path / "out.partial" / JOURNAL).steps) == steps
+    assert raised_at(grail.compress(**flags, output=tmp_path / "out", resume=True).to_json())
+
+
+def test_a_finished_result_with_a_raised_ridge_is_not_taken_for_a_strict_one(runs, tmp_path):
+    flags = runs | {"model": str(runs["model"])}
+    grail.compress(**flags, output=tmp_path / "out")
+    assert finished_result(Request(Recipe(**flags, output=str(tmp_path / "out")), {})) is not None
+    with pytest.raises(grail.GrailError, match=r"finished.*model\.layers\.0"):
+        finished_result(Request(Recipe(**flags, output=str(tmp_path / "out"), strict=True), {}))
+
+
+class Net(nn.Module):
+    """A hidden layer in which channels agree, read by another."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.up.weight.data[8:], self.up.bias.data[8:] = self.up.weight.data[:8], self.up.bias.data[:8]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": "dense"}, {"target": "own"}, {"one_shot": True}, {"bias": True}, {"ridge_form": "paper"}],
+    ids=str,
+)  # fmt: skip
+def test_vision_networks_too(tmp_path, options):
+    images = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    sites = [grail.channels("up", "down", width=16)]
+    flags = {"sites": sites, "calibration": images, "ridge": 0.0, "method": "mag-sp", "ratio": 0.2} | options
+    report = grail.compress(Net(), **flags, output=tmp_path / "out")
+    (site,) = report.sites
+    assert site["retries"] > 0 and site["raised"] == [0.0, site["lambda"]]
+    with pytest.raises(grail.GrailError, match=r"--strict") as refusal:
+        grail.compress(Net(), **flags, strict=True, output=tmp_path / "strict")
+    assert str(refusal.value).startswith(site["name"]) and not (tmp_path / "strict").exists()
+    with (tmp_path / "shown").open("w") as file:
+        show_network(report, Console(file=file, width=200))
+    assert "ridge raised   at 1 site," in (tmp_path / "shown").read_text()
