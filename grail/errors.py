@@ -8,8 +8,17 @@ CIRCUMSTANCES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 """Errors of the system that the user can mend."""
 
 
+LONGEST = 2000
+"""Characters of a sentence; what a file says may be quoted in it."""
+
+
 class GrailError(ValueError):
-    """Bad input. The message is one sentence that names the file, site or option and says what to do."""
+    """Bad input. The message is one sentence that names the file, site or option and says what to do; one line,
+    whatever stands in a file's name or is quoted from it."""
+
+    def __init__(self, sentence: str):
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(sentence).splitlines()))
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class Circumstance(GrailError):

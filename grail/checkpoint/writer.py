@@ -36,8 +36,12 @@ CARRIED = (
 CARRIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
 LICENCES, LICENCE_SUFFIXES = ("LICENSE*", "NOTICE*"), {"", ".txt", ".md", ".rst", ".html", ".pdf"}
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CODE_FIELDS = ("auto_map", "custom_pipelines")
-"""Fields of config.json and tokenizer_config.json that name Python code to be run under trust_remote_code."""
+CODE_FIELDS = (
+    "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "experts_implementation",
+    "_experts_implementation",
+)  # fmt: skip
+"""Fields of config.json and tokenizer_config.json that name Python code to be run under trust_remote_code, or kernels
+to be fetched from the hub."""
 
 
 def without_code(config: dict) -> dict:

@@ -1,0 +1,134 @@
+"""What the cases of this folder found in the readers, each by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import grail
+from grail.checkpoint.reader import INDEX, SINGLE, SafetensorsFolder, read_header
+from grail.documents import LARGEST, read_json
+from grail.errors import LONGEST, GrailError
+from grail.families import open_family
+from tests.tiny import tiny_calibration, tiny_checkpoint
+
+TWO = {"a": [0, 8], "b": [8, 16]}
+
+
+def write(file: Path, header: bytes, data: bytes = bytes(16)) -> Path:
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return file
+
+
+def entries(**offsets: list[int]) -> dict:
+    return {name: {"dtype": "F32", "shape": [2], "data_offsets": given} for name, given in offsets.items()}
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return tiny_checkpoint(tmp_path / "model", num_hidden_layers=1)
+
+
+def change(folder: Path, **fields: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+class TestSafetensors:
+    def test_the_sound_one(self, tmp_path):
+        assert set(read_header(write(tmp_path / SINGLE, json.dumps(entries(**TWO)).encode()))) == {"a", "b"}
+
+    @pytest.mark.parametrize(
+        ("offsets", "data", "said"),
+        [
+            ({"a": [0, 8], "b": [4, 12]}, 12, "b does not begin"),
+            ({"a": [0, 8], "b": [0, 8]}, 8, "b does not begin"),
+            ({"a": [0, 8], "b": [12, 20]}, 20, "b does not begin"),
+            ({"a": [4, 12]}, 12, "a does not begin"),
+            ({"a": [0, 8]}, 11, "3 bytes behind"),
+        ],
+        ids=["overlap", "the-same", "gap", "gap-in-front", "tail"],
+    )
+    def test_a_byte_is_in_one_tensor(self, tmp_path, offsets, data, said):
+        file = write(tmp_path / SINGLE, json.dumps(entries(**offsets)).encode(), bytes(data))
+        with pytest.raises(GrailError, match=said) as refusal:
+            read_header(file)
+        assert str(file) in str(refusal.value)
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+    def test_a_header_is_utf_8(self, tmp_path, encoding):
+        with pytest.raises(GrailError, match="not JSON"):
+            read_header(write(tmp_path / SINGLE, json.dumps(entries(**TWO)).encode(encoding)))
+
+    @pytest.mark.parametrize("metadata", ["x", 1, [], {"x": 1}, {"x": None}], ids=repr)
+    def test_metadata_are_texts(self, tmp_path, metadata):
+        header = {"__metadata__": metadata} | entries(**TWO)
+        with pytest.raises(GrailError, match="__metadata__"):
+            read_header(write(tmp_path / SINGLE, json.dumps(header).encode()))
+
+    @pytest.mark.parametrize("shape", [[2**62, 2**62, 0], [10**30, 0]], ids=repr)
+    def test_no_side_is_beyond_torch_where_another_is_none(self, tmp_path, shape):
+        header = {"none": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+        with pytest.raises(GrailError, match="none"):
+            SafetensorsFolder(write(tmp_path / SINGLE, json.dumps(header).encode(), b"")).get("none")
+
+    def test_a_shard_with_a_name_that_no_file_can_have(self, tmp_path):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "x" * 5000}}))
+        with pytest.raises(GrailError, match="plain file name"):
+            SafetensorsFolder(tmp_path)
+
+
+class TestFilesThatAreNone:
+    """A link in a folder can name a pipe that nobody writes to, or a device that never ends."""
+
+    @pytest.mark.parametrize("how", ["pipe", "device"])
+    @pytest.mark.parametrize("read", [read_header, read_json], ids=["safetensors", "json"])
+    def test_pipes_and_devices(self, tmp_path, read, how):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "device").symlink_to("/dev/zero")
+        with pytest.raises(GrailError, match=how):
+            read(tmp_path / how)
+
+    def test_json_beyond_all_size(self, tmp_path):
+        with open(tmp_path / "config.json", "wb") as file:
+            file.truncate(LARGEST + 1)
+        with pytest.raises(GrailError, match="larger"):
+            read_json(tmp_path / "config.json")
+
+
+class TestSentences:
+    def test_are_one_line_of_reasonable_length(self):
+        assert str(GrailError("a\nb\r\u2028c \x1b[2J\ud800")) == "a b c ?[2J?"
+        long = str(GrailError("begin" + "x" * 10**6 + "end"))
+        assert len(long) < LONGEST + 10 and long.startswith("begin") and long.endswith("end")
+
+    def test_a_dtype_with_a_line_break(self, tmp_path):
+        header = {"x": {"dtype": "a\nb", "shape": [2], "data_offsets": [0, 8]}}
+        with pytest.raises(GrailError) as refusal:
+            read_header(write(tmp_path / SINGLE, json.dumps(header).encode()))
+        assert len(str(refusal.value).splitlines()) == 1
+
+
+class TestConfig:
+    @pytest.mark.parametrize("named", [1, {"x": 1}, [1], "LlamaForCausalLM"], ids=repr)
+    def test_architectures_are_a_list_of_names(self, model, named):
+        change(model, architectures=named)
+        with pytest.raises(GrailError, match=r"config\.json.*architectures"):
+            open_family(model)
+
+    @pytest.mark.parametrize("count", [10**9, 10**30, 1e300])
+    @pytest.mark.parametrize("field", ["num_hidden_layers", "num_labels"])
+    def test_counts_beyond_all_memory(self, model, field, count):
+        change(model, **{field: count})
+        with pytest.raises(GrailError, match=rf"config\.json: {field}"):
+            open_family(model)
+
+    @pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+    def test_kernels_of_the_hub_are_not_carried_on(self, model, tmp_path, reopen_here, field):
+        change(model, **{field: "owner/name"})
+        calibration = tiny_calibration(tmp_path / "calibration.safetensors")
+        grail.compress(model, output=tmp_path / "out", method="mag-sp", calibration=str(calibration), eval="none")
+        assert "owner/name" not in (tmp_path / "out" / "config.json").read_text()
