@@ -17,7 +17,8 @@ class GrailError(ValueError):
     whatever stands in a file's name or is quoted from it."""
 
     def __init__(self, sentence: str):
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(sentence).splitlines()))
+        shown = (c if c.isprintable() else " " if c.isspace() else "?" for c in " ".join(str(sentence).splitlines()))
+        line = "".join(shown)
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 

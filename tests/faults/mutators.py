@@ -22,9 +22,10 @@ HOSTILE: tuple[Any, ...] = (
     0.5, -0.0, 1.5, 1e308, Raw("1e999"), Raw("-1e999"), Raw("NaN"), Raw("Infinity"), Raw("9" * 5000),
     "", " ", "1", "0", "true", "x" * 10_000, "\0", "\n", "a\nb", "\u202e", Raw('"\\ud800"'), "é" * 7,
     "../../etc/passwd", "/etc/passwd", "https://example.org/x", "file:///etc/passwd", "owner/name",
-    f"__import__('os').{CANARY}()", f"lambda: {CANARY}", "!!python/object/apply:os.system [true]", "{{ 7 * 7 }}", "%s%n",
-    "torch.float32", "float8_e4m3fn", "int8", "bfloat16", "F64", "nan", "inf", [], [[]], {}, {"": None}, [None], [0],
-    [1, 2], [1] * 1000, ["x"], {"x": 1}, {"x": {"y": [1]}}, Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP),
+    f"__import__('os').{CANARY}()", f"lambda: {CANARY}", "!!python/object/apply:os.system [true]", "{{ 7 * 7 }}",
+    "%s%n", "torch.float32", "float8_e4m3fn", "int8", "bfloat16", "F64", "nan", "inf", [], [[]], {}, {"": None}, [None], [0],
+    [1, 2], [1] * 1000, ["x"], {"x": 1}, {"x": {"y": [1]}}, Raw("[" * DEEP + "]" * DEEP),
+    Raw('{"a":' * DEEP + "1" + "}" * DEEP),
 )  # fmt: skip
 """What a file may hold where something else is expected."""
 

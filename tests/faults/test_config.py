@@ -26,7 +26,8 @@ MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
 VALUES = (
     *HOSTILE, 4, 6, 8, 10, 16, 40, 48, 64, 128, 4096, 10**5, 1e-6, 1e6, "llama", "qwen2", "gpt2", "evil", "silu",
     "gelu", "default", "linear", "dynamic", "yarn", "longrope", "llama3", "sdpa", "flash_attention_2",
-    "sliding_attention", {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 10**12, "rope_theta": 1e4},
+    "sliding_attention", {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 10**12, "rope_theta": 1e4},
     {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 10**12},
     {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}, {"rope_theta": 0}, {"rope_theta": -1.0},
     {"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": 7},
