@@ -23,8 +23,8 @@ HOSTILE: tuple[Any, ...] = (
     "", " ", "1", "0", "true", "x" * 10_000, "\0", "\n", "a\nb", "\u202e", Raw('"\\ud800"'), "é" * 7,
     "../../etc/passwd", "/etc/passwd", "https://example.org/x", "file:///etc/passwd", "owner/name",
     f"__import__('os').{CANARY}()", f"lambda: {CANARY}", "!!python/object/apply:os.system [true]", "{{ 7 * 7 }}",
-    "%s%n", "torch.float32", "float8_e4m3fn", "int8", "bfloat16", "F64", "nan", "inf", [], [[]], {}, {"": None}, [None], [0],
-    [1, 2], [1] * 1000, ["x"], {"x": 1}, {"x": {"y": [1]}}, Raw("[" * DEEP + "]" * DEEP),
+    "%s%n", "torch.float32", "float8_e4m3fn", "int8", "bfloat16", "F64", "nan", "inf", [], [[]], {}, {"": None}, [None],
+    [0], [1, 2], [1] * 1000, ["x"], {"x": 1}, {"x": {"y": [1]}}, Raw("[" * DEEP + "]" * DEEP),
     Raw('{"a":' * DEEP + "1" + "}" * DEEP),
 )  # fmt: skip
 """What a file may hold where something else is expected."""
@@ -138,7 +138,7 @@ def misencoded(text: str, chance: Random) -> tuple[str, bytes]:
          "control", "long", "sound")
     )  # fmt: skip
     if how in ("gbk", "utf-16", "utf-32", "utf-8-sig"):
-        return how, (words + text).encode(how)
+        return how, (words + text).encode(how, errors="ignore")
     if how == "latin-1":
         return how, ("naïve café " + text).encode(how)
     if how == "bytes":

@@ -7,13 +7,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import grail
+from grail.calibration import load_calibration
+from grail.calibration.tokenizer import load_tokenizer
 from grail.checkpoint.reader import INDEX, SINGLE, SafetensorsFolder, read_header
 from grail.documents import LARGEST, read_json
 from grail.errors import LONGEST, GrailError
 from grail.families import open_family
-from tests.tiny import tiny_calibration, tiny_checkpoint
+from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 TWO = {"a": [0, 8], "b": [8, 16]}
 
@@ -132,3 +136,17 @@ class TestConfig:
         calibration = tiny_calibration(tmp_path / "calibration.safetensors")
         grail.compress(model, output=tmp_path / "out", method="mag-sp", calibration=str(calibration), eval="none")
         assert "owner/name" not in (tmp_path / "out" / "config.json").read_text()
+
+
+class TestText:
+    def test_weights_whose_sum_is_beyond_float32(self, tmp_path):
+        file = tmp_path / "ids.safetensors"
+        save_file({"input_ids": torch.ones(8, 16, dtype=torch.int64), "weights": torch.full((8, 16), 3e38)}, file)
+        found = load_calibration(str(file), lambda: None, 64, samples=8, seq_len=None, seed=0)
+        assert torch.allclose(found.weights, torch.ones(8, 16))
+
+    def test_a_tokenizer_that_opens_and_does_not_work(self, model):
+        file = tiny_tokenizer(model) / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "512"}))
+        with pytest.raises(GrailError, match="no usable tokenizer"):
+            load_tokenizer(model)
