@@ -149,7 +149,7 @@ class OutputFolder:
         self._entered = True
         self.journal = Journal(self.partial / JOURNAL)
         goes_on = self.resume and self.journal.committed
-        committed = {step["file"] for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if goes_on else set()
+        committed = {step.get("file") for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if goes_on else set()
         self._clear(but=committed | {LOCK})
         return self
 
@@ -225,7 +225,7 @@ class OutputFolder:
         """Take a shard that an earlier run committed for written; False when the file is not what it was."""
         file = self.partial / step["file"]
         checksum = 0
-        if not file.is_file():
+        if file.parent != self.partial or not file.is_file():
             return False
         with open(file, "rb") as handle:
             while block := handle.read(16 * 2**20):

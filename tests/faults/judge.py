@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grail.errors import GrailError, Interrupted
+from grail.errors import verdict
 from tests.faults.tally import count
 
 SECONDS = 20.0
@@ -171,19 +171,19 @@ def _run(run: Callable[[], Any], watch: _Watch, scratch: str, seconds: float, me
         _watch = watch
         try:
             return Ending(None, run())
-        except (GrailError, Interrupted) as error:
+        except _Hang:
+            raise Misjudged(f"still at work after {seconds:g} s") from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             _watch = None
             for cause in _chain(error):
                 if isinstance(cause, MemoryError) or "allocate memory" in str(cause):
                     raise Misjudged(f"asked for more memory than there is to give: {cause!r}") from error
-            return Ending(str(error))
-        except _Hang:
-            raise Misjudged(f"still at work after {seconds:g} s") from None
-        except BaseException as error:
-            _watch = None
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise Misjudged(f"raised {type(error).__name__}: {error}") from error
+            told = verdict(error)  # what a command would say
+            if told is None:
+                raise Misjudged(f"raised {type(error).__name__}: {error}") from error
+            return Ending(told[0])
         finally:
             _watch = None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from safetensors.torch import save_file
 import grail
 from grail.calibration import load_calibration
 from grail.calibration.tokenizer import load_tokenizer
+from grail.checkpoint.journal import Journal
 from grail.checkpoint.reader import INDEX, SINGLE, SafetensorsFolder, read_header
 from grail.documents import LARGEST, read_json
 from grail.errors import LONGEST, GrailError
 from grail.families import open_family
+from tests.faults.test_records import flags, home, interrupted, line_of, quick  # noqa: F401 - fixtures
 from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 TWO = {"a": [0, 8], "b": [8, 16]}
@@ -150,3 +154,60 @@ class TestText:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "512"}))
         with pytest.raises(GrailError, match="no usable tokenizer"):
             load_tokenizer(model)
+
+
+class TestJournal:
+    """A line whose checksum is right and that says what no run says."""
+
+    def test_nested_beyond_all_depth(self, tmp_path):
+        (tmp_path / "journal").write_bytes(line_of(b'{"step":' + b"[" * 10**5 + b"]" * 10**5 + b"}"))
+        assert Journal(tmp_path / "journal").steps == []
+
+    @pytest.mark.parametrize("step", [b"{}", b'{"step":1}', b'{"step":"shard","file":["x"]}'], ids=str)
+    def test_no_step(self, tmp_path, step):
+        text = b'{"x":1,' + step[1:] if step != b"{}" else b'{"x":1}'
+        (tmp_path / "journal").write_bytes(b'{"sum": %d, %b\n' % (zlib.crc32(text), text[1:]))
+        assert Journal(tmp_path / "journal").steps == []
+
+    @pytest.mark.parametrize(
+        ("line", "place", "value"),
+        [
+            (0, ("identity",), False),
+            (0, ("identity", "recipe"), 0.5),
+            (0, ("chunk_tokens",), 10**12),
+            (0, ("threads",), 10**9),
+            (1, ("file",), "../../model/model.safetensors"),
+            (1, ("crc32",), None),
+            (1, ("tensors", "model.norm.weight"), " "),
+            (1, ("sites",), False),
+            (1, ("sites", 0, "site"), "x"),
+            (1, ("sites", 0, "kept"), ["x"]),
+            (1, ("sites", 0, "kept"), [10**30]),
+            (1, ("sites", 0, "width"), 10**12),
+            (1, ("sites", 0, "figures", "x"), 1),
+            (1, ("sites", 0, "figures", "error_after"), "x"),
+            (1, ("sites", 0, "figures", "sweeps"), 1e308),
+        ],
+        ids=str,
+    )
+    def test_what_no_run_says(self, interrupted, line, place, value):  # noqa: F811
+        case = interrupted.with_name("case")
+        shutil.rmtree(case, ignore_errors=True)
+        shutil.copytree(interrupted, case)
+        journal = case / "small.partial" / "journal.jsonl"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        step = json.loads(lines[line])
+        step.pop("sum")
+        inner = step
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        lines[line] = line_of(json.dumps(step).encode())
+        journal.write_bytes(b"".join(lines))
+        if place in (("file",), ("crc32",)):  # the file is not what was written: all is done again
+            with quick():
+                grail.compress(case / "model", output=case / "small", resume=True, **flags(case))
+            assert "../" not in (case / "small" / INDEX).read_text()
+        else:
+            with quick(), pytest.raises(GrailError, match=r"--resume"):
+                grail.compress(case / "model", output=case / "small", resume=True, **flags(case))
