@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GrailError
 
 LARGEST = 2**25
 """Bytes; the index of the largest models has some millions."""
-LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"}
+LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"}
 LABELS, MOST_LABELS = "num_labels", 10**6
 
 
@@ -52,3 +54,15 @@ def check_counts(config: dict, where: str | Path, tensors: int) -> None:
         if isinstance(value, (int, float)) and value > most:
             known = f"the weights hold {tensors} tensors" if key in LAYERS else f"there may be {most}"
             raise GrailError(f"{where}: {key} is {value:.15g}, and {known}; correct it")
+
+
+@contextmanager
+def about(file: Path) -> Iterator[None]:
+    """What is wrong within is told with the file's name."""
+    try:
+        yield
+    except GrailError as error:
+        named = (file, file.parent) if file.parent != Path() else (file,)
+        if any(str(name) in str(error) for name in named):
+            raise
+        raise type(error)(f"{file}: {error}") from error

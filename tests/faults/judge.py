@@ -36,6 +36,8 @@ CHANGES = {
 }  # fmt: skip
 """Events that change what lies on a disk: where among their arguments a path is, and the folder it is relative to."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+TORCHS_OWN = "torchinductor_"
+"""A folder that torch makes in the one for temporary files when some of its parts are imported."""
 DEVICES = ("/dev/null", "/dev/tty")
 
 
@@ -149,7 +151,7 @@ def judge(
             ending = _run(run, watch, scratch, seconds, memory)
         except Misjudged as difference:
             raise Misjudged(f"{kind}: {difference}") from difference
-        left = sorted(path.name for path in Path(scratch).iterdir())
+        left = sorted(path.name for path in Path(scratch).iterdir() if not path.name.startswith(TORCHS_OWN))
     said = list(watch.found)
     if left:
         said.append(f"{left[0]} was left behind in the folder for temporary files")
