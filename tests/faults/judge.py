@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import platform
 import resource
 import signal
 import sys
@@ -121,6 +122,7 @@ def _hook(event: str, args: tuple) -> None:
             _watch.found.append(f"{event} {args!r} is not understood: {error!r}")
 
 
+platform.platform()  # which a report says: the first time it starts a process
 sys.addaudithook(_hook)
 
 

@@ -97,7 +97,7 @@ def check(series: Series, how: str, case: Path, names: list[str]) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_config(sound, tmp_path, model_type):
     with Series("config", tmp_path, sound[model_type]) as series:
-        for chance in series.seeds(45):
+        for chance in series.seeds(35):
             case = series.folder()
             file = case / "model" / "config.json"
             config = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""What the cases of this folder found in the readers, each by itself."""
+"""What the cases of this folder found in checkpoints, text and records, each by itself."""
 
 from __future__ import annotations
 

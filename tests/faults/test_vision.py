@@ -81,7 +81,7 @@ FREE = (
 
 def test_load(home, answer, tmp_path):
     with Series("vision result", tmp_path, home) as series:
-        for chance in series.seeds(250):
+        for chance in series.seeds(200):
             case = series.folder()
             file = case / "small" / "config.json"
             how, text = mangled(json.loads(file.read_text()), chance, VALUES)
@@ -122,7 +122,7 @@ def test_folders_of_transformers(home, tmp_path):
     with torch.no_grad():
         expected = ViTForImageClassification.from_pretrained(home / "vit").eval()(X).logits
     with Series("vision folder", tmp_path, home) as series:
-        for chance in series.seeds(150):
+        for chance in series.seeds(100):
             case = series.folder()
             file = case / "vit" / chance.choice(("config.json", "config.json", "model.safetensors"))
             if file.suffix == ".json":
@@ -145,7 +145,7 @@ PROCESSOR = {
 
 def test_how_images_become_inputs(home, tmp_path):
     with Series("vision preprocessing", tmp_path, home) as series:
-        for chance in series.seeds(150):
+        for chance in series.seeds(60):
             case = series.folder()
             how, text = mangled(PROCESSOR, chance, (*VALUES, {"shortest_edge": 16}, [0.5, -1, 0.5], [0.5, 0, 0.5]))
             (case / "vit" / "preprocessor_config.json").write_bytes(text)
@@ -154,7 +154,7 @@ def test_how_images_become_inputs(home, tmp_path):
 
 def test_eval_of_what_a_result_records(home, tmp_path):
     with Series("vision eval", tmp_path, home) as series:
-        for chance in series.seeds(25):
+        for chance in series.seeds(8):
             case = series.folder()
             file = case / "small" / chance.choice(("grail.json", "config.json"))
             how, text = mangled(json.loads(file.read_text()), chance, VALUES)
