@@ -141,7 +141,7 @@ def _check_sizes(name: str, found: dict[str, Any]) -> None:
         if key in BEYOND and value is not None and type(value) is not BEYOND[key]:
             raise GrailError(f"{LIBRARY}/{name}: {key} is {value!r}, which is no {BEYOND[key].__name__}")
         if key in SIZES and type(value) is int and value < 1:
-            raise GrailError(f"{LIBRARY}/{name}: {key} is {value}, and must be 1 or more")
+            raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({key} is {value})")
 
 
 def build(name: str, options: dict[str, Any]) -> nn.Module:
