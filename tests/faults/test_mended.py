@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 import grail
 from grail.calibration import load_calibration
+from grail.calibration.captions import _read
+from grail.calibration.sources import documents
 from grail.calibration.tokenizer import load_tokenizer
 from grail.checkpoint.journal import Journal
 from grail.checkpoint.reader import INDEX, SINGLE, SafetensorsFolder, read_header
@@ -148,6 +150,12 @@ class TestText:
         save_file({"input_ids": torch.ones(8, 16, dtype=torch.int64), "weights": torch.full((8, 16), 3e38)}, file)
         found = load_calibration(str(file), lambda: None, 64, samples=8, seq_len=None, seed=0)
         assert torch.allclose(found.weights, torch.ones(8, 16))
+
+    @pytest.mark.parametrize("read", [lambda file: list(documents(str(file), "all")), lambda file: _read(file)])
+    def test_half_a_character_in_a_record(self, tmp_path, read):
+        (tmp_path / "x.jsonl").write_text('{"text": "a\\ud800b"}')
+        with pytest.raises(GrailError, match=r"x\.jsonl, line 1.*half a character"):
+            read(tmp_path / "x.jsonl")
 
     def test_a_tokenizer_that_opens_and_does_not_work(self, model):
         file = tiny_tokenizer(model) / "tokenizer_config.json"
