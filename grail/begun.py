@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from .checkpoint.journal import START
+from .checkpoint.journal import START, understood
 from .checkpoint.writer import STORE, OutputFolder
 from .errors import Circumstance
 from .plan import Plan
 from .profile import Profile
 from .store import CachedStore, DiskStore, MemoryStore
-from .workspace import Workspace
+from .workspace import CHUNK_TOKENS, Workspace
 
 HASHED = ("model", "calibration", "evaluation")
+MOST = {"chunk_tokens": CHUNK_TOKENS, "threads": 2**12}
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
@@ -41,7 +42,9 @@ def _begun(plan: Plan, out: OutputFolder) -> dict[str, Any]:
     if not started:
         out.journal.append({"step": START, **asked})
         return asked
-    _check_same(started[0]["identity"], asked["identity"])
+    with understood(out.journal.path):
+        _check_kinds(started[0])
+        _check_same(started[0]["identity"], asked["identity"])
     budget = plan.session.recipe.memory
     if budget is not None and started[0]["chunk_tokens"] > chunk_tokens:
         raise Circumstance(
@@ -49,6 +52,13 @@ def _begun(plan: Plan, out: OutputFolder) -> dict[str, Any]:
             f"must go on so, which needs more; give more, or start over with --overwrite and not --resume"
         )
     return started[0]
+
+
+def _check_kinds(started: dict[str, Any]) -> None:
+    """Raises ValueError for numbers that no run begins with."""
+    for key in ("chunk_tokens", "threads"):
+        if type(started[key]) is not int or not 1 <= started[key] <= MOST[key]:
+            raise ValueError(f"{key} is {started[key]}")
 
 
 def _check_same(begun: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import GrailError
+
+LARGEST = 2**25
+"""Bytes; the index of the largest models has some millions."""
+LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"}
+LABELS, MOST_LABELS = "num_labels", 10**6
+
+
+def check_regular(path: Path, most: int | None = None) -> int:
+    """The size of a file; raises GrailError for one that may never end (a device, a pipe, a socket), which a link in
+    the folder can name, and for one of more than `most` bytes."""
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise GrailError(f"{path} is a device or a pipe; put a file in its place")
+    if most is not None and found.st_size > most:
+        raise GrailError(f"{path} is larger than such a file can be ({found.st_size:,} bytes); fetch it again")
+    return found.st_size
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or GrailError naming it."""
     try:
+        check_regular(path, LARGEST)
         value = json.loads(path.read_text(encoding="utf-8"))
+    except GrailError:
+        raise
     except OSError as error:
         raise GrailError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -19,3 +42,27 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise GrailError(f"{path} must hold a JSON object")
     return value
+
+
+def check_counts(config: dict, where: str | Path, tensors: int) -> None:
+    """Raises GrailError for a number of layers or of labels for which transformers would make lists beyond all memory
+    before it sees that they are wrong. tensors: how many the weights hold; a layer has one at least."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_counts(value, where, tensors)
+        most = tensors if key in LAYERS else MOST_LABELS if key == LABELS else math.inf
+        if isinstance(value, (int, float)) and value > most:
+            known = f"the weights hold {tensors} tensors" if key in LAYERS else f"there may be {most}"
+            raise GrailError(f"{where}: {key} is {value:.15g}, and {known}; correct it")
+
+
+@contextmanager
+def about(file: Path) -> Iterator[None]:
+    """What is wrong within is told with the file's name."""
+    try:
+        yield
+    except GrailError as error:
+        named = (file, file.parent) if file.parent != Path() else (file,)
+        if any(str(name) in str(error) for name in named):
+            raise
+        raise type(error)(f"{file}: {error}") from error

@@ -22,8 +22,18 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "Memory
 """In the text of errors of torch, and of processes that were started, where there is no memory left."""
 
 
+LONGEST = 2000
+"""Characters of a sentence; what a file says may be quoted in it."""
+
+
 class GrailError(ValueError):
-    """Bad input. The message is one sentence that names the file, site or option and says what to do."""
+    """Bad input. The message is one sentence that names the file, site or option and says what to do; one line,
+    whatever stands in a file's name or is quoted from it."""
+
+    def __init__(self, sentence: str):
+        shown = (c if c.isprintable() else " " if c.isspace() else "?" for c in " ".join(str(sentence).splitlines()))
+        line = "".join(shown)
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class Circumstance(GrailError):

@@ -17,6 +17,7 @@ from torch import Tensor
 from grail_kernels.inputs import all_finite
 
 from .checkpoint.background import Background
+from .checkpoint.journal import understood
 from .checkpoint.writer import SHARD, OutputFolder, Piece
 from .chunks import Chunks, Texts
 from .errors import Circumstance, GrailError
@@ -177,19 +178,21 @@ def _recalled(job: Job, chunks: Chunks, out: OutputFolder, streamed: Streamed, l
     needed = {part.name: part.all if first <= last else part.passing for part in streams}
     sound = store.outlives_process and all(store.holds(part.series(first), needed[part.name]) for part in streams)
     if group.main:
-        sound = sound and all(out.recall(step) for step in steps)
+        with understood(out.journal.path):
+            sound = sound and all(out.recall(step) for step in steps)
     if not all(group.gather(sound)):
         if group.main:
             out.start_over(lambda step: step["step"] != SHARD)
         return 0
     sites = {site.name: site for site in job.sites}
-    for step in steps:
-        results = [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
-        streamed.results += results
-        if job.recipe.strict:
-            _refuse_raised(results)
-        if step["trained"]:
-            streamed.trained.append(Training(**step["trained"]))
+    with understood(out.journal.path):
+        for step in steps:
+            results = [SiteResult.from_json(sites[found["site"]], found) for found in step["sites"]]
+            streamed.results += results
+            if job.recipe.strict:
+                _refuse_raised(results)
+            if step["trained"]:
+                streamed.trained.append(Training(**step["trained"]))
     for part in _streams(job, chunks):
         for layer in range(first):
             store.drop(part.series(layer), part.all)

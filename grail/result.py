@@ -81,14 +81,27 @@ class SiteResult:
 
     @classmethod
     def from_json(cls, site: Site, found: dict[str, Any]) -> SiteResult:
-        """The inverse of `to_json`, without tensors."""
+        """The inverse of `to_json`, without tensors. Raises ValueError, TypeError or KeyError for anything else."""
         reduction: Reduction | None = None
+        for name, value in found.get("figures", {}).items():
+            lists = name in ("held_out", "sweeps") and value is not None
+            if not _is_figure(value) or isinstance(value, list) != lists:
+                raise ValueError(f"{name} of {site.name} is {value}")
         if "kept" in found:
             reduction = Selection(torch.tensor(found["kept"]), found["size"], found["width"])
+            if (reduction.size, reduction.width) != (site.units.size, site.units.width):
+                raise ValueError(f"{site.name} has another width")
         elif "cluster" in found:
             reduction = Folding(torch.tensor(found["cluster"]))
         done = Compensation(weight=None, **found["figures"]) if "figures" in found else None
         return cls(site, reduction, done, damping=Damping(*found["damping"]) if "damping" in found else None)
+
+
+def _is_figure(value: Any) -> bool:
+    """A number or nothing, or lists of these."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_figure, value))
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def from_main(group: Group, site: Site, compute: Callable[[], SiteResult]) -> SiteResult:

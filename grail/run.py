@@ -164,12 +164,11 @@ def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Mo
     your own class, one of the original widths (it is not modified)."""
     if is_module_folder(Path(path)):
         return load_module(path, module)
-    from transformers import AutoModelForCausalLM
-
+    from .evaluation.whole import load_whole
     from .registration import register
 
     register()
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    return load_whole(Path(path))
 
 
 @undisturbed()

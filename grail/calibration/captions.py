@@ -87,6 +87,8 @@ def _field(file: Path, number: int, line: str) -> str:
     found = entry if isinstance(entry, str) else None
     if isinstance(entry, dict):
         found = next((entry[name] for name in FIELDS if isinstance(entry.get(name), str)), None)
+    if found and any("\ud800" <= c <= "\udfff" for c in found):  # written as an escape
+        raise GrailError(f"--calibration-text {file}, line {number}: half a character")
     if not found or not found.strip():
         raise GrailError(f'--calibration-text {file}, line {number}: no field "text" or "caption"')
     return found

@@ -18,10 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..documents import about, check_regular
 from ..errors import GrailError, sentence_of
 from .preprocessing import imported
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""All that PIL may take a file for: it goes by the content, and would have a PostScript file run by Ghostscript."""
+MOST_PIXELS = 2**26
+BLOCK = 2**20
 PARTS = {"calibration": ("train", "training"), "test": ("test", "t10k", "val", "valid", "validation")}
 """What the parts of a data set are called, the best name first."""
 IDX = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
@@ -54,6 +59,7 @@ class Folder:
     def content(self, index: int) -> Iterator[bytes]:
         """The relative name and the bytes of one file, for hashing."""
         try:
+            check_regular(self.path / self.files[index])
             data = (self.path / self.files[index]).read_bytes()
         except OSError as error:
             raise GrailError(f"{sentence_of(error)}; it was there when the folder was listed") from error
@@ -101,10 +107,14 @@ def decode(path: Path) -> Tensor:
     """One image file as uint8 [C, H, W]; raises GrailError naming the file when it is not a sound image."""
     image_module = imported("PIL.Image")
     try:
-        with image_module.open(path) as image:
-            return pixels(image)
-    except GrailError as error:
-        raise GrailError(f"{path}: {error}") from error
+        with about(path):
+            check_regular(path)
+            with image_module.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise GrailError(f"it would have {image.width} x {image.height} pixels; make it smaller")
+                return pixels(image)
+    except GrailError:
+        raise
     except Exception as error:  # PIL's decoders raise anything, from SyntaxError to struct.error
         reason = getattr(error, "strerror", None) or f"damaged or no image, {type(error).__name__}"
         raise GrailError(f"{path} cannot be read ({reason}); replace it or take it out of the folder") from error
@@ -157,24 +167,32 @@ def read_idx(path: Path) -> tuple[Tensor, Tensor | None]:
 
 def _idx_array(path: Path, magic: int, dims: int) -> Tensor:
     """http://yann.lecun.com/exdb/mnist: big-endian magic and sizes, then unsigned bytes."""
+    data = bytearray()
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             head = file.read(4 + 4 * dims)
-            data = bytearray(file.read())
+            sizes = _idx_sizes(path, head, magic, dims)
+            # not all at once and no more than one byte too many: sizes may say anything, a packed file hold anything
+            while len(data) <= math.prod(sizes) and (block := file.read(BLOCK)):
+                data += block
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise GrailError(f"{path} cannot be read ({reason}); fetch it again") from error
+    wanted = math.prod(sizes)
+    if len(data) != wanted:
+        held = f"{len(data)} bytes" if len(data) < wanted else "more bytes"
+        raise GrailError(f"{path} holds {held} where its sizes {sizes} ask for {wanted}; fetch it again")
+    return torch.frombuffer(data, dtype=torch.uint8).view(sizes) if wanted else torch.empty(sizes, dtype=torch.uint8)
+
+
+def _idx_sizes(path: Path, head: bytes, magic: int, dims: int) -> list[int]:
     found = int.from_bytes(head[:4], "big")
     if len(head) < 4 + 4 * dims:
         raise GrailError(f"{path} is truncated within its header ({len(head)} bytes); fetch it again")
     if found != magic:
         difference = f"magic {found:#010x}, expected {magic:#010x}"
         raise GrailError(f"{path} is no idx file of {dims}-dimensional bytes ({difference}); fetch it again")
-    sizes = np.frombuffer(head, dtype=">u4")[1:].tolist()
-    wanted = math.prod(sizes)
-    if len(data) != wanted:
-        raise GrailError(f"{path} holds {len(data)} bytes where its sizes {sizes} ask for {wanted}; fetch it again")
-    return torch.frombuffer(data, dtype=torch.uint8).view(sizes) if wanted else torch.empty(sizes, dtype=torch.uint8)
+    return np.frombuffer(head, dtype=">u4")[1:].tolist()
 
 
 def read_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray | None, bool]:

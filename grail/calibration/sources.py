@@ -58,6 +58,8 @@ def _jsonl(path: Path) -> list[str]:
             raise GrailError(f'{path}, line {number}: expected a JSON object with a field "text"') from error
         if not isinstance(text, str):
             raise GrailError(f'{path}, line {number}: the field "text" must be a string')
+        if any("\ud800" <= c <= "\udfff" for c in text):  # written as an escape
+            raise GrailError(f'{path}, line {number}: the field "text" holds half a character')
         records.append(text)
     return records
 

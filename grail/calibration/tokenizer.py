@@ -13,6 +13,8 @@ from ..checkpoint.reader import read_json
 from ..checkpoint.writer import TOKENIZER_CONFIG, data_files, without_code
 from ..errors import GrailError
 
+TRIED = "one, two"
+
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds files of a tokenizer; Python files are none."""
@@ -25,7 +27,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         with _without_code(folder) as data:
-            return AutoTokenizer.from_pretrained(data, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(data, trust_remote_code=False)
+            tokenizer(TRIED, add_special_tokens=False)  # some wrong values show when there is text
+            return tokenizer
     except Exception as error:
         raise GrailError(
             f"{folder} has no usable tokenizer ({type(error).__name__}); add its files, or give token ids in a "

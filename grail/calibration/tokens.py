@@ -87,7 +87,7 @@ def weigh(weights: Tensor | None, ids_NL: Tensor, where: str) -> Tensor | None:
     weights_NL = weights[: ids_NL.shape[0], : ids_NL.shape[1]].float().contiguous()
     if not bool(torch.isfinite(weights_NL).all()) or bool((weights_NL < 0).any()) or not bool(weights_NL.any()):
         raise GrailError(f"{where}: weights must be finite numbers, 0 or more, and not all 0")
-    return weights_NL / weights_NL.mean()
+    return (weights_NL / weights_NL.double().mean()).float()
 
 
 def checked(ids: Tensor, vocabulary: int, where: str) -> Tensor:

@@ -22,6 +22,14 @@ STATED = {
 """Keys of GGUF under `general.`, and of a model card."""
 
 
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+LEAST_LAYER = 256
+"""Bytes, of the names of its tensors alone."""
+
+
 def cache_folder() -> Path:
     """GRAIL_CACHE, or XDG_CACHE_HOME/grail, or ~/.cache/grail."""
     own = os.environ.get("GRAIL_CACHE")
@@ -65,15 +73,21 @@ def _convert(file: Path, work: Path) -> None:
 
 def _write_converted(file: Path, work: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        asked = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        _check_sizes(file, asked.to_dict())
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except GrailError:
+        raise
     except Exception as error:
         raise GrailError(f"{file} cannot be read as a GGUF language model: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # which would be random numbers
+        raise GrailError(f"{file} lacks {missing[0]} ({len(missing)} such tensors); fetch it again")
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -85,6 +99,15 @@ def _write_converted(file: Path, work: Path) -> None:
     plain.generation_config = model.generation_config
     plain.save_pretrained(work)
     tokenizer.save_pretrained(work)
+
+
+def _check_sizes(file: Path, config: dict) -> None:
+    """Raises GrailError for numbers beyond the bytes there are: a model made of them would take all memory."""
+    size = file.stat().st_size
+    for key in SIZES:
+        most = size // LEAST_LAYER if key == "num_hidden_layers" else size
+        if isinstance(config.get(key), int) and config[key] > most:
+            raise GrailError(f"{file} has {size:,} bytes, and says {key} is {config[key]}; fetch it again")
 
 
 def _write_card(file: Path, folder: Path) -> None:

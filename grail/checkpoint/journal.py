@@ -9,11 +9,12 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from ..errors import naming
+from ..errors import Circumstance, GrailError, naming
 
 START = "start"
 
@@ -67,8 +68,28 @@ class Journal:
             os.fsync(file.fileno())
 
 
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Around what is made of committed steps. Raises Circumstance, which leaves the work as it is, where a line whose
+    checksum is right says what no run says."""
+    try:
+        yield
+    except GrailError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise Circumstance(
+            f"--resume: {path} says what no run of grail says ({type(error).__name__}: {error}); to start over, give "
+            f"--overwrite and not --resume"
+        ) from error
+
+
 def _parsed(line: bytes) -> dict | None:
     match = re.fullmatch(rb'\{"sum": (\d+), (.*)\n', line)
     if match is None or zlib.crc32(text := b"{" + match[2]) != int(match[1]):
         return None
-    return json.loads(text)
+    try:
+        step = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(step, dict) and isinstance(step.get("step"), str) and isinstance(step.get("file", ""), str)
+    return step if sound else None

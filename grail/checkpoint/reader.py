@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..documents import read_json
+from ..documents import check_regular, read_json
 from ..errors import GrailError
 
 DTYPES = {
@@ -26,6 +26,8 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 MAX_HEADER = 100 * 2**20
+MAX_NAME, MAX_SIDE = 255, 2**63
+"""Bytes of a file's name; what a side of a tensor is below."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -113,7 +115,7 @@ class SafetensorsFolder:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Tensor infos of one safetensors file; raises GrailError naming the file when it is not a sound one."""
     try:
-        size = file.stat().st_size
+        size = check_regular(file)
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
@@ -121,24 +123,43 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"{file} is truncated or no safetensors file ({size} bytes, its header would be {length}); "
                     f"fetch it again"
                 )
-            header = json.loads(handle.read(length))
+            text = handle.read(length).decode("utf-8")
+            header = json.loads(text)
     except OSError as error:
         raise GrailError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, GrailError):
             raise
         raise GrailError(f"{file} is not a safetensors file: its header is not JSON") from error
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not text.startswith("{"):
         raise GrailError(f"{file} is not a safetensors file: its header is not a table of tensors")
-    header.pop("__metadata__", None)
-    return {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise GrailError(f"{file}: the __metadata__ of its header must be names with texts; save it again")
+    found = {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_covered(file, found, 8 + length, size)
+    return found
+
+
+def _check_covered(file: Path, found: dict[str, TensorInfo], base: int, size: int) -> None:
+    """As the format has it, the tensors lie one after another: no byte is in two of them or in none."""
+    end = base
+    for name, info in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != end:
+            raise GrailError(f"{file}: {name} does not begin where the tensor before it ends; fetch it again")
+        end = info.end
+    if end != size:
+        raise GrailError(f"{file} has {size - end} bytes behind its last tensor; fetch it again")
 
 
 def _tensor_info(file: Path, name: str, entry: object, base: int, size: int) -> TensorInfo:
     try:
         stored, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
-        sound = isinstance(stored, str) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        sound = isinstance(stored, str) and all(type(n) is int and 0 <= n < MAX_SIDE for n in (*shape, start, end))
+        sound = sound and math.prod(side or 1 for side in shape) < MAX_SIDE
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -174,6 +195,7 @@ def _shards(path: Path) -> list[tuple[Path, list[str] | None]]:
     wanted: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard not in {"", ".", ".."} and not set(shard) & set("/\\\0")
+        plain = plain and len(shard.encode(errors="surrogatepass")) <= MAX_NAME
         if not plain:
             raise GrailError(f"{index}: {name} points at {shard!r}, which is not a plain file name")
         wanted.setdefault(shard, []).append(name)

@@ -36,8 +36,12 @@ CARRIED = (
 CARRIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
 LICENCES, LICENCE_SUFFIXES = ("LICENSE*", "NOTICE*"), {"", ".txt", ".md", ".rst", ".html", ".pdf"}
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CODE_FIELDS = ("auto_map", "custom_pipelines")
-"""Fields of config.json and tokenizer_config.json that name Python code to be run under trust_remote_code."""
+CODE_FIELDS = (
+    "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "experts_implementation",
+    "_experts_implementation",
+)  # fmt: skip
+"""Fields of config.json and tokenizer_config.json that name Python code to be run under trust_remote_code, or kernels
+to be fetched from the hub."""
 
 
 def without_code(config: dict) -> dict:
@@ -147,7 +151,7 @@ class OutputFolder:
         self._entered = True
         self.journal = Journal(self.partial / JOURNAL)
         goes_on = self.resume and self.journal.committed
-        committed = {step["file"] for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if goes_on else set()
+        committed = {step.get("file") for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if goes_on else set()
         self._clear(but=committed | {LOCK})
         return self
 
@@ -235,7 +239,7 @@ class OutputFolder:
         """Take a shard that an earlier run committed for written; False when the file is not what it was."""
         file = self.partial / step["file"]
         checksum = 0
-        if not file.is_file():
+        if file.parent != self.partial or not file.is_file():
             return False
         with open(file, "rb") as handle:
             while block := handle.read(16 * 2**20):

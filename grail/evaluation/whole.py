@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..checkpoint.reader import SafetensorsFolder
+from ..documents import check_counts, read_json
 from ..errors import GrailError, first_line
 
 AT_ONCE = 2**13
@@ -23,6 +24,8 @@ def load_whole(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     the folder. Raises GrailError naming the folder where transformers refuses."""
     from transformers import AutoModelForCausalLM
 
+    if (file := folder / "config.json").is_file():
+        check_counts(read_json(file), file, len(SafetensorsFolder(folder).names()))
     options = {"dtype": dtype or "auto", "trust_remote_code": False, "use_safetensors": True}
     try:
         return AutoModelForCausalLM.from_pretrained(folder, **options).eval().to(device)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..calibration.tokenizer import has_tokenizer, load_tokenizer
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..checkpoint.writer import TOKENIZER_CONFIG, without_code
+from ..documents import check_counts
 from ..errors import GrailError
 from ..modeling_grail import BASES, PREFIX
 from ..reduction import Reduction, Units
@@ -159,12 +160,16 @@ def open_folder(
     raw = read_json(folder / "config.json")
     if raw.get("quantization_config"):
         raise GrailError(f"{folder / 'config.json'}: the checkpoint is quantised; GRAIL needs its float weights")
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise GrailError(f"{folder / 'config.json'}: architectures must be a list of class names; correct it")
+    source = SafetensorsFolder(folder)
+    check_counts(raw, folder / "config.json", len(source.names()))
     register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise _unusable(folder, raw, error) from error
-    source = SafetensorsFolder(folder)
     if dtype is None:
         stored = source.info("model.layers.0.mlp.down_proj.weight").dtype
         dtype = torch.float32 if torch.device(device).type == "cpu" else stored

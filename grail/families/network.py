@@ -10,6 +10,7 @@ forwards of all of it.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -72,11 +73,18 @@ class ModuleSite(Site):
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> ModuleSite:
-        """The inverse."""
+        """The inverse. Raises KeyError, TypeError or ValueError for anything else."""
         pairs = {key: tuple(tuple(pair) for pair in found[key]) for key in ("counts", "widths")}
         producers = tuple(Producer(**producer) for producer in found["producers"])
         names = {key: tuple(found.get(key, ())) for key in ("norms", "readers", "reader_norms", "scales")}
         stream = found.get("stream") and tuple(found["stream"])
+        given = [found["name"], found["consumer"], *(p.name for p in producers), *itertools.chain(*names.values())]
+        twos = [*pairs["counts"], *pairs["widths"], *([stream] if stream else [])]
+        if any(len(pair) != 2 for pair in twos):
+            raise ValueError("a pair of names is none")
+        given += itertools.chain(*twos)
+        if not all(isinstance(name, str) for name in given):
+            raise ValueError("a name is no text")
         units = Units(**found["units"])
         return cls(**found | {"producers": producers, "units": units, "stream": stream} | names | pairs)
 
@@ -226,6 +234,9 @@ def check(network: Network) -> None:
         for name in (*(p.name for p in site.producers), *site.norms, *site.reader_norms, *site.consumers):
             if name not in known:
                 raise GrailError(f"{site.name}: the network has no module {name}")
+        for name, attribute in (*site.counts, *site.widths):
+            if type(getattr(known.get(name), attribute, None)) is not int:
+                raise GrailError(f"{site.name}: the network has no number {name}.{attribute}")
         _check_stream(site, known)
         for producer in site.producers:
             _check_layer(site, producer.name, known[producer.name])

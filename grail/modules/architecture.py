@@ -3,16 +3,19 @@ folders."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..calibration.preprocessing import Preprocessing, imported
 from ..calibration.processor import preprocessing_of
 from ..checkpoint.reader import SafetensorsFolder
+from ..documents import about, check_counts
 from ..errors import GrailError, first_line
 from . import hf
 from .names import LIBRARIES, NAMED, is_hf_folder
@@ -23,6 +26,8 @@ OPTIONS = {
     "force_image_size": (int, list), "force_quick_gelu": bool, "force_context_length": int,
 }  # fmt: skip
 """What a factory may be given: config.json is data from anywhere, and some of timm's options name files to unpickle."""
+MOST_BEFORE, SMALL = 100, 10**7
+"""A network had at most so many times the parameters of what was made of it, or so many more."""
 TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
 
 
@@ -54,7 +59,8 @@ class Architecture:
     def from_json(cls, found: Any, folder: Path) -> Architecture:
         """The inverse of to_json, for an output in a folder. Raises GrailError for anything else."""
         try:
-            return cls(str(found["library"]), str(found["name"]), dict(found["options"]), folder)
+            with about(folder / "config.json"):
+                return cls(str(found["library"]), str(found["name"]), dict(found["options"]), folder)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, GrailError):
                 raise
@@ -95,6 +101,18 @@ class Architecture:
         except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
             raise GrailError(f"--model {self.library}/{self.name}: {first_line(error)}") from error
         return module.eval()
+
+    def check_size(self, source: SafetensorsFolder) -> None:
+        """Raises GrailError where the network before it was narrowed has far more layers or parameters than the
+        weights there are: what the options say is data from anywhere, and making it would take all memory."""
+        check_counts(self.options, f"{self.library}/{self.name}", len(source.names()))
+        if self.library == "open_clip":  # whose factory needs real tensors; its options say no widths
+            return
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in self.build().parameters())
+        stored = sum(math.prod(source.info(name).shape) for name in source.names())
+        if parameters > MOST_BEFORE * stored + SMALL:
+            raise GrailError(f"{self.library}/{self.name} would have {parameters:,} parameters, {stored:,} are stored")
 
     def preprocessing(self, module: nn.Module) -> Preprocessing | None:
         """How images become its inputs; None where nothing says it."""
@@ -152,7 +170,10 @@ def _open_folder(
     for option, given in (("--weights", weights is not None), ("--model-option", bool(options))):
         if given:
             raise GrailError(f"{option} is for {NAMED}; {model} is a folder with weights and options of its own")
-    module, options, sha256 = hf.opened(found.folder, found.name, found.options)
+    source = SafetensorsFolder(found.folder)
+    with about(found.folder / "config.json"):
+        found.check_size(source)
+        module, options, sha256 = hf.opened(source, found.name, found.options)
     return module, replace(found, options=options), {"id": model, "revision": None, "sha256": sha256}
 
 

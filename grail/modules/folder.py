@@ -21,6 +21,7 @@ from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..checkpoint.writer import OutputFolder, Piece
 from ..children import python
+from ..documents import about
 from ..errors import GrailError, naming
 from ..families.attention import replace_attention
 from ..families.network import ModuleSite, Network, check
@@ -69,19 +70,26 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
     """The network in a folder, in evaluation mode. module: one of the original widths, for a class that no library
     makes (it is not modified). Raises GrailError naming what is missing or does not fit."""
     folder = Path(path)
-    config = read_json(folder / "config.json")
+    file = folder / "config.json"
+    with about(file):
+        return _loaded(folder, read_json(file), SafetensorsFolder(folder / WEIGHTS), module)
+
+
+def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Module | None) -> nn.Module:
     if module is None:
         if config.get("architecture") is None:
             raise GrailError(
                 f"{folder} is a network of its user's own class: grail.load(path, module=THE_ORIGINAL_MODULE)"
             )
-        module = Architecture.from_json(config["architecture"], folder).build()
+        architecture = Architecture.from_json(config["architecture"], folder)
+        architecture.check_size(source)
+        module = architecture.build()
     try:
         sites = [ModuleSite.from_json({k: v for k, v in site.items() if k != "kept"}) for site in config["sites"]]
         kept = [int(site["kept"]) for site in config["sites"]]
         if not all(1 <= count <= site.units.count for site, count in zip(sites, kept, strict=True)):
             raise ValueError("a site keeps more than it has, or nothing")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise GrailError(f"{folder / 'config.json'} describes no sites that grail can read ({error})") from error
     network = Network(module, sites).clone()  # residual streams among them: here they are sites like any other
     known = {name for name, _ in network.module.named_modules()}
@@ -89,7 +97,7 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
     check(network)
     for site, count in zip(sites, kept, strict=True):
         _narrow(network, site, count)
-    return _filled(network.module, folder / WEIGHTS)
+    return _filled(network.module, source)
 
 
 def _narrow(network: Network, site: ModuleSite, count: int) -> None:
@@ -99,8 +107,7 @@ def _narrow(network: Network, site: ModuleSite, count: int) -> None:
     narrow.prune(network, site, torch.arange(count))
 
 
-def _filled(module: nn.Module, file: Path) -> nn.Module:
-    source = SafetensorsFolder(file)
+def _filled(module: nn.Module, source: SafetensorsFolder) -> nn.Module:
     tensors = {name: source.get(name) for name in source.names()}
     layers = dict(module.named_modules())
     for name in tensors:
@@ -110,7 +117,9 @@ def _filled(module: nn.Module, file: Path) -> nn.Module:
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise GrailError(f"{file} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
+        raise GrailError(
+            f"{source.path} does not fit its config.json: {str(error).splitlines()[-1].strip()}"
+        ) from error
     return module.eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..bars import without_bars
 from ..checkpoint.reader import SafetensorsFolder, read_json
+from ..documents import check_counts
 from ..errors import GrailError, first_line
 
 LIBRARY = "transformers"
@@ -32,9 +33,14 @@ OPTIONS = {"config": dict, "attention": str, "add_pooling_layer": bool}
 ATTENTION = "eager"
 """The one implementation of attention that is recorded: other names may be those of repositories."""
 LABELS = {"id2label", "label2id", "num_labels"}
-BEYOND = {"head_dim", "output_hidden_states"}
+BEYOND = {"head_dim": int, "output_hidden_states": bool}
 """What a forward reads though no vision configuration declares it."""
 PARTS = {"text_config": "CLIPTextConfig", "vision_config": "CLIPVisionConfig"}
+SIZES = {
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
+    "num_channels", "max_position_embeddings", "vocab_size", "projection_dim",
+}  # fmt: skip
+MOST_LAYERS = 10**4
 UNREAD = (".position_ids", "mask_token", "pooler.dense.weight", "pooler.dense.bias")
 """Endings of tensors that older or larger classes store and these do not read."""
 VOCABULARIES = ("tokenizer.json", "vocab.json")
@@ -104,7 +110,7 @@ def _kept(kind: type, found: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     common = {field.name for field in fields(transformers.PreTrainedConfig)}
-    own = ({field.name for field in fields(kind)} - common) | LABELS | BEYOND
+    own = ({field.name for field in fields(kind)} - common) | LABELS | set(BEYOND)
     kept = {key: value for key, value in found.items() if key in own and not key.startswith("_")}
     for part, name in PARTS.items():
         for key in (part, f"{part}_dict") if part in own else ():
@@ -118,11 +124,24 @@ def _config(name: str, found: dict[str, Any]) -> Any:
     kind = class_of(name).config_class
     from huggingface_hub.errors import StrictDataclassError
 
+    check_counts(found, f"{LIBRARY}/{name}", MOST_LAYERS)
+    _check_sizes(name, found)
     try:
         return kind(**_kept(kind, found))
     except (StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise GrailError(f"{LIBRARY}/{name}: its configuration does not hold together ({said})") from error
+
+
+def _check_sizes(name: str, found: dict[str, Any]) -> None:
+    """Raises GrailError for a size below 1, of which some show only when the network runs."""
+    for key, value in found.items():
+        if isinstance(value, dict) and key in PARTS:
+            _check_sizes(name, value)
+        if key in BEYOND and value is not None and type(value) is not BEYOND[key]:
+            raise GrailError(f"{LIBRARY}/{name}: {key} is {value!r}, which is no {BEYOND[key].__name__}")
+        if key in SIZES and type(value) is int and value < 1:
+            raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({key} is {value})")
 
 
 def build(name: str, options: dict[str, Any]) -> nn.Module:
@@ -146,10 +165,9 @@ def _pooling(options: dict[str, Any]) -> dict[str, bool]:
     return {key: options[key] for key in ("add_pooling_layer",) if key in options}
 
 
-def opened(folder: Path, name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], str]:
-    """(the network with the folder's weights, its options, their sha256): safetensors only, names as any version of
+def opened(source: SafetensorsFolder, name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], str]:
+    """(the network with a folder's weights, its options, their sha256): safetensors only, names as any version of
     transformers wrote them. Raises GrailError naming what is missing or does not fit."""
-    source = SafetensorsFolder(folder)
     tensors = {tensor: source.get(tensor) for tensor in source.names()}
     if name in POOLED and not any(tensor.startswith(("pooler.", "vit.pooler.", "deit.pooler.")) for tensor in tensors):
         options = options | {"add_pooling_layer": False}
@@ -164,7 +182,7 @@ def opened(folder: Path, name: str, options: dict[str, Any]) -> tuple[nn.Module,
     for what, names in (("lacks", info["missing_keys"]), ("holds another", mismatched | unread)):
         if names:
             few = f"{min(names)} ({len(names)} such tensors)"
-            raise GrailError(f"{folder} {what} {few}: these are not weights of {name} as config.json describes it")
+            raise GrailError(f"{source.path} {what} {few}: these are not weights of {name} as config.json describes it")
     return module.eval(), options, source.sha256()
 
 

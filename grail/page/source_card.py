@@ -13,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from ..documents import check_regular
+from ..errors import GrailError
+
 README = "README.md"
 CARRIED = "Citation of the base model"
 """The heading under which our own cards keep it, so that a card made from such a card carries it on unchanged."""
@@ -42,10 +45,9 @@ class SourceCard:
 def source_card(folder: Path | None) -> SourceCard:
     """That of a folder; an empty one where it has no README."""
     try:
-        raw = (folder / README).read_bytes() if folder else b""
-    except OSError:
-        return SourceCard()
-    if len(raw) > LARGEST:
+        there = folder is not None and check_regular(folder / README, LARGEST)
+        raw = (folder / README).read_bytes() if folder and there else b""
+    except (OSError, GrailError):
         return SourceCard()
     text = raw.decode("utf-8-sig", errors="replace")
     found = _BLOCK.match(text)
