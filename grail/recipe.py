@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 """What the options that are words may be; None: the default for this model and method."""
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called", "strict"}
 """Where the result goes, how it is computed and what is refused; the rest decides what it is."""
+MOST_BYTES = 2**60
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -95,7 +96,8 @@ class Recipe:
             value = getattr(self, option)
             given = value is not None or option == "ratio"
             if given and not (_is_number(value) and 0 <= value < 1):
-                raise GrailError(f"{_flag(option)} must be a number from 0 up to, not including, 1; got {value}")
+                hint = f" ({value / 100:g} for {value:g} %)" if _is_number(value) and 1 < value < 100 else ""
+                raise GrailError(f"{_flag(option)} must be a number from 0 up to, not including, 1; got {value}{hint}")
         self._settle_target()
         for option in ("samples", "sweeps", "seq_len", "round_to", "head_multiple"):
             value = getattr(self, option)
@@ -169,9 +171,10 @@ def _is_number(value: Any) -> bool:
 def _bytes(given: Any) -> int:
     """A size in bytes from a number, or from text like 4GB, 4GiB or 500M."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(given).upper())
-    if isinstance(given, bool) or not match or match[2] not in UNITS or not float(match[1]):
-        raise GrailError(f"--memory {given}: expected a size such as 4GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2]])
+    size = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0.0
+    if isinstance(given, bool) or not 1 <= size < MOST_BYTES:
+        raise GrailError(f"--memory {str(given)[:40]}: expected a size such as 4GB or 500MB")
+    return int(size)
 
 
 def _flag(option: str) -> str:

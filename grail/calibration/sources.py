@@ -42,9 +42,10 @@ def is_named(source: str) -> bool:
 
 def no_such_text(source: str, option: str) -> str:
     """The sentence for a source that is neither a file nor a known name."""
-    what = "is a folder; name one file" if Path(source).is_dir() else "no such file"
     known = ", ".join([*BUILTIN, *_HUB])
-    return f"{option} {source}: {what} (.txt, .jsonl or .safetensors), and not one of {known}"
+    if Path(source).is_dir():
+        return f"{option} {source}: is a folder; name one file (.txt, .jsonl or .safetensors), or one of {known}"
+    return f"{option} {source}: no such file (.txt, .jsonl or .safetensors), and not one of {known}"
 
 
 def _jsonl(path: Path) -> list[str]:
@@ -87,7 +88,9 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise GrailError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise GrailError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise GrailError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, as with iconv -f LATIN1 -t UTF-8"
+        ) from error
 
 
 _HUB = {
