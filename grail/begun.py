@@ -12,10 +12,11 @@ from .errors import Circumstance
 from .plan import Plan
 from .profile import Profile
 from .store import CachedStore, DiskStore, MemoryStore
-from .workspace import CHUNK_TOKENS, Workspace
+from .workspace import Workspace
 
 HASHED = ("model", "calibration", "evaluation")
-MOST = {"chunk_tokens": CHUNK_TOKENS, "threads": 2**12}
+MOST = {"chunk_tokens": 2**20, "threads": 2**12}
+"""More than any run begins with."""
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 

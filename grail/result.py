@@ -22,6 +22,7 @@ FIGURES = (
     "lam", "retries", "info", "rcond", "error_before", "error_after", "alpha", "held_out", "effective_rank", "sweeps",
     "raised", "stream_lam",
 )  # fmt: skip
+LISTS = ("held_out", "sweeps", "raised")
 
 
 @dataclass
@@ -84,8 +85,8 @@ class SiteResult:
         """The inverse of `to_json`, without tensors. Raises ValueError, TypeError or KeyError for anything else."""
         reduction: Reduction | None = None
         for name, value in found.get("figures", {}).items():
-            lists = name in ("held_out", "sweeps") and value is not None
-            if not _is_figure(value) or isinstance(value, list) != lists:
+            lists = name in LISTS and value is not None
+            if not _is_figure(value) or isinstance(value, (list, tuple)) != lists:
                 raise ValueError(f"{name} of {site.name} is {value}")
         if "kept" in found:
             reduction = Selection(torch.tensor(found["kept"]), found["size"], found["width"])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..documents import check_regular, read_json
-from ..errors import GrailError
+from ..errors import GrailError, naming
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -89,7 +89,7 @@ class SafetensorsFolder:
             raise GrailError(f"{info.file}: {name} has {info.shape[0]} rows, there is no row {outside}")
         width = info.nbytes // info.shape[0]
         out = torch.empty(len(index), width, dtype=torch.uint8)
-        with open(info.file, "rb", buffering=0) as file:
+        with naming(info.file), open(info.file, "rb", buffering=0) as file:
             for target, row in zip(out, index.tolist(), strict=True):
                 file.seek(info.start + row * width)
                 _fill(file, target, info.file)
@@ -207,7 +207,7 @@ def _shards(path: Path) -> list[tuple[Path, list[str] | None]]:
 
 def _read(info: TensorInfo, start: int, count: int) -> Tensor:
     out = torch.empty(count, dtype=torch.uint8)
-    with open(info.file, "rb", buffering=0) as file:
+    with naming(info.file), open(info.file, "rb", buffering=0) as file:
         file.seek(start)
         _fill(file, out, info.file)
     return out

@@ -222,7 +222,7 @@ class OutputFolder:
     def _replacing(self, file: str) -> Iterator[IO]:
         """A file written beside, then on disk, then renamed."""
         temporary = self.partial / (file + ".tmp")
-        with naming(temporary), open(temporary, "wb") as handle:
+        with naming(temporary, nameless=True), open(temporary, "wb") as handle:  # what is copied names its source
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
