@@ -14,7 +14,7 @@ nox.options.default_venv_backend = "venv"
 OLDEST = (
     "torch==2.6.0",
     "torchvision==0.21.0",
-    "transformers==5.14.1",
+    "transformers==5.15.1",
     "timm==1.0.15",
     "open_clip_torch==2.31.0",
 )

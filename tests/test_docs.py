@@ -68,7 +68,8 @@ NOT_RUN = {  # commands of other programs, by their first word, with what is che
     "torchrun": lambda words: parses(words[words.index("grail") + 1 :]),
     "llama-cli": lambda words: words[:2] == ["-m", "small.gguf"],  # llama.cpp is not here
     "vllm": lambda words: words[0] == "serve",  # needs a GPU
-    ".venv/bin/python": lambda words: all((ROOT / word).is_file() for word in words if "/" in word),
+    ".venv/bin/python": lambda words: all((ROOT / word).exists() for word in words if "/" in word),
+    "nox": lambda words: words[0] == "-s" and f"def {words[1]}(" in (ROOT / "noxfile.py").read_text(),
     "python": lambda words: words[0] == "docs/reference.py" and set(words[1:]) <= {"--check"},
 }
 MAKEFILE = (ROOT / "Makefile").read_text()
