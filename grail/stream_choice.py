@@ -78,7 +78,7 @@ def repair(run: LayerPass, site: Site, prepared: Prepared) -> SiteResult:
     done: list[Choice] = []
     for _ in range(recipe.sweeps):
         found = _best(run, site, prepared, system, taken, trial, between)
-        if done and found.alpha == 0.0:
+        if done and (found.alpha == 0.0 or (trial is not None and found.held_out[1] >= done[-1].held_out[1])):
             break
         done.append(found)
         taken += found.alpha * (1 - taken)

@@ -264,6 +264,13 @@ def test_a_further_sweep_lowers_what_is_left_on_the_windows_that_only_decide(tmp
     assert errors[-1] == pytest.approx((left / total).item(), rel=1e-4)
 
 
+def test_sweeps_of_a_given_alpha_end_where_they_lose(tmp_path, source):
+    """With α = 1 each sweep fits calibration better, and the deciding windows at some time worse."""
+    for site in compressed(source, tmp_path / "out", alpha=1.0, ridge=None, sweeps=20)["sites"]:
+        errors = [one["held_out_error"] for one in site["sweeps"] or ()]
+        assert len(errors) < 20 and all(later < earlier for earlier, later in itertools.pairwise(errors))
+
+
 def test_sweeps_end_where_nothing_is_gained(source, tmp_path):
     """At the first site both streams are one: the own repair leaves no more than its ridge does."""
     first = compressed(source, tmp_path / "out", sweeps=50, ridge=1e-3)["sites"][0]
