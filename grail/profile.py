@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from .machine import high_water, reset_peak_memory
 
 
@@ -55,10 +57,12 @@ class Profile:
         stack: list[Phase] = self._open.__dict__.setdefault("stack", [])
         self._note_memory(stack)
         stack.append(inner := Phase())
+        self._finish_kernels()
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield counted
         finally:
+            self._finish_kernels()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             self._note_memory(stack)
             stack.pop()
@@ -73,6 +77,11 @@ class Profile:
                 found.bytes += counted.bytes
                 found.count += 1
                 found.peak = max(found.peak, inner.peak)
+
+    def _finish_kernels(self) -> None:
+        """A GPU is only told what to do: without waiting, its time would be that of whoever reads a result first."""
+        if self._watches and threading.current_thread() is threading.main_thread() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
     def _note_memory(self, stack: list[Phase]) -> None:
         """What was reached since the last look belongs to the innermost open phase."""

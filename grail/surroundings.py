@@ -33,7 +33,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Settings:
     """What decides in torch how a line of code is carried out. autocast: the kinds of device it is on for; precision:
-    of float32 products, as one word (None where it cannot be said in one) and by backend."""
+    of float32 products, as one word (None where it cannot be said in one) and by backend; short: whether cuDNN may
+    take tf32 (torch's default: three digits, and other ones from each kernel; None where its parts differ)."""
 
     grad: bool
     inference: bool
@@ -41,6 +42,7 @@ class Settings:
     device: torch.device
     autocast: frozenset[str]
     precision: str | None
+    short: bool | None
     products: tuple[str, ...]
     threads: int
 
@@ -54,12 +56,13 @@ class Settings:
             device=torch.get_default_device(),
             autocast=frozenset(kind for kind in AUTOCAST if torch.is_autocast_enabled(kind)),
             precision=_precision(),
+            short=_short(),
             products=tuple(backend.fp32_precision for backend in _product_backends()),
             threads=torch.get_num_threads(),
         )
 
     def plain(self) -> Settings:
-        """Torch's own, on as many threads."""
+        """Torch's own, but for cuDNN's tf32, on as many threads."""
         return Settings(
             grad=True,
             inference=False,
@@ -67,6 +70,7 @@ class Settings:
             device=torch.device("cpu"),
             autocast=frozenset(),
             precision=HIGHEST,
+            short=False,
             products=tuple(UNSET if given == UNSET else IEEE for given in self.products),
             threads=self.threads,
         )
@@ -93,6 +97,9 @@ class Settings:
                 torch.set_autocast_enabled(kind, kind in self.autocast)
         if self.precision is not None and _precision() != self.precision:
             torch.set_float32_matmul_precision(self.precision)
+        if self.short is not None and _short() != self.short:
+            # not by backend alone: torch.export asks for this word, which then has to agree with them
+            torch.backends.cudnn.allow_tf32 = self.short
         for backend, wanted in zip(_product_backends(), self.products, strict=True):
             if backend.fp32_precision != wanted:
                 backend.fp32_precision = wanted
@@ -107,10 +114,18 @@ def _precision() -> str | None:
         return None
 
 
+def _short() -> bool | None:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
 def _product_backends() -> list[Any]:
     """What has a precision of its own for products of float32, in torches that know such a thing."""
     known: list[Any] = [torch.backends.cuda.matmul]
     known += [getattr(torch.backends.mkldnn, name, None) for name in ("matmul", "conv")]
+    known += [getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn")]
     return [backend for backend in known if hasattr(backend, "fp32_precision")]
 
 
