@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grail_kernels import GramAccumulator, gram_reference
-from grail_kernels.configs import GRAM, GRAM_THREE_DOTS
+from grail_kernels.configs import GRAM, GRAM_TMA
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -109,54 +109,52 @@ def test_splits_agree_and_repeat_to_the_bit(poisoned, splits):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize(("count", "width"), [(1, 8), (100, 136), (257, 96)])
-def test_the_descriptor_kernel_agrees(poisoned, monkeypatch, dtype, count, width, splits):
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "width"), [(1, 8), (100, 136), (257, 96), (130, 33)])
+def test_the_descriptor_kernel_gives_the_same_bits(poisoned, monkeypatch, dtype, count, width, masked, splits):
     from grail_kernels import launch
 
-    monkeypatch.setenv("GRAIL_KERNELS_GRAM", "tma")
     x = rows(count, width, DTYPES[dtype])
-    assert launch.uses_tma(x[None], None)
+    mask = torch.arange(count) % 3 != 1 if masked else None
     monkeypatch.setattr(launch, "_splits", lambda *_: splits)
-    found = GramAccumulator(width, backend="triton").update(x)
-    assert error(found.to_dense(), gram_reference(x)) <= 1e-6
-    assert torch.allclose(found.sum, x.double().sum(0), rtol=1e-4, atol=1e-4)
+    found = []
+    for kernel in launch.KERNELS:
+        monkeypatch.setenv("GRAIL_KERNELS_GRAM", kernel)
+        assert launch.uses_tma(x.device, 1) == (kernel == "tma")
+        found.append(GramAccumulator(width, backend="triton").update(x, mask))
+    assert torch.equal(found[0].packed.data, found[1].packed.data) and torch.equal(found[0].sum, found[1].sum)
+    kept = x if mask is None else x[mask]
+    assert error(found[1].to_dense(), gram_reference(kept)) <= bound(kept)
 
 
-def test_the_descriptor_kernel_takes_only_what_it_can(monkeypatch):
-    from grail_kernels.launch import uses_tma
-
-    x = rows(64, 64, torch.float16)
-    assert not uses_tma(x[None], None), "off unless asked for"
-    monkeypatch.setenv("GRAIL_KERNELS_GRAM", "tma")
-    assert uses_tma(x[None], None)
-    refused = {"masked": (x[None], torch.ones(1, 64, dtype=torch.bool)), "float32": (x.float()[None], None)}
-    refused |= {"transposed": (x.mT[None], None), "sites": (x.view(2, 32, 64), None), "odd": (x[:, 1:][None], None)}
-    assert [name for name, case in refused.items() if uses_tma(*case)] == []
-
-
-@pytest.mark.parametrize("faster", [True, False])
-def test_auto_keeps_to_the_faster_of_the_two(monkeypatch, faster):
+def test_which_kernel_runs(monkeypatch):
     from grail_kernels import launch
+    from grail_kernels.configs import GRAM_TMA, MEASURED_TMA
 
-    monkeypatch.setenv("GRAIL_KERNELS_GRAM", "auto")
-    monkeypatch.setattr(launch, "TUNE_ROWS", 64)
-    timed = []
-
-    def seconds(call, device):
-        call()
-        timed.append(call.func.__name__)
-        return {"_launch_pointer": 1.0, "_launch_tma": 0.5 if faster else 2.0}[call.func.__name__]
-
-    monkeypatch.setattr(launch, "_seconds", seconds)
-    launch._tma_is_faster.cache_clear()
-    x = rows(64, 40, torch.float16)[None]
-    assert [launch.uses_tma(x, None) for _ in range(2)] == [faster, faster]
-    assert timed == ["_launch_pointer", "_launch_tma"], "timed once"
-    launch._tma_is_faster.cache_clear()
+    device = torch.device("cpu")
+    for target in GRAM:
+        monkeypatch.setattr(launch, "_target", lambda device, target=target: target)
+        monkeypatch.delenv("GRAIL_KERNELS_GRAM", raising=False)
+        assert launch.uses_tma(device, 1) == (target in MEASURED_TMA)
+        monkeypatch.setenv("GRAIL_KERNELS_GRAM", "tma")
+        assert launch.uses_tma(device, 1) == (target in GRAM_TMA)
+        assert not launch.uses_tma(device, 2), "several sites"
     monkeypatch.setenv("GRAIL_KERNELS_GRAM", "fast")
-    with pytest.raises(ValueError, match="pointer, tma, auto"):
-        launch.uses_tma(x, None)
+    with pytest.raises(ValueError, match="pointer, tma"):
+        launch.uses_tma(device, 1)
+
+
+def test_the_accumulator_of_the_matrix_units_is_emptied(monkeypatch):
+    """Every so many rows, fewer where `precise` asks for it, whatever the parts."""
+    from grail_kernels import gram_triton
+
+    config, asked = GRAM["interpreter"], []
+    real = gram_triton.gram_kernel.run
+    monkeypatch.setattr(gram_triton.gram_kernel, "run", lambda *a, **k: asked.append(k["EVERY"]) or real(*a, **k))
+    for precise in (False, True):
+        GramAccumulator(20, backend="triton", precise=precise).update(rows(100, 20))
+    assert [every * config.block_k for every in asked] == [512, 128]
 
 
 def test_many_updates_and_a_long_one(poisoned):
@@ -220,11 +218,11 @@ def test_every_nan_is_seen(bits, shifted):
 
 @pytest.mark.parametrize("bits", NANS, ids=lambda bits: f"{bits & 0xFFFFFFFF:08x}")
 def test_both_parts_of_a_nan_are_nan(bits):
-    from grail_kernels.launch import _operands
+    from grail_kernels.operands import parts_of
 
     x = torch.tensor([bits], dtype=torch.int32).view(torch.float32).view(1, 1, 1)
-    high, low = _operands(x)
-    assert torch.isnan(high[0, 0, 0]) and torch.isnan(low[0, 0, 0])
+    high, low = parts_of(x, None, None, 64)[0]
+    assert torch.isnan(high[0, 0]) and torch.isnan(low[0, 0])
 
 
 def test_a_tile_that_the_kernels_do_not_store_is_refused():
@@ -233,21 +231,25 @@ def test_a_tile_that_the_kernels_do_not_store_is_refused():
     assert GramAccumulator(70, backend="triton", tile=GRAM["interpreter"].tile).packed.tile == GRAM["interpreter"].tile
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_operands_are_copied_only_where_they_are_not_aligned(dtype):
-    from grail_kernels.launch import _operands
+def test_operands_are_copied_only_where_they_must(poisoned, dtype, masked):
+    from grail_kernels.operands import column_sums, parts_of
 
     big = rows(3 * 40, 96, DTYPES[dtype]).view(3, 40, 96)
     aligned = {"dense": big, "rows": big[:, ::2], "columns": big[..., 16:48], "one site": big[1:2, 3:]}
     others = {"odd start": big[..., 5:37], "odd width": big[..., :35], "strided": big[..., ::2], "flipped": big.mT}
     for name, x in (aligned | others).items():
-        high, low = _operands(x)
-        assert (high.data_ptr() == x.data_ptr()) == (name in aligned and dtype != "fp32"), name
-        width = x.shape[-1]
-        assert high.shape[2] % 16 == 0 and all(high.stride(i) % 16 == 0 for i in (0, 1)) and high.stride(2) == 1
-        whole = high.double() if low is high else high.double() + low.double()
-        torch.testing.assert_close(whole[..., :width], x.double(), rtol=2**-15, atol=0, msg=name)
-        assert not whole[..., width:].any()
+        mask = torch.arange(x.shape[1]).expand(len(x), -1) % 3 != 1 if masked else None
+        parts = parts_of(x, mask, None, 64)
+        assert (parts.data_ptr() == x.data_ptr()) == (name in aligned and dtype != "fp32" and not masked), name
+        assert parts.shape[3] % 16 == 0 and all(parts.stride(i) % 16 == 0 for i in (0, 1, 2)) and parts.stride(3) == 1
+        assert dtype != "fp32" or parts.shape[2] % 64 == 0
+        whole, (count, width) = parts.double().sum(1), x.shape[1:]
+        expected = x.double() if mask is None else x.double() * mask[..., None]
+        torch.testing.assert_close(whole[:, :count, :width], expected, rtol=2**-15, atol=0, msg=name)
+        assert not whole[..., width:].any() and not whole[:, count:].any()
+        torch.testing.assert_close(column_sums(parts, width).double(), expected.sum(1), rtol=1e-4, atol=1e-4)
 
 
 def test_infinity_and_nan_in_counted_rows_are_seen():
@@ -267,7 +269,7 @@ def decode_kernel(panel_ptr, block_ptr, COUNT: tl.constexpr, SPAN: tl.constexpr,
 
 from grail_kernels.gram_triton import decode_program as decode  # noqa: E402
 
-TABLES = {"gram": GRAM, "fp32": GRAM_THREE_DOTS}
+TABLES = {"gram": GRAM, "tma": GRAM_TMA}
 SHIPPED = {f"{table} {name}": config for table, held in TABLES.items() for name, config in held.items()}
 
 

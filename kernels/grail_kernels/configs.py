@@ -12,7 +12,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class GramConfig:
     """One tile of the output is block_m x tile, block_k rows at a time; `span` panels run side by side; the tile is
-    added to memory in `epilogue` column pieces."""
+    added to memory in `epilogue` column pieces. `spills`: so many accesses to registers in local memory are known of and
+    measured to be worth it: what a tile that large has too many of are registers of the second accumulator, which is
+    touched once in `every` steps."""
 
     tile: int
     block_m: int
@@ -21,49 +23,46 @@ class GramConfig:
     warps: int
     stages: int
     epilogue: int
+    spills: int = 0
 
     @property
     def step(self) -> int:
         """Row blocks that a band of `span` panels adds (see gram_triton.decode_program)."""
         return self.span * self.tile // self.block_m
 
+    def every(self, precise: bool) -> int:
+        """Steps after which the matrix units' accumulator is emptied."""
+        return (UNROUNDED_PRECISE if precise else UNROUNDED) // self.block_k
 
+
+UNROUNDED, UNROUNDED_PRECISE = 512, 128
+"""Products of 16-bit numbers that are summed without rounding to nearest: on an H100 the sum is then short by up to
+7e-7 of itself, or 2e-7 (`precise`)."""
 INTERPRETER = "interpreter"
 GRAM = {
     "sm_80": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=2),
     "sm_89": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=2, epilogue=2),
-    "sm_90": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=3, epilogue=2),
-    "sm_100": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=3, epilogue=4),
+    "sm_90": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=4, epilogue=1),
+    "sm_100": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=4),
     "gfx942": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=2, epilogue=1),
     INTERPRETER: GramConfig(tile=32, block_m=64, block_k=64, span=4, warps=1, stages=1, epilogue=2),
 }
-GRAM_THREE_DOTS = {
-    "sm_80": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=3, epilogue=1),
-    "sm_89": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=2, epilogue=2),
-    "sm_90": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=3, epilogue=2),
-    "sm_100": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=3, epilogue=4),
-    "gfx942": GramConfig(tile=128, block_m=128, block_k=32, span=8, warps=8, stages=2, epilogue=1),
-    INTERPRETER: GRAM[INTERPRETER],
-}
-
-
+"""For the pointer kernels, Gram and cross moment."""
 GRAM_TMA = {
-    "sm_90": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=4, epilogue=2),
-    "sm_100": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=8, stages=4, epilogue=4),
+    "sm_90": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=16, stages=3, epilogue=4, spills=48),
+    "sm_100": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=4, epilogue=4),
     INTERPRETER: GRAM[INTERPRETER],
 }
 """For the tensor-descriptor kernel (gram_tma.py)."""
+CROSS_TMA = GRAM_TMA
+MEASURED_TMA = ("sm_90",)
+"""Where the tensor-descriptor kernels were measured, and won (docs/kernels.md)."""
 
 PACKED_BLOCK, SCATTER_BLOCK = 64, 32
 MATMUL_BLOCK, MATMUL_COLUMNS, MATMUL_ROWS = 64, 32, 32
 SMALL_COLUMNS, SMALL_ROWS = 8, 16
 MATMUL_PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 """How float32 is multiplied on the matrix units; three passes of tf32 are good to 1e-6."""
-
-
-def gram_config(target: str, *, three_dots: bool) -> GramConfig:
-    """The configuration that a launch of the pointer kernels runs with on a target."""
-    return (GRAM_THREE_DOTS if three_dots else GRAM)[target]
 
 
 def target_of(capability: tuple[int, int] | None, hip_arch: str | None = None) -> str:

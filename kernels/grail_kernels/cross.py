@@ -84,7 +84,7 @@ class CrossAccumulator:
 
             dtype = x_TH.dtype if x_TH.dtype == y_TO.dtype else torch.float32
             x_TH, y_TO = (device_dtype(v.to(dtype), self.device) for v in (x_TH, y_TO))
-            cross_add(out_HO, x_TH, y_TO, to_device(mask_T, self.device))
+            cross_add(out_HO, x_TH, y_TO, to_device(mask_T, self.device), precise=self.precise)
             return
         if mask_T is not None:
             x_TH, y_TO = x_TH[mask_T], y_TO[mask_T]

@@ -3,9 +3,10 @@
 Shapes: S sites, T rows (tokens) of one update, H width.
 
 Numerics: products and sums in float32 whatever the input dtype and the caller's autocast (float32 inputs on a GPU:
-three bf16 dots). One accumulation chain is at most 8,192 rows (2,048 when precise); chains are summed into G, so the
-error does not grow with the length of a chain (DESIGN section 5). Rows that the mask leaves out are never multiplied:
-0 * NaN cannot leak. The torch path on CUDA obeys torch.backends.cuda.matmul.allow_tf32, which is off by default.
+three bf16 products). One accumulation chain is at most 8,192 rows (2,048 when precise), in the kernels 512 (128): the
+matrix units do not round to nearest. Chains are summed into G, so the error does not grow with the number of rows
+(DESIGN section 5). Rows that the mask leaves out are never multiplied: 0 * NaN cannot leak. The torch path on CUDA
+obeys torch.backends.cuda.matmul.allow_tf32, which is off by default.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class GramAccumulator:
 
     With `sites=S` S independent matrices at once, from x [S, ..., width] (heads, experts, or layers stacked): every
     result then has a leading S axis. State is float32 in packed lower tiles: about 2·width² bytes per site. `precise`
-    bounds the accumulation chain at 2,048 rows. `backend` overrides the dispatch ("reference", "torch", "triton");
+    bounds the accumulation chain at a quarter. `backend` overrides the dispatch ("reference", "torch", "triton");
     `tile` the edge of the stored tiles, which the kernels fix themselves. Pickles and deep copies keep the bits.
 
     `centred`: the matrix is the scatter about the mean, Σ (x − μ)(x − μ)ᵀ, for channels whose mean is large against
@@ -57,9 +58,9 @@ class GramAccumulator:
         self.backend = choose_backend("gram", self.device, backend)
         kernels = self.backend.name == "triton"
         if kernels:
-            from .launch import config_for
+            from .launch import tile_of
 
-            fixed = config_for(self.device, torch.bfloat16).tile
+            fixed = tile_of(self.device)
             if tile not in (None, fixed):
                 raise ValueError(f"the Triton kernels store tiles of {fixed}, not {tile}; leave tile out")
             tile = fixed
@@ -88,10 +89,10 @@ class GramAccumulator:
         if x.dim() < 1 + len(leading) or x.shape[-1] != self.width or x.shape[: len(leading)] != leading:
             raise ValueError(f"expected {[*leading, '...', self.width]}, got {list(x.shape)}")
         x_STH, mask_ST = as_rows(x, mask, self.sites or 1)
-        chain_rows = CHAIN_ROWS_PRECISE if self.precise else CHAIN_ROWS
         if self.centred and not self._count.all():
-            self._choose_origin(mean_rows(x_STH, mask_ST, chain_rows))
+            self._choose_origin(mean_rows(x_STH, mask_ST, CHAIN_ROWS))
         self._symmetric = False
+        chain_rows = self._rows_at_once(x_STH, mask_ST)
         for start in range(0, x_STH.shape[1], chain_rows):
             part = x_STH[:, start : start + chain_rows]
             part_mask = None if mask_ST is None else mask_ST[:, start : start + chain_rows]
@@ -100,12 +101,19 @@ class GramAccumulator:
         self._count += rows if mask_ST is None else mask_ST.sum(1).cpu()
         return self
 
+    def _rows_at_once(self, x_STH: Tensor, mask_ST: Tensor | None) -> int:
+        if self.backend.name == "triton":
+            from .launch import rows_at_once
+
+            return rows_at_once(x_STH, copied=mask_ST is not None or self.centred)
+        return CHAIN_ROWS_PRECISE if self.precise else CHAIN_ROWS
+
     def _add(self, x_STH: Tensor, mask_ST: Tensor | None) -> None:
         if self.backend.name == "triton":
             from .launch import gram_add
 
-            x_STH = device_dtype(x_STH, self.device)
-            self._sum += gram_add(self._data, x_STH, to_device(mask_ST, self.device), shift_SH=self._shift)
+            x_STH, mask_ST = device_dtype(x_STH, self.device), to_device(mask_ST, self.device)
+            self._sum += gram_add(self._data, x_STH, mask_ST, shift_SH=self._shift, precise=self.precise)
             return
         accumulate = add_reference if self.backend.name == "reference" else add_gram
         for site, packed in enumerate(self._packed):

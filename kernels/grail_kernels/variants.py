@@ -11,6 +11,8 @@ import importlib
 from dataclasses import dataclass
 
 from .configs import (
+    CROSS_TMA,
+    GRAM,
     GRAM_TMA,
     MATMUL_BLOCK,
     MATMUL_COLUMNS,
@@ -21,13 +23,11 @@ from .configs import (
     SMALL_COLUMNS,
     SMALL_ROWS,
     GramConfig,
-    gram_config,
 )  # fmt: skip
 
-INPUT_POINTERS = {"x_ptr", "low_ptr", "x_low_ptr", "y_ptr", "y_low_ptr"}
+INPUT_POINTERS = {"x_ptr", "y_ptr"}
 POINTERS = {
     "mask_ptr": "u8", "info_ptr": "i32", "rows_ptr": "i64", "cols_ptr": "i64", "index_ptr": "i64",
-    "high_part_ptr": "bf16", "low_part_ptr": "bf16",
 }  # fmt: skip
 DESCRIPTORS = {"rows_desc": "block_m", "cols_desc": "tile"}
 
@@ -69,9 +69,9 @@ class Variant:
     name: str
     kernel: str = "gram_kernel"
     dtype: str = "bf16"
-    mask: bool = False
-    three_dots: bool = False
+    phases: int = 1
     add: bool = True
+    precise: bool = False
     module: str = "gram_triton"
     constants: tuple[tuple[str, int], ...] | None = None
     warps: int = 4
@@ -81,7 +81,7 @@ class Variant:
 
     @property
     def descriptors(self) -> bool:
-        return self.kernel == "gram_tma_kernel"
+        return self.module == "gram_tma"
 
     @property
     def pipelined(self) -> bool:
@@ -91,20 +91,19 @@ class Variant:
         """The shipped configuration."""
         name = (TARGETS | MORE_TARGETS)[target].configuration
         if self.descriptors:
-            return GRAM_TMA[name]
-        return gram_config(name, three_dots=self.three_dots)
+            return (CROSS_TMA if self.kernel.startswith("cross") else GRAM_TMA)[name]
+        return GRAM[name]
 
 
-def _gram(kernel: str, dtype: str, mask: bool, add: bool) -> Variant:
-    """A Gram or cross-moment kernel. Essential are those with a mask on and off, float32 and 16-bit, in place; writing
-    to a workspace instead needs no more registers, and fp16 no more than bf16."""
-    words = {"masked": mask, "split": not add}
+def _gram(kernel: str, module: str, dtype: str, add: bool, precise: bool) -> Variant:
+    """A Gram or cross-moment kernel. Essential are those of bf16 and float32, in place; writing to a workspace instead
+    needs no more registers, fp16 no more than bf16, and `precise` the same."""
+    words = {"TMA": module == "gram_tma", "split": not add, "precise": precise}
     name = " ".join([kernel, dtype, *(word for word, said in words.items() if said)])
-    three_dots = dtype == "fp32"
-    essential = dtype != "fp16" and add
-    return Variant(
-        name, f"{kernel}_kernel", "bf16" if three_dots else dtype, mask, three_dots, add, essential=essential
-    )
+    function = f"{kernel}_tma_kernel" if words["TMA"] else f"{kernel}_kernel"
+    essential = dtype != "fp16" and add and not precise
+    read, phases = ("bf16", 3) if dtype == "fp32" else (dtype, 1)
+    return Variant(name, function, read, phases, add, precise, module, essential=essential)
 
 
 def _plain(
@@ -118,18 +117,25 @@ def _plain(
     )  # fmt: skip
 
 
+def _parts(dtype: str, shift: bool, mask: bool) -> Variant:
+    """The kernel that prepares an operand."""
+    split = shift or dtype == "fp32"
+    words = {"parts": split, "copied": not split, "shifted": shift, "masked": mask}
+    name = " ".join([dtype, *(word for word, said in words.items() if said)])
+    return _plain(
+        name, "gram_triton.parts_kernel", dtype, HAS_SHIFT=shift, HAS_MASK=mask, SPLIT=split, BLOCK=1024
+    )  # fmt: skip
+
+
 VARIANTS = (
     *(
-        _gram(kernel, dtype, mask, add)
+        _gram(kernel, module, dtype, add, precise)
         for kernel in ("gram", "cross")
+        for module in ("gram_triton", "gram_tma")
         for dtype in ("bf16", "fp16", "fp32")
-        for mask in (False, True)
         for add in (True, False)
+        for precise in (False, True)
     ),
-    Variant("gram bf16 TMA", "gram_tma_kernel", module="gram_tma"),
-    Variant("gram bf16 TMA split", "gram_tma_kernel", module="gram_tma", add=False, essential=False),
-    Variant("gram fp16 TMA", "gram_tma_kernel", "fp16", module="gram_tma", essential=False),
-    Variant("gram fp16 TMA split", "gram_tma_kernel", "fp16", module="gram_tma", add=False, essential=False),
     _plain(
         "packed matmul", "packed_triton.matmul_kernel", matrix=True,
         TILE=128, BLOCK_M=MATMUL_BLOCK, BLOCK_N=MATMUL_COLUMNS, BLOCK_K=MATMUL_ROWS,
@@ -137,10 +143,11 @@ VARIANTS = (
     _plain("packed gather", "packed_triton.gather_kernel", TILE=128, BLOCK=PACKED_BLOCK),
     _plain("packed scatter", "packed_triton.scatter_kernel", TILE=128, BLOCK=SCATTER_BLOCK),
     _plain("split reduction", "gram_triton.reduce_kernel", BLOCK=1024),
-    _plain("float32 parts", "gram_triton.split_kernel", HAS_SHIFT=False, BLOCK=1024),
     *(
-        _plain(f"shifted parts {dtype}", "gram_triton.split_kernel", dtype, HAS_SHIFT=True, BLOCK=1024)
+        _parts(dtype, shift, mask)
         for dtype in ("bf16", "fp16", "fp32")
+        for shift in (False, True)
+        for mask in (False, True)
     ),
     *(
         _plain(f"small factor {k}", "ridge_triton.factor_kernel", stages=1, BLOCK_K=k, BLOCK_P=SMALL_ROWS)
@@ -181,7 +188,7 @@ def specialise(variant: Variant, backend: str, config: GramConfig) -> Specialisa
         elif name in DESCRIPTORS:
             signature[name] = f"tensordesc<{variant.dtype}[{config.block_k}, {getattr(config, DESCRIPTORS[name])}]>"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + (variant.dtype if name in INPUT_POINTERS else POINTERS.get(name, "fp32"))
+            signature[name] = "*" + _pointed(name, variant, constants)
         else:
             signature[name] = parameter.annotation_type or "i32"
         if name not in constants and name not in DESCRIPTORS and not parameter.do_not_specialize:
@@ -189,9 +196,18 @@ def specialise(variant: Variant, backend: str, config: GramConfig) -> Specialisa
     return Specialisation(signature, constants, tuple(aligned))
 
 
+def _pointed(name: str, variant: Variant, constants: dict[str, object]) -> str:
+    """The element type of a pointer argument; what parts_kernel writes is bf16 where it splits, else as it was."""
+    if name in ("high_ptr", "low_ptr"):
+        return "bf16" if constants["SPLIT"] else variant.dtype
+    if name == "shift_ptr" and not constants["HAS_SHIFT"]:
+        return variant.dtype
+    return variant.dtype if name in INPUT_POINTERS else POINTERS.get(name, "fp32")
+
+
 def _gram_constants(variant: Variant, config: GramConfig) -> dict[str, object]:
     return {
-        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "SPAN": config.span, "HAS_MASK": variant.mask,
-        "THREE_DOTS": variant.three_dots, "ADD": variant.add, "EPILOGUE": config.epilogue, "UPCAST": False,
+        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "SPAN": config.span, "PHASES": variant.phases,
+        "EVERY": config.every(variant.precise), "ADD": variant.add, "EPILOGUE": config.epilogue, "UPCAST": False,
         "TILE": config.tile, "BLOCK_N": config.tile, "STEP": config.step,
     }  # fmt: skip
