@@ -4,9 +4,10 @@
     python -m grail_kernels.aot --all      # every variant, and the devices that share another one's configurations
     python -m grail_kernels.aot --json
 
-Wrong is: a spilled register (more than the configuration is known for), more shared or tensor memory than the target has, no matrix instruction of the kind the
-target should use (a kernel that does not fit can "compile" into a trap), an operand of a Gram kernel that does not
-come in 16-byte copies: fewer of those than its bytes need, a narrower copy to shared memory, or a narrower plain load.
+Wrong is: a spilled register (or more of them than the configuration says), more shared or tensor memory than the target
+has, no matrix instruction of the kind the target should use (a kernel that does not fit can "compile" into a trap), an
+operand of a Gram kernel that does not come in 16-byte copies: fewer of those than its bytes need, a narrower copy to
+shared memory, or a narrower plain load.
 The triton wheel ships ptxas, cuobjdump and nvdisasm. Not to be run with TRITON_INTERPRET=1.
 """
 

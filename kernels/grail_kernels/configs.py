@@ -1,6 +1,6 @@
 """Launch configurations of the Triton kernels: the only ones that run, each compiled ahead of time in CI (aot.py).
 
-Sources: DESIGN section 5 and `python -m grail_kernels.aot`. A configuration is spill-free, keeps its loads 16 bytes
+Sources: DESIGN section 5 and `python -m grail_kernels.aot`. A configuration is spill-free (or says so), keeps its loads 16 bytes
 wide and its products on the matrix units of its target.
 """
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class GramConfig:
     """One tile of the output is block_m x tile, block_k rows at a time; `span` panels run side by side; the tile is
-    added to memory in `epilogue` column pieces. `spills`: so many accesses to registers in local memory are known of and
-    measured to be worth it: what a tile that large has too many of are registers of the second accumulator, which is
-    touched once in `every` steps."""
+    added to memory in `epilogue` column pieces. `spills`: so many accesses to registers in local memory are known of
+    and were measured to be worth it; they are of the second accumulator, which is touched once in `every` steps."""
 
     tile: int
     block_m: int
