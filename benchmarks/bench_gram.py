@@ -2,9 +2,10 @@
 
     pytest benchmarks/bench_gram.py --benchmark-only --benchmark-json=gram.json
 
-The same file runs on a CPU (float32, small) and on a GPU (bf16 and float32, full size). In extra_info: for each way the seconds as
-p20, p50, p80 and the bytes needed meanwhile, `ratio` the full product's median over ours (2 is the limit: half the
-multiplications), useful GFLOP/s of ours, and on a GPU `roofline` the fraction of half the measured full-product rate.
+The same file runs on a CPU (float32, small) and on a GPU (bf16 and float32, full size). In extra_info: for each way the
+seconds as p20, p50, p80 and the bytes needed meanwhile, `ratio` the full product's median over ours (2 is the limit:
+half the multiplications), useful GFLOP/s of ours, and on a GPU `roofline` the fraction of half the measured rate of the
+product alone.
 Ways: `full` (BLAS or cuBLAS GEMM, added in float32), `product alone` (without the addition, GPU), `blocked` (a GEMM per
 block row of a dense matrix, CPU), `packed` (ours), `centred` (ours about the mean), `ssyrk` (scipy, CPU, without
 accumulation; its BLAS is OpenBLAS, torch's is not).

@@ -19,8 +19,9 @@ def bench_ridge_solve(benchmark, shape):
     kept, columns = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * kept, kept, generator=generator)
-    a_KK = x.T @ x
-    rhs_KM = torch.randn(kept, columns, generator=generator)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a_KK = (x.T @ x).to(device)
+    rhs_KM = torch.randn(kept, columns, generator=generator).to(device)
     lam = 1e-3 * a_KK.diagonal().mean().item()
     calls = {
         "cholesky": lambda: ridge_solve(a_KK, rhs_KM, lam),

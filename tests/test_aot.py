@@ -75,7 +75,7 @@ def views(width, dtype):
     yield "transposed", torch.zeros(1, width, 70, dtype=dtype).mT
     yield "broadcast", torch.zeros(1, 1, width, dtype=dtype).expand(2, 50, width)
 
-for dtype, width in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 7, 16, 35, 128, 1075, 1088)):
+for dtype, width in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 7, 16, 35, 128, 1075, 8192)):
     tile = launch.tile_of(torch.device("cpu"))
     for name, x in views(width, dtype):
         for masked, shifted, splits, precise, tma in itertools.product(*[(0, 1)] * 2, (1, 2), (0, 1), launch.KERNELS):

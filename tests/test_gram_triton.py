@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grail_kernels import GramAccumulator, gram_reference
-from grail_kernels.configs import GRAM, GRAM_TMA
+from grail_kernels.configs import GRAM, TMA, TMA_WIDE
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -130,7 +130,7 @@ def test_the_descriptor_kernel_gives_the_same_bits(poisoned, monkeypatch, dtype,
 
 def test_which_kernel_runs(monkeypatch):
     from grail_kernels import launch
-    from grail_kernels.configs import GRAM_TMA, MEASURED_TMA
+    from grail_kernels.configs import MEASURED_TMA, TMA
 
     device = torch.device("cpu")
     for target in GRAM:
@@ -138,7 +138,7 @@ def test_which_kernel_runs(monkeypatch):
         monkeypatch.delenv("GRAIL_KERNELS_GRAM", raising=False)
         assert launch.uses_tma(device, 1) == (target in MEASURED_TMA)
         monkeypatch.setenv("GRAIL_KERNELS_GRAM", "tma")
-        assert launch.uses_tma(device, 1) == (target in GRAM_TMA)
+        assert launch.uses_tma(device, 1) == (target in TMA)
         assert not launch.uses_tma(device, 2), "several sites"
     monkeypatch.setenv("GRAIL_KERNELS_GRAM", "fast")
     with pytest.raises(ValueError, match="pointer, tma"):
@@ -269,7 +269,7 @@ def decode_kernel(panel_ptr, block_ptr, COUNT: tl.constexpr, SPAN: tl.constexpr,
 
 from grail_kernels.gram_triton import decode_program as decode  # noqa: E402
 
-TABLES = {"gram": GRAM, "tma": GRAM_TMA}
+TABLES = {"gram": GRAM, "tma": TMA, "wide": TMA_WIDE}
 SHIPPED = {f"{table} {name}": config for table, held in TABLES.items() for name, config in held.items()}
 
 

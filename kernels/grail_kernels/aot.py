@@ -23,7 +23,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .configs import GRAM_TMA, GramConfig
+from .configs import TMA, TMA_WIDE, GramConfig
 from .variants import MORE_TARGETS, TARGETS, VARIANTS, Target, Variant, kernel_of, specialise
 
 TENSOR_MEMORY_COLUMNS = 512
@@ -90,8 +90,9 @@ def check_all(targets: list[str] | None = None, *, everything: bool = False) -> 
 
 
 def compiles(target_name: str, variant: Variant) -> bool:
-    """False for a tensor-descriptor variant on a target without a copy engine."""
-    return not variant.descriptors or (TARGETS | MORE_TARGETS)[target_name].configuration in GRAM_TMA
+    """False for a tensor-descriptor variant on a target without a copy engine, or without a wide configuration."""
+    table = TMA_WIDE if variant.wide else TMA
+    return not variant.descriptors or (TARGETS | MORE_TARGETS)[target_name].configuration in table
 
 
 def _copies_per_step(target: Target, variant: Variant, config: GramConfig) -> int:

@@ -1,7 +1,8 @@
 """Launch configurations of the Triton kernels: the only ones that run, each compiled ahead of time in CI (aot.py).
 
-Sources: DESIGN section 5 and `python -m grail_kernels.aot`. A configuration is spill-free (or says so), keeps its loads 16 bytes
-wide and its products on the matrix units of its target.
+Sources: DESIGN section 5, `python -m grail_kernels.aot`, and for sm_90 timings on an H100 (docs/kernels.md). A
+configuration is spill-free (or says how far not), keeps its loads 16 bytes wide and its products on the matrix units of
+its target.
 """
 
 from __future__ import annotations
@@ -47,13 +48,17 @@ GRAM = {
     INTERPRETER: GramConfig(tile=32, block_m=64, block_k=64, span=4, warps=1, stages=1, epilogue=2),
 }
 """For the pointer kernels, Gram and cross moment."""
-GRAM_TMA = {
-    "sm_90": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=16, stages=3, epilogue=4, spills=48),
+TMA = {
+    "sm_90": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=4, epilogue=1),
     "sm_100": GramConfig(tile=128, block_m=128, block_k=64, span=8, warps=8, stages=4, epilogue=4),
     INTERPRETER: GRAM[INTERPRETER],
 }
-"""For the tensor-descriptor kernel (gram_tma.py)."""
-CROSS_TMA = GRAM_TMA
+"""For the tensor-descriptor kernels (gram_tma.py)."""
+TMA_WIDE = {
+    "sm_90": GramConfig(tile=128, block_m=256, block_k=64, span=8, warps=16, stages=3, epilogue=4, spills=48),
+}
+"""For Gram matrices from WIDE columns on, where there is one: on an H100 a tenth faster at 11008, slower at 4096."""
+WIDE = 8192
 MEASURED_TMA = ("sm_90",)
 """Where the tensor-descriptor kernels were measured, and won (docs/kernels.md)."""
 
@@ -62,6 +67,12 @@ MATMUL_BLOCK, MATMUL_COLUMNS, MATMUL_ROWS = 64, 32, 32
 SMALL_COLUMNS, SMALL_ROWS = 8, 16
 MATMUL_PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 """How float32 is multiplied on the matrix units; three passes of tf32 are good to 1e-6."""
+
+
+def tma_config(target: str, width: int | None = None) -> GramConfig:
+    """That of the tensor-descriptor kernels on a target: for a Gram matrix of so many columns, or a cross moment."""
+    wide = TMA_WIDE.get(target) if width is not None and width >= WIDE else None
+    return wide or TMA[target]
 
 
 def target_of(capability: tuple[int, int] | None, hip_arch: str | None = None) -> str:

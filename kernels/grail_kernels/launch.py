@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from . import gram_triton
-from .configs import CROSS_TMA, GRAM, GRAM_TMA, INTERPRETER, MEASURED_TMA, GramConfig
+from .configs import GRAM, INTERPRETER, MEASURED_TMA, TMA, GramConfig, tma_config
 from .dispatch import device_target
 from .operands import ELEMENTWISE_BLOCK, column_sums, one_below_the_other, parts_of, phases_of, round_up
 
 KERNEL_ENVIRONMENT = "GRAIL_KERNELS_GRAM"
 KERNELS = ("pointer", "tma")
 LEAST_SPLIT_ROWS = 512
-ROWS_AS_THEY_ARE, ROWS_COPIED = 32768, 8192
+ROWS_AS_THEY_ARE, ROWS_COPIED = 131072, 8192
 """Rows of one launch: without a copy of the operand, and with one, which so many rows bound."""
 
 
@@ -62,7 +62,7 @@ def uses_tma(device: torch.device, sites: int) -> bool:
     wish = os.environ.get(KERNEL_ENVIRONMENT) or ("tma" if target in MEASURED_TMA else "pointer")
     if wish not in KERNELS:
         raise ValueError(f"{KERNEL_ENVIRONMENT}={wish}: choose one of {', '.join(KERNELS)}")
-    return wish == "tma" and target in GRAM_TMA and sites == 1
+    return wish == "tma" and target in TMA and sites == 1
 
 
 def rows_at_once(x_STH: Tensor, copied: bool) -> int:
@@ -90,7 +90,8 @@ def gram_add(
     if not rows:
         return torch.zeros(sites, width, dtype=torch.float32, device=x_STH.device)
     tma = uses_tma(x_STH.device, sites)
-    config = (GRAM_TMA if tma else GRAM)[_target(x_STH.device)]
+    target = _target(x_STH.device)
+    config = tma_config(target, width) if tma else GRAM[target]
     parts = parts_of(x_STH, mask_ST, shift_SH, config.block_k)
     splits = splits or _splits(_tile_count(width, config) * sites, rows, x_STH.device)
     out = data if splits == 1 else data.new_empty(sites, splits, data.shape[1])
@@ -136,7 +137,8 @@ def cross_add(
     if not rows:
         return
     tma = uses_tma(x_TH.device, 1)
-    config = (CROSS_TMA if tma else GRAM)[_target(x_TH.device)]
+    target = _target(x_TH.device)
+    config = tma_config(target) if tma else GRAM[target]
     mask_1T = None if mask_T is None else mask_T[None]
     x, y = (parts_of(v[None], mask_1T, None, config.block_k) for v in (x_TH, y_TO))
     programs = -(-width // config.block_m) * -(-columns // config.tile)

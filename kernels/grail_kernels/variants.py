@@ -11,9 +11,7 @@ import importlib
 from dataclasses import dataclass
 
 from .configs import (
-    CROSS_TMA,
     GRAM,
-    GRAM_TMA,
     MATMUL_BLOCK,
     MATMUL_COLUMNS,
     MATMUL_PRECISION,
@@ -22,7 +20,9 @@ from .configs import (
     SCATTER_BLOCK,
     SMALL_COLUMNS,
     SMALL_ROWS,
+    WIDE,
     GramConfig,
+    tma_config,
 )  # fmt: skip
 
 INPUT_POINTERS = {"x_ptr", "y_ptr"}
@@ -72,6 +72,7 @@ class Variant:
     phases: int = 1
     add: bool = True
     precise: bool = False
+    wide: bool = False
     module: str = "gram_triton"
     constants: tuple[tuple[str, int], ...] | None = None
     warps: int = 4
@@ -91,19 +92,19 @@ class Variant:
         """The shipped configuration."""
         name = (TARGETS | MORE_TARGETS)[target].configuration
         if self.descriptors:
-            return (CROSS_TMA if self.kernel.startswith("cross") else GRAM_TMA)[name]
+            return tma_config(name, WIDE if self.wide else None)
         return GRAM[name]
 
 
-def _gram(kernel: str, module: str, dtype: str, add: bool, precise: bool) -> Variant:
+def _gram(kernel: str, module: str, dtype: str, add: bool, precise: bool, wide: bool = False) -> Variant:
     """A Gram or cross-moment kernel. Essential are those of bf16 and float32, in place; writing to a workspace instead
     needs no more registers, fp16 no more than bf16, and `precise` the same."""
-    words = {"TMA": module == "gram_tma", "split": not add, "precise": precise}
+    words = {"TMA": module == "gram_tma", "wide": wide, "split": not add, "precise": precise}
     name = " ".join([kernel, dtype, *(word for word, said in words.items() if said)])
     function = f"{kernel}_tma_kernel" if words["TMA"] else f"{kernel}_kernel"
     essential = dtype != "fp16" and add and not precise
     read, phases = ("bf16", 3) if dtype == "fp32" else (dtype, 1)
-    return Variant(name, function, read, phases, add, precise, module, essential=essential)
+    return Variant(name, function, read, phases, add, precise, wide, module, essential=essential)
 
 
 def _plain(
@@ -132,6 +133,12 @@ VARIANTS = (
         _gram(kernel, module, dtype, add, precise)
         for kernel in ("gram", "cross")
         for module in ("gram_triton", "gram_tma")
+        for dtype in ("bf16", "fp16", "fp32")
+        for add in (True, False)
+        for precise in (False, True)
+    ),
+    *(
+        _gram("gram", "gram_tma", dtype, add, precise, wide=True)
         for dtype in ("bf16", "fp16", "fp32")
         for add in (True, False)
         for precise in (False, True)
