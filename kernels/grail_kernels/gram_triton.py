@@ -13,7 +13,7 @@ bytes wide.
 * Matrix units add to their accumulator without rounding to nearest: on an H100 a sum of 8,192 products of bf16 numbers
   is short by 2e-5. So the accumulator is emptied into a second one, by ordinary additions, every EVERY steps.
 * A step is one product of two blocks. float32 takes three steps a block (high high, high low, low high): three products
-  in one step were miscompiled by Triton 3.6 for sm_90, where blocks were overwritten while they were read.
+  in one step, compiled by Triton 3.6 for sm_90, gave other bits from run to run: a race in the pipelined loads.
 * The accumulators start from zero and are added to G at the end.
 * Too few programs to fill the device: the rows are split, each split writes its own workspace, and a second kernel adds
   them in a fixed order. No atomics, the same bits run to run.
