@@ -200,3 +200,12 @@ def test_hooks_and_solves_are_not_copied_into_families():
         assert not imported & {"compensation", "statistics", "selectors", "reduction", "grail_kernels"}
         called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not {name for name in called if "hook" in name or "solve" in name or name == "forward"}, file
+
+
+def test_overflow_advises_what_there_is():
+    """A module has its dtype from whoever gives it; `--dtype` is an option of language models."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    inputs = torch.full((16, 4), 3e38)
+    with pytest.raises(GrailError, match="give the network in float32") as caught:
+        grail.compress(net, method="gram", ratio=0.5, calibration=inputs, sites=[grail.channels("0", "2", width=8)])
+    assert "--dtype" not in str(caught.value)

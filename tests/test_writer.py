@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from grail.checkpoint.reader import DTYPES, INDEX, SafetensorsFolder
 from grail.checkpoint.writer import OutputFolder, Piece
-from grail.errors import GrailError
+from grail.errors import Circumstance, GrailError
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -148,6 +148,20 @@ def test_an_error_keeps_the_output_that_was_to_be_replaced(tmp_path):
         raise RuntimeError
     assert load_file(old / SHARD)["x"].item() == 1
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_replaced_and_cannot_be_taken_away_is_told(tmp_path, monkeypatch):
+    """The new output is whole then; nobody is left to guess whose the old files in it are."""
+    from grail.checkpoint import writer
+
+    old = written(tmp_path / "out", {"x": torch.ones(1)})
+    monkeypatch.setattr(writer.shutil, "rmtree", lambda *_, **__: None)
+    told = r"is finished, but .*replaced cannot be taken away"
+    with pytest.raises(Circumstance, match=told), OutputFolder(old, overwrite=True) as out:
+        out.write_shard(SHARD, [Piece.of("x", torch.zeros(1))])
+        out.finish()
+    assert load_file(old / SHARD)["x"].item() == 0
+    assert load_file(old / writer.REPLACED / SHARD)["x"].item() == 1
 
 
 def test_a_shard_whose_data_cannot_be_had_is_not_committed(tmp_path):
