@@ -16,11 +16,12 @@ import timm
 import torch
 import torchvision
 from packaging.version import Version
-from timm.layers import BatchNormAct2d, SwiGLU, SwiGLUPacked, create_conv2d
+from timm.layers import BatchNormAct2d, LayerScale, SwiGLU, SwiGLUPacked, create_conv2d
 from timm.models import resnet as timm_resnet
 from timm.models.deit import VisionTransformerDistilled as Distilled
 from timm.models.resnetv2 import ResNetV2
-from timm.models.vision_transformer import LayerScale, VisionTransformer
+from timm.models.vision_transformer import LayerScale as ScaleOfViT
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -195,7 +196,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
                 nn.init.normal_(layer.bias, std=0.2)
         elif isinstance(layer, nn.LayerNorm):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
-        elif isinstance(layer, LayerScale):
+        elif isinstance(layer, (LayerScale, ScaleOfViT)):  # two classes in timm 1.0.15
             nn.init.uniform_(layer.gamma, 0.5, 1.5)
     return module.eval()
 
