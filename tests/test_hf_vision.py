@@ -67,8 +67,9 @@ class TestDuplicates:
             for block in blocks_of(kind, module):
                 for name in of.mlp[:-1]:
                     layer = module.get_submodule(f"{block}.mlp.{name}")
-                    layer.weight.copy_(layer.weight[order])
-                    layer.bias.copy_(layer.bias[order])
+                    rows = torch.cat([order + start for start in range(0, len(layer.weight), of.hidden)])
+                    layer.weight.copy_(layer.weight[rows])
+                    layer.bias.copy_(layer.bias[rows])
         report = compress(module, method="fold", ratio=0.5, attn_ratio=0, compensate=compensate)
         assert [e["after"] for e in report.sites if e["name"].endswith("mlp")] == [of.hidden // 2] * (
             4 if kind == "clip" else 2
@@ -88,16 +89,17 @@ class TestHeads:
         report = compress(module, method="wanda", attn_ratio=0.5, mlp_ratio=0, compensate=False)
         gone = 0
         for block in blocks_of(kind, module):
-            old, new = (m.get_submodule(f"{block}.{of.attention}") for m in (module, report.model))
+            old, new = (m.get_submodule(f"{block}.{of.attention}{of.inner}") for m in (module, report.model))
             count = getattr(new, "num_heads" if of.attention == "self_attn" else "num_attention_heads")
-            assert (count, new.head_dim, new.q_proj.out_features) == (2, 8, 16)
-            parts = {name: getattr(old, name).weight.view(HEADS, 8, WIDTH) for name in ("q_proj", "k_proj", "v_proj")}
-            kept = [
-                h for h in range(HEADS) if any(torch.equal(parts["q_proj"][h], p) for p in new.q_proj.weight.split(8))
-            ]
+            query = of.projections[0]
+            assert (count, getattr(new, of.size), getattr(new, query).out_features) == (2, 8, 16)
+            assert getattr(new, "all_head_size", 16) == 16
+            parts = {name: getattr(old, name).weight.view(HEADS, 8, WIDTH) for name in of.projections}
+            left = getattr(new, query).weight.split(8)
+            kept = [h for h in range(HEADS) if any(torch.equal(parts[query][h], part) for part in left)]
             for name, rows in parts.items():
                 torch.testing.assert_close(getattr(new, name).weight, rows[kept].flatten(0, 1), rtol=0, atol=0)
-            gone += sum(16 * (WIDTH + (old.q_proj.bias is not None)) for _ in parts) + 16 * WIDTH
+            gone += sum(16 * (WIDTH + (getattr(old, query).bias is not None)) for _ in parts) + 16 * WIDTH
         assert report.parameters[0] - report.parameters[1] == gone
         assert sum(p.numel() for p in report.model.parameters()) == report.parameters[1]
         assert sum(p.numel() for p in module.parameters()) == report.parameters[0]

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 import grail
 from grail.errors import GrailError
 from grail.reduction import Folding
-from tests.test_vision_families import built, compress, images, output, randomised, relative, same_bits
+from tests.test_vision_families import (
+    built,
+    compress,
+    fewer_heads,
+    images,
+    kinds,
+    output,
+    randomised,
+    relative,
+    same_bits,
+)
 
 RIDGE = 1e-3
 METHODS = ["mag-l1", "mag-l2", "wanda", "gram", "fold", "random"]
@@ -214,6 +224,7 @@ class TestFormulas:
             plain = taps(old).double() @ lift(result.reduction)
             assert relative(taps(new) - plain, expected - plain) < 1e-3, name
 
+    @fewer_heads
     def test_heads_and_mlp_of_a_transformer(self):
         module, x = built("dinov2"), images(8)
         report = compress(module, x, method="wanda", ratio=0.34)
@@ -349,7 +360,7 @@ class TestProperties:
             assert torch.equal(new[name], old[name][kept]), name
         assert report.model.bn1.eps == module.bn1.eps and report.model.bn1.momentum == module.bn1.momentum
 
-    @pytest.mark.parametrize("kind", ["cifar", "timm-preact-bottleneck", "dinov2", "swiglu"])
+    @kinds("cifar", "timm-preact-bottleneck", "dinov2", "swiglu")
     @pytest.mark.parametrize("method", METHODS)
     def test_compensation_never_raises_the_calibration_error(self, method, kind):
         module, x = built(kind), images(6)

@@ -32,7 +32,9 @@ from tests.test_vision_families import (
     KINDS,
     built,
     compress,
+    fewer_heads,
     images,
+    kinds,
     output,
     randomised,
     relative,
@@ -165,7 +167,7 @@ class TestFormula:
         fixed = grail.compress(module, calibration=x, target="stream", alpha=1.0, **flags)
         assert same_bits(fixed.model, own.model)
 
-    @pytest.mark.parametrize("kind", ["cifar", "timm-bottleneck", "torchvision-bottleneck", "vit", "dinov2"])
+    @kinds("cifar", "timm-bottleneck", "torchvision-bottleneck", "vit", "dinov2")
     @pytest.mark.parametrize(
         "flags", [{"method": "wanda"}, {"method": "fold"}, {"method": "fold", "bias": True}], ids=str
     )
@@ -221,6 +223,7 @@ class TestChoice:
         errors = [[site["held_out_errors"] for site in report.sites] for report in found]
         assert errors[0] != errors[1]
 
+    @fewer_heads
     @pytest.mark.parametrize(
         ("flags", "count"),
         [
@@ -247,6 +250,7 @@ class TestChoice:
         counts = [ModuleRecipe(model=None, target="stream", samples=n).trial_windows for n in (8, 128, 10_000)]
         assert counts == [2, 16, 64]
 
+    @fewer_heads
     def test_the_same_run_gives_the_same_bits(self):
         module, x = built("vit"), images(24)
         first, second = (compress(module, x, ratio=0.5, method="gram", target="stream") for _ in range(2))
@@ -254,7 +258,7 @@ class TestChoice:
 
 
 class TestDescriptions:
-    @pytest.mark.parametrize("kind", list(KINDS))
+    @kinds(*KINDS)
     def test_families_name_the_additions_that_happen(self, kind):
         (network,) = describe(built(kind))
         check(network)
@@ -308,6 +312,7 @@ class TestDescriptions:
         old = {key: value for key, value in network.sites[0].to_json().items() if key not in ("stream", "scales")}
         assert ModuleSite.from_json(json.loads(json.dumps(old))).stream is None
 
+    @fewer_heads
     def test_post_norm_blocks_and_squeeze_and_excitation_name_none(self):
         post, squeezed = small_vit(block_fn=ResPostBlock), timm_resnet_of(BasicBlock, (1, 1, 1, 1))
         squeezed.layer1[0].se = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid())
@@ -349,7 +354,7 @@ class TestRefusals:
 
 class TestNetworks:
     @pytest.mark.parametrize("method", ["wanda", "fold", "gram", "slimgpt"])
-    @pytest.mark.parametrize("kind", ["vit", "dinov2", "cifar", "torchvision-bottleneck"])
+    @kinds("vit", "dinov2", "cifar", "torchvision-bottleneck")
     def test_end_to_end(self, kind, method):
         """Nearer to the dense network than pruning or folding alone, on images that were not seen; what has no stream
         says so."""
@@ -378,6 +383,7 @@ class TestNetworks:
         report = tiny_hf.compress(module, 24, method="wanda", ratio=0.5, target="stream")
         assert all(alpha is not None for alpha in alphas(report))
 
+    @fewer_heads
     def test_in_half_precision(self):
         module = built("vit").to(torch.bfloat16)
         report = compress(module, images(16), method="wanda", ratio=0.5, target="stream")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 import grail
@@ -32,7 +33,8 @@ LABELS = {"id2label": {number: str(number) for number in range(4)}}
 
 @dataclass
 class Kind:
-    """A class with the options of its configuration, and where its blocks lie."""
+    """A class with the options of its configuration, and where its blocks lie; inner: the module of the attention that
+    holds the projections."""
 
     name: str
     options: dict
@@ -40,22 +42,29 @@ class Kind:
     attention: str = "attention"
     mlp: tuple[str, ...] = ("fc1", "fc2")
     hidden: int = HIDDEN
+    inner: str = ""
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    size: str = "head_dim"
 
     def build(self, seed: int = 0) -> nn.Module:
         made = getattr(transformers, self.name)
         return randomised(made(made.config_class(**self.options)), seed)
 
 
-SWIGLU = (("gate_proj", "up_proj", "down_proj"), 48)  # two thirds of 64, a multiple of 8
+SWIGLU = {"mlp": ("gate_proj", "up_proj", "down_proj"), "hidden": 48}  # two thirds of 64, a multiple of 8
+INNER: dict = {}
+if Version(transformers.__version__) < Version("5.18"):  # where DINOv2 has other modules
+    SWIGLU["mlp"] = ("weights_in", "weights_out")
+    INNER = {"inner": ".attention", "projections": ("query", "key", "value"), "size": "attention_head_size"}
 KINDS = {
     "vit": Kind("ViTModel", IMAGES, "layers"),
     "vit-classifier": Kind("ViTForImageClassification", IMAGES | LABELS, "vit.layers"),
     "deit": Kind("DeiTModel", IMAGES, "layers"),
     "deit-classifier": Kind("DeiTForImageClassification", IMAGES | LABELS, "deit.layers"),
     "deit-distilled": Kind("DeiTForImageClassificationWithTeacher", IMAGES | {"qkv_bias": False}, "deit.layers"),
-    "dinov2": Kind("Dinov2Model", DINO, "encoder.layer", hidden=64),
+    "dinov2": Kind("Dinov2Model", DINO, "encoder.layer", hidden=64, **INNER),
     "dinov2-swiglu": Kind(
-        "Dinov2ForImageClassification", DINO | {"use_swiglu_ffn": True}, "dinov2.encoder.layer", "attention", *SWIGLU
+        "Dinov2ForImageClassification", DINO | {"use_swiglu_ffn": True}, "dinov2.encoder.layer", **SWIGLU, **INNER
     ),
     "clip": Kind("CLIPModel", BOTH, "vision_model.encoder.layers", "self_attn"),
     "clip-classifier": Kind(

@@ -27,6 +27,8 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
         block = module.get_submodule(name)
         for kind, part in (("heads", block.attn), ("channels", block.mlp)):
             if kind not in still or not _norms(part):
+                if kind == "heads" and kind not in still:
+                    _refuse_old(name, part)
                 found = _attention(name, part, number) if kind == "heads" else _mlp(name, part, number)
                 sites.append(replace(found, **_added(name, block, kind)))
     if not sites and (packed := blocks_of(module)):
@@ -64,6 +66,17 @@ def _added(name: str, block: nn.Module, kind: str) -> dict:
 
 def _has_parameters(block: nn.Module, child: str) -> bool:
     return any(True for _ in getattr(block, child).parameters())
+
+
+PLAIN = ("timm.models.vision_transformer", "timm.layers.attention")
+"""Where the attention of timm's ViT lies, in older and in newer versions."""
+
+
+def _refuse_old(name: str, attention: nn.Module) -> None:
+    """Raises GrailError for timm's attention of before 1.0.23, whose forward reshapes by the width outside."""
+    kind = type(attention)
+    if kind.__module__ in PLAIN and kind.__name__ == "Attention" and not hasattr(attention, "attn_dim"):
+        raise GrailError(f"{name}.attn: to remove heads needs timm 1.0.23 or newer; update it, or use --attn-ratio 0")
 
 
 def _attention(name: str, attention: nn.Module, number: int) -> ModuleSite:

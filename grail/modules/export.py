@@ -124,7 +124,8 @@ def _onnx(module: nn.Module, example: Tensor, file: Path) -> Tensor:
 
 def _program(module: nn.Module, example: Tensor, file: Path) -> Tensor:
     wide = torch.cat([example, example])
-    program = torch.export.export(module, (wide,), dynamic_shapes=(_batch(),))
+    # torch 2.6 would trace strictly unless told, which transformers' own decorators do not stand
+    program = torch.export.export(module, (wide,), dynamic_shapes=(_batch(),), strict=False)
     content = io.BytesIO()  # a file of its own would abort the process where the disk is full
     torch.export.save(program, content)
     file.write_bytes(content.getbuffer())
