@@ -34,6 +34,21 @@ def reopen_here(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(reopen, "verify", verify_in_this_process(tmp_path_factory.mktemp))
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every workspace starts as NaN: an element that a kernel does not write shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
 @pytest.fixture(scope="module")
 def small_runs_on_one_thread():
     """Runs in this process that give the same bits as those of tests/killed_runs.py."""

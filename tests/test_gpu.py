@@ -49,21 +49,6 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Every workspace starts as NaN: an element that a kernel does not write shows."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-
-
 @pytest.fixture(params=["pointer", "tma"])
 def kernel(request, monkeypatch):
     """Both ways to fetch X; rows that the copy engine cannot fetch take the pointer kernel under either name."""
