@@ -10,7 +10,7 @@ from grail_kernels import GramAccumulator
 pytest.importorskip("triton")
 
 BACKENDS = ["reference", "torch", "triton"]
-TOLERANCE = {"reference": 1e-6, "torch": 1e-6, "triton": 5e-6}  # three bf16 dots carry 16 bits
+TOLERANCE = {"reference": 1e-6, "torch": 1e-6, "triton": 5e-6}  # three bf16 products carry 16 bits
 
 MEAN = {"reference": 1e-6, "torch": 1e-6, "triton": 2e-5}  # in deviations
 

@@ -42,10 +42,13 @@ def test_cross_moment_of_several_sites(backend):
         found.update(x, y[:, :5])
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "pointer", "tma"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_moment(poisoned, backend, masked, dtype):
+def test_cross_moment(poisoned, monkeypatch, backend, masked, dtype):
+    if backend in ("pointer", "tma"):
+        monkeypatch.setenv("GRAIL_KERNELS_GRAM", backend)
+        backend = "triton"
     x, y = rows(150, 70, DTYPES[dtype]), rows(150, 45, DTYPES[dtype], seed=3)
     mask = torch.arange(150) % 4 != 2
     dirty, dirty_y = x.clone(), y.clone()

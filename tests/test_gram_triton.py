@@ -66,11 +66,17 @@ VIEWS = {
     "middle columns": lambda: rows(90, 80, torch.float16)[:, 20:60],
     "every other column": lambda: rows(90, 80)[:, ::2],
     "windows": lambda: rows(90, 40, torch.bfloat16).view(3, 30, 40),
+    "aligned columns": lambda: rows(90, 96, torch.float16)[:, 16:64],
+    "aligned rows": lambda: rows(180, 48, torch.bfloat16)[::2],
+    "one row many times": lambda: rows(1, 48, torch.bfloat16).expand(70, 48),
+    "rows that overlap": lambda: rows(1, 16 * 70 + 48, torch.bfloat16)[0].unfold(0, 48, 16),
 }
 
 
+@pytest.mark.parametrize("kernel", ["pointer", "tma"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_strided_views(poisoned, view):
+def test_strided_views(poisoned, monkeypatch, view, kernel):
+    monkeypatch.setenv("GRAIL_KERNELS_GRAM", kernel)
     x = VIEWS[view]()
     found = GramAccumulator(x.shape[-1], backend="triton").update(x)
     assert error(found.to_dense(), gram_reference(x.reshape(-1, x.shape[-1]))) <= bound(x)
@@ -128,10 +134,29 @@ def test_which_kernel_runs(monkeypatch):
     monkeypatch.setenv("GRAIL_KERNELS_GRAM", "fast")
     with pytest.raises(ValueError, match="pointer, tma"):
         launch.uses_tma(device, 1)
+    monkeypatch.setattr(launch, "_has_descriptors", lambda: False)
+    monkeypatch.setattr(launch, "_target", lambda device: "sm_90")
+    monkeypatch.setenv("GRAIL_KERNELS_GRAM", "tma")
+    with pytest.raises(ValueError, match=r"needs triton 3\.4"):
+        launch.uses_tma(device, 1)
+    monkeypatch.delenv("GRAIL_KERNELS_GRAM")
+    assert not launch.uses_tma(device, 1), "that of torch 2.6 has none"
+
+
+def test_how_many_rows_one_launch_gets():
+    from grail_kernels.launch import ROWS_AS_THEY_ARE, ROWS_COPIED, rows_at_once
+
+    x, here = torch.empty(1, 4, 64, dtype=torch.bfloat16), torch.device("cpu")
+    assert rows_at_once(x, here, copied=False) == ROWS_AS_THEY_ARE
+    for copied in (x.float(), x.double(), x[..., :35], x[..., 1:49], x.mT):
+        assert rows_at_once(copied, here, copied=False) == ROWS_COPIED
+    assert rows_at_once(x, here, copied=True) == rows_at_once(x, torch.device("meta"), copied=False) == ROWS_COPIED
+    huge = torch.empty(1, 2**20, 11008, dtype=torch.bfloat16, device="meta")
+    assert rows_at_once(huge, huge.device, copied=False) * 11008 * 2 < 2**31
 
 
 def test_the_accumulator_of_the_matrix_units_is_emptied(monkeypatch):
-    """Every so many rows, fewer where `precise` asks for it, whatever the parts."""
+    """After so many products, fewer where `precise` asks for it."""
     from grail_kernels import gram_triton
 
     config, asked = GRAM["interpreter"], []
@@ -162,6 +187,10 @@ def test_many_sites_at_once_also_as_heads_of_one_tensor(poisoned):
     for site in range(4):
         assert error(found.packed[site].to_dense(), gram_reference(heads[site][mask[site]])) <= 1e-6
         assert torch.allclose(found.sum[site], heads[site][mask[site]].double().sum(0), atol=1e-4)
+    wide = rows(90, 3 * 32, torch.bfloat16)  # read where they lie
+    whole = GramAccumulator(32, sites=3, backend="triton").update(wide.view(90, 3, 32).transpose(0, 1))
+    for site in range(3):
+        assert error(whole.packed[site].to_dense(), gram_reference(wide[:, 32 * site : 32 * site + 32])) <= 1e-6
     same = GramAccumulator(24, sites=4, backend="torch").update(heads, mask)
     assert error(found.to_dense(), same.to_dense().double()) <= 1e-6
 

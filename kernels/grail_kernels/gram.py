@@ -3,10 +3,10 @@
 Shapes: S sites, T rows (tokens) of one update, H width.
 
 Numerics: products and sums in float32 whatever the input dtype and the caller's autocast (float32 inputs on a GPU:
-three bf16 products). One accumulation chain is at most 8,192 rows (2,048 when precise), in the kernels 512 (128): the
-matrix units do not round to nearest. Chains are summed into G, so the error does not grow with the number of rows
-(DESIGN section 5). Rows that the mask leaves out are never multiplied: 0 * NaN cannot leak. The torch path on CUDA
-obeys torch.backends.cuda.matmul.allow_tf32, which is off by default.
+three bf16 products). One accumulation chain is at most 8,192 rows (2,048 when precise), in the kernels 512 products
+(128): the matrix units do not round to nearest. Chains are summed into G, so the error does not grow with the rows
+(DESIGN section 5). Rows that the mask leaves out count as zeros, whatever they hold: 0 * NaN cannot leak. The torch
+path on CUDA obeys torch.backends.cuda.matmul.allow_tf32, which is off by default.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class GramAccumulator:
         if self.backend.name == "triton":
             from .launch import rows_at_once
 
-            return rows_at_once(x_STH, copied=mask_ST is not None or self.centred)
+            return rows_at_once(x_STH, self.device, copied=mask_ST is not None or self.centred)
         return CHAIN_ROWS_PRECISE if self.precise else CHAIN_ROWS
 
     def _add(self, x_STH: Tensor, mask_ST: Tensor | None) -> None:

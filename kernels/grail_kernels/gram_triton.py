@@ -5,8 +5,8 @@ Shapes: S sites, T rows, H width, b the tile edge (columns of a panel), P splits
 One program makes one BLOCK_M x b piece of a panel (see packed.py): out += X[:, rows].T @ X[:, panel]. What runs inside:
 ragged edges, the three products of float32 in two bf16 parts, accumulation in place. Operands come prepared (launch.py,
 parts_kernel): 16-bit rows of unit column stride, every stride and the number of readable columns a multiple of 16, rows
-that do not count zero. So each (dtype, parts) is one specialisation, the one that aot.py compiles, and every copy is 16
-bytes wide.
+that do not count zero. Each way to launch them is one that aot.py compiles, and every copy is 16 bytes
+wide.
 
 * Programs are numbered in bands of panels, so that programs running together share columns of X in L2; the number is
   decoded in closed form (triangular root, corrected by one in either direction for the float32 square root).

@@ -7,6 +7,7 @@ when Triton is to run.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from . import gram_triton
 from .configs import GRAM, INTERPRETER, MEASURED_TMA, TMA, GramConfig, tma_config
 from .dispatch import device_target
-from .operands import ELEMENTWISE_BLOCK, column_sums, one_below_the_other, parts_of, phases_of, round_up
+from .operands import ELEMENTWISE_BLOCK, column_sums, is_aligned, one_below_the_other, parts_of, phases_of, round_up
 
 KERNEL_ENVIRONMENT = "GRAIL_KERNELS_GRAM"
 KERNELS = ("pointer", "tma")
 LEAST_SPLIT_ROWS = 512
 ROWS_AS_THEY_ARE, ROWS_COPIED = 131072, 8192
+MOST_BYTES = 2**31 - 1
 """Rows of one launch: without a copy of the operand, and with one, which so many rows bound."""
 
 
@@ -58,16 +60,27 @@ def tile_of(device: torch.device) -> int:
 def uses_tma(device: torch.device, sites: int) -> bool:
     """Whether one launch runs on the tensor-descriptor kernels: for one site, where GRAIL_KERNELS_GRAM=tma asks for
     them on a target that has them, or by default where they were measured to be the faster ones."""
-    target = _target(device)
-    wish = os.environ.get(KERNEL_ENVIRONMENT) or ("tma" if target in MEASURED_TMA else "pointer")
-    if wish not in KERNELS:
+    target, wish = _target(device), os.environ.get(KERNEL_ENVIRONMENT)
+    if wish and wish not in KERNELS:
         raise ValueError(f"{KERNEL_ENVIRONMENT}={wish}: choose one of {', '.join(KERNELS)}")
-    return wish == "tma" and target in TMA and sites == 1
+    if wish == "tma" and not _has_descriptors():
+        raise ValueError(f"{KERNEL_ENVIRONMENT}=tma needs triton 3.4 or newer; update it, or choose pointer")
+    wanted = wish == "tma" if wish else target in MEASURED_TMA and _has_descriptors()
+    return wanted and target in TMA and sites == 1
 
 
-def rows_at_once(x_STH: Tensor, copied: bool) -> int:
-    """How many rows one launch should get; `copied`: they have a mask or a shift."""
-    return ROWS_COPIED if copied or x_STH.dtype == torch.float32 else ROWS_AS_THEY_ARE
+@functools.cache
+def _has_descriptors() -> bool:
+    """Whether this Triton can hand a tensor descriptor to a kernel (that of torch 2.6 and 2.7 cannot)."""
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+def rows_at_once(x_STH: Tensor, device: torch.device, copied: bool) -> int:
+    """How many rows one launch should get; `copied`: they have a mask or a shift. A descriptor's last byte has to be an
+    int32 for Triton 3.8."""
+    if copied or x_STH.device != device or x_STH.dtype not in (torch.bfloat16, torch.float16) or not is_aligned(x_STH):
+        return ROWS_COPIED
+    return max(min(ROWS_AS_THEY_ARE, MOST_BYTES // (x_STH.stride(1) * x_STH.element_size())), 1)
 
 
 @on_its_device
@@ -84,7 +97,7 @@ def gram_add(
 
     x may have any strides. mask [S, T] bool, True = the row counts. shift: X is x - shift, formed in float32 and
     multiplied as three bf16 products whatever x's dtype. `splits` overrides how often the rows are split; `precise`
-    bounds the sums of the matrix units at 128 rows instead of 512.
+    bounds the sums of the matrix units at 128 products instead of 512.
     """
     sites, rows, width = x_STH.shape
     if not rows:

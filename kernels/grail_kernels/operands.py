@@ -22,7 +22,7 @@ def parts_of(x_STH: Tensor, mask_ST: Tensor | None, shift_SH: Tensor | None, blo
     A copy costs one pass over x; kernels for narrow or masked loads are slower, and more code to check."""
     sites, rows, width = x_STH.shape
     split = x_STH.dtype == torch.float32 or shift_SH is not None
-    if not split and mask_ST is None and _is_aligned(x_STH):
+    if not split and mask_ST is None and is_aligned(x_STH):
         return x_STH[:, None]
     dtype = torch.bfloat16 if split else x_STH.dtype
     stored_rows = round_up(rows, block_rows) if split else rows
@@ -58,9 +58,11 @@ def one_below_the_other(parts_SQTR: Tensor) -> Tensor:
     return parts_QTR[0] if len(parts_QTR) == 1 else parts_QTR.view(-1, parts_QTR.shape[2])
 
 
-def _is_aligned(x_STH: Tensor) -> bool:
-    """Rows of unit stride that 16-byte copies can fetch whole."""
-    sites, _, width = x_STH.shape
+def is_aligned(x_STH: Tensor) -> bool:
+    """Rows of unit stride, one behind the other, that 16-byte copies can fetch whole."""
+    sites, rows, width = x_STH.shape
+    if rows > 1 and x_STH.stride(1) < width:
+        return False  # the copy engine's manual says nothing of rows that overlap
     steps = [width, x_STH.stride(1), *([x_STH.stride(0)] if sites > 1 else [])]
     return x_STH.stride(2) == 1 and x_STH.data_ptr() % 16 == 0 and all(step % ALIGNMENT == 0 for step in steps)
 
