@@ -84,6 +84,8 @@ def alphas() -> Iterator[dict]:
     for samples in (32, 128):
         yield cell("wanda-sp", 0.3, "stream", samples=samples)
         yield from (cell("wanda-sp", 0.3, "stream", samples=samples, alpha=a) for a in (0.0, 0.25, 0.5, 1.0))
+    yield cell("wanda-sp", 0.3, "stream", samples=256, alpha=0.5)
+    yield cell("slimgpt", 0.3, "stream", samples=64, alpha=0.5)
 
 
 def headline() -> Iterator[dict]:
@@ -96,12 +98,13 @@ def headline() -> Iterator[dict]:
 def acceptance() -> Iterator[dict]:
     """Both masks at every ratio with little and much text, plain GRAIL's λ at its best of three; a second sweep; and
     the best."""
-    for samples, method, ratio in itertools.product((64, 256), ("wanda-sp", "slimgpt"), (0.3, 0.2, 0.5)):
+    much = [(512, *which) for which in (("wanda-sp", 0.3), ("slimgpt", 0.3), ("wanda-sp", 0.2))]
+    for samples, method, ratio in [*itertools.product((64, 256), ("wanda-sp", "slimgpt"), (0.3, 0.2, 0.5)), *much]:
         yield cell(method, ratio, "hidden", samples=samples, ridge=1e-3)
         yield cell(method, ratio, "stream", samples=samples)
     yield cell("wanda-sp", 0.3, "stream", samples=256, sweeps=2)
-    for method, ratio, ridge in itertools.product(("wanda-sp", "slimgpt"), (0.3, 0.2, 0.5), (1e-2, 1e-4)):
-        yield cell(method, ratio, "hidden", samples=64, ridge=ridge)
+    ways = itertools.product((256, 64), ("wanda-sp", "slimgpt"), (0.3, 0.2, 0.5), (1e-2, 1e-4))
+    yield from (cell(method, ratio, "hidden", samples=samples, ridge=ridge) for samples, method, ratio, ridge in ways)
     for ratio in (0.2, 0.5):
         yield cell("gram", ratio, "stream", samples=64, allocation="error")
 

@@ -23,8 +23,9 @@ KERNEL_ENVIRONMENT = "GRAIL_KERNELS_GRAM"
 KERNELS = ("pointer", "tma")
 LEAST_SPLIT_ROWS = 512
 ROWS_AS_THEY_ARE, ROWS_COPIED = 131072, 8192
-MOST_BYTES = 2**31 - 1
 """Rows of one launch: without a copy of the operand, and with one, which so many rows bound."""
+MOST_BYTES = 2**31 - 1
+"""Of an operand that is read where it lies: Triton 3.8 counts the bytes of a descriptor in an int32."""
 
 
 def interpreted() -> bool:
@@ -76,8 +77,7 @@ def _has_descriptors() -> bool:
 
 
 def rows_at_once(x_STH: Tensor, device: torch.device, copied: bool) -> int:
-    """How many rows one launch should get; `copied`: they have a mask or a shift. A descriptor's last byte has to be an
-    int32 for Triton 3.8."""
+    """How many rows one launch should get; `copied`: they have a mask or a shift."""
     if copied or x_STH.device != device or x_STH.dtype not in (torch.bfloat16, torch.float16) or not is_aligned(x_STH):
         return ROWS_COPIED
     return max(min(ROWS_AS_THEY_ARE, MOST_BYTES // (x_STH.stride(1) * x_STH.element_size())), 1)
