@@ -3,7 +3,7 @@ tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class Texts:
 @dataclass
 class Chunks:
     """The chunks of one pass that this process computes: `counted` enter the statistics, `trial` only decide between
-    candidates, the `probe` (or None) only passes through. `windows` counts the calibration windows of all processes.
+    candidates, the `probe` (or None) only passes through. `windows` and `trial_windows` count those of all processes.
     weights: by a chunk's number, what each token counts [B, L]; none where all count the same. The hidden states before
     layer k are the store's series `name-k`; lasting: a later run may go on from them."""
 
@@ -37,6 +37,7 @@ class Chunks:
     counted: list[int] = field(default_factory=list)
     trial: list[int] = field(default_factory=list)
     windows: int = 0
+    trial_windows: int = 0
     probe: int | None = None
     lasting: bool = False
 
@@ -57,7 +58,7 @@ class Chunks:
             dict(enumerate(weights)),
             work.mine(start),
             [start + number for number in work.mine(len(parts[1]))],
-            0 if texts.windows is None else len(texts.windows),
+            *(0 if ids_NL is None else len(ids_NL) for ids_NL in (texts.windows, texts.trial)),
             len(ids) - 1 if has_probe else None,
         )
 
@@ -78,12 +79,11 @@ class Chunks:
 
     def learn_no_more(self) -> None:
         """From here on only the probe goes on."""
-        self.counted, self.trial, self.windows = [], [], 0
+        self.counted, self.trial, self.windows, self.trial_windows = [], [], 0, 0
 
     def beside(self, name: str) -> Chunks:
         """The same windows, without the probe, in series of another name."""
-        named = (self.work, name, self.ids, self.weights, self.counted, self.trial, self.windows)
-        return Chunks(*named, lasting=self.lasting)
+        return replace(self, name=name, probe=None)
 
     def series(self, layer: int) -> str:
         """The series of the hidden states before a layer (or, one past the last, before the final norm)."""

@@ -115,7 +115,7 @@ def _best(
     for ridge in RIDGES if recipe.ridge == AUTO else (recipe.ridge,):
         solution = _solved(run, system, ridge, asked if trial is None else None)
         errors = None if trial is None else _tried(run, site, prepared, solution, taken, trial)
-        alpha = errors.best_alpha if asked is None else asked
+        alpha = asked if asked is not None else errors.best_alpha if system.is_further else errors.cautious_alpha
         held_out = errors and (errors.at(0.0), errors.at(alpha))
         if best is None or held_out[1] < best.held_out[1]:
             best = Choice(alpha, held_out)
@@ -150,7 +150,8 @@ def _compensation(weight_OK: Tensor, done: list[Choice]) -> Compensation:
 def _trial_moments(run: LayerPass, site: Site, prepared: Prepared) -> TrialMoments:
     """Of this process's held-out windows."""
     biased = run.job.affine or run.job.consumer_bias(site) is not None
-    found = TrialMoments(prepared.reduction.kept_width, len(prepared.lifted), device=run.device, biased=biased)
+    shape, windows = (prepared.reduction.kept_width, len(prepared.lifted)), run.chunks.trial_windows
+    found = TrialMoments(*shape, device=run.device, biased=biased, windows=windows)
     for number in run.chunks.trial:
         z_BLK, target_BLO = prepared.z(number), run.take(TARGET, number)
         weight_BL = run.take(WEIGHT, number) * run.chunks.weights.get(number, torch.ones(())).to(run.device)

@@ -101,6 +101,11 @@ class StreamSystem:
             normal.effective_rank(),
         )
 
+    @property
+    def is_further(self) -> bool:
+        """Whether a sweep went before."""
+        return self.own is None
+
     def after(self, weight_OK: Tensor) -> StreamSystem:
         """The next sweep's: from a weight, float64, towards what it leaves. Of the first sweep's system alone."""
         return replace(
@@ -140,8 +145,8 @@ class StreamSolution:
     @isolated
     def __init__(self, system: StreamSystem, lam: float, alpha: float | None = None):
         self.system, self.alpha = system, alpha
-        self.outputs = len(system.weight) if alpha is None and system.own is not None else 0
-        if system.own is None:
+        self.outputs = len(system.weight) if alpha is None and not system.is_further else 0
+        if system.is_further:
             rhs_KM = system.stream()
             rhs_KM = rhs_KM if alpha is None else rhs_KM.mul_(alpha)
         elif alpha is None:
@@ -159,7 +164,7 @@ class StreamSolution:
 
     def own(self, outputs: slice) -> Tensor:
         """Rows of P, float64 [B, K]; only where no α was given."""
-        if self.system.own is None:
+        if self.system.is_further:
             return self.system.anchor(outputs)
         return self._anchored(outputs, self.solved.solution.mT[: self.outputs][outputs])
 

@@ -44,13 +44,13 @@ class Twin:
         at the dense one after it: t = r_d − r_c, float32 [B, L, D]. Of the chunks that decide between candidates, or
         with `keep`, it is stored as the run's series `target`; of the first also, as `weight`, how much each token
         counts (trials.importance), float32 [B, L]."""
-        dense_BLD = self.dense.through(site, number).float()
-        target_BLD = dense_BLD - self.run.stream(number).float()
+        dense_BLD, compressed_BLD = self.dense.through(site, number).float(), self.run.stream(number).float()
+        target_BLD = dense_BLD - compressed_BLD
         decides = number in self.run.chunks.trial
         if keep or decides:
             self.run.put(TARGET, number, target_BLD)
         if decides:
-            self.run.put(WEIGHT, number, importance(dense_BLD))
+            self.run.put(WEIGHT, number, importance(dense_BLD, compressed_BLD))
         return target_BLD
 
     def targets(self, site: Site) -> None:

@@ -40,7 +40,8 @@ PIECE = 2**26
 
 
 class Rows(NamedTuple):
-    """z [T, X], y_c and D [T, O], and how much a row counts in a choice [T]: 1 / mean((r_d + a y_d + b)²)."""
+    """z [T, X], y_c and D [T, O], and how much a row counts in a choice [T]: 1 / mean((r + a y + b)²) of the larger
+    stream."""
 
     z: Tensor
     own: Tensor
@@ -84,8 +85,8 @@ class Beside:
                 )
                 z_TX = self._counted(narrow.patches_of(layer, hidden[some]), number, some)
                 difference_TO = (made_d - made_c) * taking_part_O + (before_d - before_c) * inverse_O
-                after_TO = before_d + scale_O * made_d + shift_O
-                yield Rows(z_TX, made_c, difference_TO, importance(after_TO))
+                streams = (b + scale_O * made + shift_O for b, made in ((before_d, made_d), (before_c, made_c)))
+                yield Rows(z_TX, made_c, difference_TO, importance(*streams))
 
     def _counted(self, rows: Tensor, number: int, some: slice) -> Tensor:
         return rows.flatten(0, -2) if self.counted is None else rows[self.counted[number][some]]
