@@ -136,10 +136,10 @@ def machine_json() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes, and of Python (the built-in text is part of it)."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what computes, and of Python (the built-in text is part of it); and of more packages."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

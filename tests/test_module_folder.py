@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 
@@ -250,6 +252,32 @@ def test_a_damaged_folder_is_refused_in_a_sentence(written, tmp_path, damage):
         (bad / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(GrailError, match=r"config\.json|model\.safetensors"):
         grail.load(bad)
+
+
+@pytest.mark.parametrize(
+    "versions, said",
+    [
+        ({"timm": "0.0.1", "torch": "1.0"}, r"(written with timm 0.0.1, here is {timm})"),
+        (
+            {"timm": "0.0.1", "transformers": "4.0"},
+            "transformers 4.0, here is {transformers}; timm 0.0.1,",
+        ),
+        ({"timm": "{timm}"}, ""),
+        ({"timm": "[red]\n" * 99}, ""),
+        ([], ""),
+    ],
+)
+def test_a_folder_that_does_not_fit_says_which_versions_wrote_it(written, tmp_path, versions, said):
+    here = {name: importlib.metadata.version(name) for name in ("timm", "transformers")}
+    bad = tmp_path / "bad"
+    shutil.copytree(written[0], bad)
+    if isinstance(versions, dict):
+        versions = {name: version.format(**here) for name, version in versions.items()}
+    (bad / "grail.json").write_text(json.dumps({"versions": versions}))
+    save_file(load_file(bad / "model.safetensors") | {"nowhere.bias": torch.zeros(1)}, bad / "model.safetensors")
+    with pytest.raises(GrailError, match="does not fit its config") as raised:
+        grail.load(bad)
+    assert said.format(**here) in str(raised.value) and bool(said) == ("written with" in str(raised.value))
 
 
 @pytest.mark.parametrize(

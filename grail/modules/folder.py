@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,13 +27,15 @@ from ..documents import about
 from ..errors import GrailError, naming
 from ..families.attention import replace_attention
 from ..families.network import ModuleSite, Network, check
+from ..report import versions
 from ..result import SiteResult
 from . import narrow
 from .architecture import Architecture
-from .names import KEY
+from .names import KEY, PACKAGES
 from .verify import answer
 
 WEIGHTS, VERSION = "model.safetensors", 1
+VERSION_TEXT = re.compile(r"[\w.+-]{1,40}", re.ASCII)
 TOLERANCE = 1e-5
 WANTED, EXAMPLE = "wanted", "example:"
 
@@ -73,7 +76,26 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
     folder = Path(path)
     file = folder / "config.json"
     with about(file):
-        return _loaded(folder, read_json(file), SafetensorsFolder(folder / WEIGHTS), module)
+        config, source = read_json(file), SafetensorsFolder(folder / WEIGHTS)
+        try:
+            return _loaded(folder, config, source, module)
+        except GrailError as error:
+            raise type(error)(f"{error}{_written_with(folder)}") from error
+
+
+def _written_with(folder: Path) -> str:
+    """Of which packages that make networks there was another version when the folder was written, or nothing."""
+    try:
+        told, here = read_json(folder / "grail.json")["versions"], versions(*PACKAGES)
+        written = {name: str(told[name]) for name in ("transformers", *PACKAGES) if name in told}
+    except (GrailError, KeyError, TypeError, OSError):
+        return ""
+    others = [
+        f"{name} {was}, here is {here[name]}"
+        for name, was in written.items()
+        if was != here[name] and VERSION_TEXT.fullmatch(was)
+    ]
+    return f" (written with {'; '.join(others)})" if others else ""
 
 
 def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Module | None) -> nn.Module:

@@ -7,6 +7,8 @@ from pathlib import Path
 from ..documents import read_json
 
 LIBRARIES = ("timm", "torchvision", "open_clip")
+PACKAGES = ("timm", "torchvision", "open_clip_torch")
+"""What they are called on PyPI."""
 NAMED = " and ".join(f"{library}/NAME" for library in LIBRARIES)
 KEY = "grail_module"
 """What marks the config.json of such a folder."""

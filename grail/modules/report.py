@@ -11,6 +11,7 @@ from ..machine import peak_memory
 from ..readable import Readable
 from ..report import SCHEMA_VERSION, machine_json, site_entry, versions
 from ..result import SiteResult
+from .names import PACKAGES
 from .recipe import ModuleRecipe
 
 
@@ -66,7 +67,7 @@ class ModuleReport(Readable):
         return {
             "schema_version": SCHEMA_VERSION,
             "recipe": self.recipe.to_json(),
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
             "source": self.source,
             "calibration": self.calibration,
             "calibration_text": self.calibration_text,
