@@ -6,6 +6,7 @@ from pathlib import Path
 
 TEXTS = ("builtin", "docstrings")
 ROW = ("method", "ratio", "samples", "seed", "allocation")
+EARLIER = "†"
 
 
 def render(rows: list[dict], folder: Path) -> None:
@@ -25,7 +26,8 @@ def _head(dense: dict) -> str:
         "Excess is perplexity minus the dense network's; the ratio of excesses compares the stream target with the\n"
         "best plain repair (target hidden) of the same cell. Made by `python benchmarks/quality.py`. Cells with a\n"
         "`device` in quality.jsonl were measured on it, the others on two CPU cores; eight that were measured on both\n"
-        "differ by at most 0.05 %."
+        f"differ by at most 0.05 %. {EARLIER}: measured with an earlier choice of α by site, in which a token counted\n"
+        "by its dense stream alone and few windows were trusted as much as many."
     )
 
 
@@ -40,14 +42,14 @@ def _targets(cells: list[dict], dense: dict) -> str:
         stream = [c for c in same if c["target"] == "stream" and c["alpha"] == "auto" and c["ridge"] is None]
         if not hidden or not stream:
             continue
-        plain = min(hidden, key=lambda c: c["perplexity"]["builtin"])["perplexity"]
+        plain = min(hidden, key=lambda c: c["perplexity"]["builtin"])
         method, ratio, samples, seed, allocation = key
         for cell in sorted(stream, key=sweeps):
-            found = cell["perplexity"]
-            share, other = ((found[t] - dense[t]) / (plain[t] - dense[t]) for t in TEXTS)
+            found, old = cell["perplexity"], plain["perplexity"]
+            share, other = ((found[t] - dense[t]) / (old[t] - dense[t]) for t in TEXTS)
             lines.append(
                 f"| {method}{f' ({allocation})' if allocation else ''} | {ratio} | {samples} | {seed} | {sweeps(cell)} "
-                f"| {_both(plain)} | {_both(found)} | {share:.2f} | {other:.2f} |"
+                f"| {_both(plain)} | {_both(cell)} | {share:.2f} | {other:.2f} |"
             )
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -69,9 +71,7 @@ def _alphas(cells: list[dict]) -> str:
             if (c["method"], c["target"], c["samples"], c["ridge"], c["seed"]) == ("wanda-sp", "stream", count, None, 0)
             and c["ratio"] == 0.3
         ]
-        told = ", ".join(
-            f"{c['alpha']}: {_both(c['perplexity'])}" for c in sorted(found, key=lambda c: str(c["alpha"]))
-        )
+        told = ", ".join(f"{c['alpha']}: {_both(c)}" for c in sorted(found, key=lambda c: str(c["alpha"])))
         lines.append(f"* α for all sites, wanda-sp 0.3, {count} windows: {told}")
     return "\n".join(lines)
 
@@ -83,10 +83,10 @@ def _ridges(cells: list[dict]) -> str:
     columns = sorted({(c["target"], c["ridge_form"]) for c in found})
     lines = ["| λ |" + "".join(f" {target}, {form} |" for target, form in columns), "|---" * (1 + len(columns)) + "|"]
     for ridge in sorted({c["ridge"] for c in found}):
-        row = {(c["target"], c["ridge_form"]): _both(c["perplexity"]) for c in found if c["ridge"] == ridge}
+        row = {(c["target"], c["ridge_form"]): _both(c) for c in found if c["ridge"] == ridge}
         lines.append(f"| {ridge:g} |" + "".join(f" {row.get(column, '')} |" for column in columns))
     pruned = [c for c in cells if not c["compensate"]]
-    lines += [f"\nOnly pruned (wanda-sp 0.3): {_both(pruned[0]['perplexity'])}."] if pruned else []
+    lines += [f"\nOnly pruned (wanda-sp 0.3): {_both(pruned[0])}."] if pruned else []
     return "\n".join(lines)
 
 
@@ -98,7 +98,7 @@ def _mixtures(cells: list[dict]) -> str:
     lines = ["| calibration (wanda-sp 0.3, 64 windows) | hidden | stream |", "|---" * 3 + "|"]
     for text in ("builtin", *sorted(texts, key=len)):
         found = {
-            c["target"]: _both(c["perplexity"])
+            c["target"]: _both(c)
             for c in cells
             if (c.get("calibration", "builtin"), c["method"], c["ratio"], c["samples"], c["seed"], c["allocation"])
             == (text, "wanda-sp", 0.3, 64, 0, None)
@@ -108,8 +108,8 @@ def _mixtures(cells: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _both(perplexity: dict) -> str:
-    return " / ".join(f"{perplexity[text]:.2f}" for text in TEXTS)
+def _both(cell: dict) -> str:
+    return " / ".join(f"{cell['perplexity'][text]:.2f}" for text in TEXTS) + EARLIER * ("choice" in cell)
 
 
 def _figures(cells: list[dict], dense: dict, folder: Path) -> None:
