@@ -151,16 +151,21 @@ def perplexity_of(folder: Path, text: str) -> float:
     return evaluate(str(folder), data=text, seq_len=512, samples=40)["models"][str(folder)]["perplexity"]
 
 
+def key_of(row: dict) -> str:
+    """What tells a cell from others."""
+    return json.dumps([(PLAIN | row).get(key) for key in KEYS])
+
+
 def run(cells: list[dict]) -> None:
-    """Measure those that are not stored."""
-    done = {json.dumps([(PLAIN | row).get(key) for key in KEYS]) for row in stored(STORE)}
+    """Measure those that are not stored, or were measured with an earlier choice of α."""
+    done = {key_of(row) for row in stored(STORE) if "choice" not in row}
     if not any(row["method"] == "dense" for row in stored(STORE)):
         folder = multi_head_form(locate(SMOLLM2).folder)
         found = {text: perplexity_of(folder, text) for text in TEXTS}
         append(dict.fromkeys(KEYS) | {"method": "dense", "perplexity": found, "versions": versions()}, STORE)
     with tempfile.TemporaryDirectory(prefix="grail-quality-") as work:
         for number, asked in enumerate(cells, 1):
-            if json.dumps([asked[key] for key in KEYS]) in done:
+            if key_of(asked) in done:
                 continue
             row = measure(asked, Path(work))
             append(row, STORE)
@@ -178,7 +183,8 @@ def main() -> None:
     if not asked.render:
         for name in asked.study or STUDIES:
             run(list(STUDIES[name]()))
-    render(stored(STORE), RESULTS)
+    latest = {key_of(row): row for row in stored(STORE)}
+    render(list(latest.values()), RESULTS)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 TEXTS = ("builtin", "docstrings")
 ROW = ("method", "ratio", "samples", "seed", "allocation")
 EARLIER = "†"
+"""Marks cells that hold a `choice`: that of α by site was another one."""
 
 
 def render(rows: list[dict], folder: Path) -> None:

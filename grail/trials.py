@@ -27,8 +27,8 @@ NOTHING = 1e-6
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates of --ridge auto."""
 PRIOR, PRIOR_WINDOWS = 0.5, 16
-"""An α that is good at most sites of most networks, and how many deciding windows it counts as: the best one on a few
-windows of one site is mostly chance."""
+"""An α that was good at most sites of SmolLM2 (docs/results.md), and how many deciding windows it counts as: the best
+one on a few windows of one site is mostly chance."""
 
 
 def importance(*streams_XD: Tensor) -> Tensor:
