@@ -30,8 +30,9 @@ def bench_layer(benchmark, tmp_path, monkeypatch):
 
     def compress():
         return grail.compress(
-            str(tmp_path / "dense"), output=str(tmp_path / "out"), overwrite=True, method="wanda-sp", calibration=ids
-        )
+            str(tmp_path / "dense"), output=str(tmp_path / "out"), overwrite=True, method="wanda-sp", target="hidden",
+            calibration=ids,
+        )  # fmt: skip
 
     times = side_by_side({"layer": compress, "forward": lambda: [block.run(x) for x in streams]})
     benchmark.pedantic(compress, rounds=1)

@@ -125,7 +125,7 @@ def measure(case: Case, dense: Path, work: Path, flags: list[str]) -> dict:
     output, log = work / "output", work / "log"
     asked = {
         "--model": dense, "--calibration": dense / CALIBRATION, "--samples": case.windows, "--seq-len": case.window,
-        "--method": "wanda-sp", "--ratio": 0.3, "--eval": "none", "--output": output,
+        "--method": "wanda-sp", "--ratio": 0.3, "--target": "hidden", "--eval": "none", "--output": output,
     }  # fmt: skip
     command = [
         sys.executable,

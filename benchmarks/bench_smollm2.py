@@ -61,7 +61,7 @@ def measure(dtype: str, work: Path) -> dict:
     grail.pipeline._compress_layer = probed
     wall, used = time.perf_counter(), time.process_time()
     report = grail.compress(
-        SMOLLM2, method="wanda-sp", ratio=0.3, samples=WINDOWS, seq_len=512, eval="none", dtype=dtype,
+        SMOLLM2, method="wanda-sp", ratio=0.3, target="hidden", samples=WINDOWS, seq_len=512, eval="none", dtype=dtype,
         output=str(work / "out"), overwrite=True,
     )  # fmt: skip
     wall, used = time.perf_counter() - wall, time.process_time() - used

@@ -7,6 +7,7 @@ and on text of another.
     python benchmarks/quality.py acceptance           # against plain GRAIL, with 64 windows and more
     python benchmarks/quality.py headline             # the README's rows: three of these cells
     python benchmarks/quality.py alphas               # α for all sites, against the choice by site
+    python benchmarks/quality.py few                  # wanda-sp and slimgpt at 0.3: 2 to 16 windows
     python benchmarks/quality.py mixtures             # calibration on one text, on another, on both
     python benchmarks/quality.py --render             # tables and figures from what is stored
 
@@ -71,6 +72,12 @@ def seeds() -> Iterator[dict]:
             yield from (cell(method, 0.3, target, samples=samples) for samples in (64, 128))
 
 
+def few() -> Iterator[dict]:
+    """Little calibration text."""
+    for samples, method in itertools.product((16, 8, 4, 2), ("wanda-sp", "slimgpt")):
+        yield from (cell(method, 0.3, target, samples=samples) for target in TARGETS)
+
+
 def ridges() -> Iterator[dict]:
     """λ by hand, and the network that is only pruned."""
     yield cell("wanda-sp", 0.3, "hidden", compensate=False)
@@ -116,7 +123,7 @@ def mixtures() -> Iterator[dict]:
         yield cell("wanda-sp", 0.3, "stream", samples=64, calibration=text)
 
 
-STUDIES = {f.__name__: f for f in (headline, acceptance, mixtures, ridges, grid, seeds, alphas)}
+STUDIES = {f.__name__: f for f in (headline, acceptance, mixtures, ridges, grid, seeds, alphas, few)}
 
 
 def measure(asked: dict, work: Path) -> dict:

@@ -131,7 +131,8 @@ def compress(
         _repair(
             "--target",
             autocompletion=completion.target,
-            help="hidden: each site on its own; stream: it makes up for those before. Vision: dense, own or stream.",
+            help="stream (default): each site also makes up for those before it; hidden: each on its own. "
+            "Vision: dense (default), own or stream.",
         ),
     ] = None,
     alpha: Annotated[

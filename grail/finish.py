@@ -92,7 +92,8 @@ def _perplexity(session: Session, work: Workspace, label: str, folder: Path) -> 
 
 
 def _pruned_perplexity(session: Session, work: Workspace, out: OutputFolder) -> float:
-    """What the same recipe gives with --no-compensate: a run of its own, evaluated and thrown away."""
+    """What the same recipe gives with --no-compensate on the same windows: a run of its own, evaluated and thrown
+    away."""
     job = replace(session.job, recipe=replace(session.recipe, compensate=False))
     pruned = OutputFolder(out.partial / "pruned")
     with pruned if session.group.main else nullcontext():

@@ -85,7 +85,7 @@ class LayerPass:
 
     def through(self, site: Site, number: int) -> Tensor:
         """A chunk's residual stream [B, L, D] after the site's branch, with the weights as they are. The branch, or for
-        the last one the layer's output, is stored as `consume` does."""
+        the last one the layer's output, is stored as `consume` does. Raises GrailError when it is not finite."""
         part, x_BLD, known = self.part_of(site), self.state(number), self._branches(number)
         tokens = x_BLD.shape[0] * x_BLD.shape[1]
         flops = 2 * tokens * (self._before_consumer(site) + site.units.width * x_BLD.shape[-1])
@@ -93,9 +93,11 @@ class LayerPass:
             known[part] = self.block.consume(part, self.block.hidden(part, x_BLD, known))
             last = site == self.sites[-1]
             after_BLD = self.block.output(x_BLD, known) if last else self.block.stream(x_BLD, known)
+        what = f"{site.name}: what it adds to the stream"
         if last:
-            self.finish(number, after_BLD)
+            self.finish(number, after_BLD, what)
         else:
+            _check_finite(after_BLD, what)
             self.put(part, number, known[part])
         return after_BLD
 
@@ -195,13 +197,9 @@ class LayerPass:
             out_BLD = self.block.output(self.state(number), self._branches(number) | {part: y_BLD})
         self.finish(number, out_BLD)
 
-    def finish(self, number: int, out_BLD: Tensor) -> None:
-        """Store a chunk's hidden states after the layer. Raises GrailError when they are not finite."""
-        if not all_finite(out_BLD):
-            raise GrailError(
-                f"{LAYERS}{self.layer}: its output holds NaN or infinity; check the checkpoint, or use --dtype float32 "
-                f"where a narrower one overflows"
-            )
+    def finish(self, number: int, out_BLD: Tensor, what: str | None = None) -> None:
+        """Store a chunk's hidden states after the layer. Raises GrailError, about `what`, when they are not finite."""
+        _check_finite(out_BLD, what or f"{LAYERS}{self.layer}: its output")
         self._put(self.chunks.series(self.layer + 1), number, out_BLD, lasting=self.chunks.lasting)
         self.work.store.spare(self.chunks.series(self.layer), [number])
 
@@ -280,3 +278,10 @@ class LayerPass:
     def _put(self, series: str, number: int, tensor: Tensor, *, lasting: bool = False) -> None:
         with self.work.profile.phase("store", bytes=tensor.nbytes):
             self.work.store.put(series, number, tensor, lasting=lasting)
+
+
+def _check_finite(states_BLD: Tensor, what: str) -> None:
+    if not all_finite(states_BLD):
+        raise GrailError(
+            f"{what} holds NaN or infinity; check the checkpoint, or use --dtype float32 where a narrower one overflows"
+        )

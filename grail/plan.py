@@ -112,7 +112,8 @@ def headline(plan: Plan) -> str:
     session = plan.session
     changed = sum(map(session.job.touches, session.job.sites))
     tokens = session.windows.tokens if session.windows else 0
-    beside = f" and {session.trial_windows} windows to choose by" if session.trial_windows else ""
+    few = session.trial_windows
+    beside = f" and {few} window{'s' * (few > 1)} to choose by" if few else ""
     several = f" in {session.group.size} processes" if session.group.size > 1 else ""
     return (
         f"{session.recipe.called or session.located.id}: {session.parameters / 1e6:.1f} M parameters, "
@@ -161,6 +162,7 @@ def _within_budget(session: Session, costs: Costs, base: int) -> Costs:
         raise GrailError(
             f"--memory {budget / 1e9:.2f} GB cannot be kept: with one window of {least} tokens at a time this "
             f"run needs {(base + memory[largest]) / 1e9:.2f} GB ({largest}; {base / 1e9:.2f} GB before any work)"
+            f"{'; --target hidden needs less' if session.job.streams else ''}"
         )
     return costs
 

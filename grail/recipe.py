@@ -17,6 +17,8 @@ AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
 RIDGE = 1e-3
 TRIALS_EVERY, FEWEST_TRIALS = 8, 2
 """Windows that only decide between candidates: one for so many that enter the statistics, and at least so many."""
+TRIAL_SHARE = 5
+"""And at most one of so many that there are of a text."""
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "ridge_form": ("anchored", "paper"),
@@ -39,11 +41,12 @@ class Recipe:
     """The options of CONTRACTS, with underscores. `None` means "the default for this model and data".
 
     target: what a repaired consumer should add to the residual stream: what it did before ("hidden"), or also what the
-    sites before it got wrong ("stream"), of which alpha is the share.
+    sites before it got wrong ("stream"), of which alpha is the share. Not given: the first of TARGETS, and "hidden"
+    where the calibration data can spare no windows to choose alpha and ridge by.
     sweeps: how often a consumer is solved for at most, with target "stream": each time towards what is left.
     strict: a λ that would have to be raised ends the run."""
 
-    TARGETS: ClassVar[tuple[str, ...]] = (HIDDEN, STREAM)
+    TARGETS: ClassVar[tuple[str, ...]] = (STREAM, HIDDEN)
     MOST_TRIALS: ClassVar[int] = 16
     """Windows that only decide, at most."""
 
@@ -115,6 +118,8 @@ class Recipe:
 
     def _settle_target(self) -> None:
         """The target, and with it the ridge that is not given."""
+        # asked for by its name, or by an option that only one of them has
+        self.wants_target = self.target is not None or self.ridge == AUTO or (self.alpha, self.sweeps) != (AUTO, 1)
         self.target = self.target or self.TARGETS[0]
         if self.target not in self.TARGETS:
             raise GrailError(f"--target {self.target}: choose one of {', '.join(self.TARGETS)}")
@@ -142,8 +147,8 @@ class Recipe:
         """How many."""
         return min(max(self.samples // TRIALS_EVERY, FEWEST_TRIALS), self.MOST_TRIALS) if self.chooses else 0
 
-    def of_one_site(self) -> Recipe:
-        """The same where only one site is compressed: there is no error of others to make up for."""
+    def site_by_site(self) -> Recipe:
+        """The same with every site repaired on its own, whatever others get wrong."""
         return replace(self, target=HIDDEN, alpha=AUTO, sweeps=1, ridge=RIDGE if self.ridge == AUTO else self.ridge)
 
     def ratio_of(self, kind: str) -> float:

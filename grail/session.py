@@ -30,7 +30,7 @@ from .families.decoder import Decoder
 from .job import Job
 from .machine import usable_device
 from .progress import Progress
-from .recipe import Recipe
+from .recipe import TRIAL_SHARE, Recipe
 from .report import versions
 from .selectors import selector_class
 from .statistics import MOMENTS
@@ -229,6 +229,8 @@ class Session:
             seed=recipe.seed,
             trial=recipe.trial_windows,
         )
+        if recipe.trial_windows and windows.trial is None:
+            self._choose_nothing(windows)
         if windows.weights is not None and (self.job.affine or self._uses_means):
             what = "--bias" if self.job.affine else f"--method {recipe.method}"
             raise GrailError(f"{windows.source}: weights of tokens are not offered with {what}; leave one of them out")
@@ -247,6 +249,20 @@ class Session:
         if isinstance(recipe.calibration, Tensor) and len(recipe.calibration) > recipe.samples + recipe.trial_windows:
             self.progress.warn(f"{len(recipe.calibration)} windows were given, samples={recipe.samples} are used")
         return windows
+
+    def _choose_nothing(self, windows: Windows) -> None:
+        """Every site on its own, where no windows can be spared to choose alpha and ridge by."""
+        length = windows.ids.shape[1]
+        held = f"--calibration {windows.source} holds less than {TRIAL_SHARE} windows of {length} tokens, and with less"
+        if self.recipe.wants_target:
+            raise GrailError(
+                f"{held} --target stream has none to choose alpha and ridge by; give more text, or numbers for --alpha "
+                f"and --ridge"
+            )
+        self.progress.warn(f"{held} none can be spared to choose alpha and ridge by: taking --target hidden")
+        self.recipe = self.job.recipe = self.recipe.site_by_site()
+        if self.job.format:
+            self._decide_format()
 
     def _evaluated(self) -> Windows | None:
         """Evaluation windows: those asked for, or by default the held-out part of the calibration text."""

@@ -67,7 +67,7 @@ def error_survey(
     through the dense layers, and the logits' Kullback-Leibler divergence from the dense ones is what that error costs.
     For small errors it is proportional to their energy, which gives the cost of the other widths.
     """
-    job = replace(job, recipe=job.recipe.of_one_site())
+    job = replace(job, recipe=job.recipe.site_by_site())
     chunks = Chunks.of(work, "survey", texts)
     alone = Chunks(work, "survey-alone")
     origin: dict[int, tuple[str, int]] = {}

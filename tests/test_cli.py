@@ -63,7 +63,7 @@ def test_without_a_terminal_there_are_no_bars_and_no_colours(job):
     assert done.returncode == 0, done.stderr
     text = done.stdout + done.stderr
     assert "\x1b" not in text and "\r" not in text and "━" not in text
-    assert "calibration tokens; about" in done.stderr.splitlines()[0]
+    assert "224 calibration tokens and 1 window to choose by; about" in done.stderr.splitlines()[0]
     assert "compressing: layer 2 of 2" in done.stderr
     assert "loads with     AutoModelForCausalLM.from_pretrained(" in done.stdout
 
@@ -114,7 +114,8 @@ def test_resume_leaves_a_finished_output_as_it_is(job, tmp_path, reopen_here):
 
 
 def test_compare_pruned_is_what_no_compensate_gives(job, tmp_path, reopen_here):
-    arguments = [str(a) for a in job]
+    """On the same windows: those that --target stream keeps to choose by are not there for either."""
+    arguments = [str(a) for a in job] + ["--target", "hidden"]
     evaluation = ["--eval", arguments[arguments.index("--calibration") + 1], "--json", "--overwrite"]
     both = json.loads(runner.invoke(app, [*arguments, *evaluation, "--compare-pruned"]).stdout)
     alone = json.loads(runner.invoke(app, [*arguments, *evaluation, "--no-compensate"]).stdout)

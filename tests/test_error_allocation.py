@@ -147,7 +147,7 @@ def surveyed(source, ids, store, group=None, **options):
 
 
 WIRINGS = {
-    "repaired": ({}, {}),
+    "repaired": ({}, {"target": "hidden"}),
     "bias": ({}, {"bias": True}),
     "own biases, pruned": (BIASES, {"method": "mag-sp", "compensate": False}),
     "own biases and a bias, pruned": (BIASES, {"method": "mag-sp", "compensate": False, "bias": True}),
@@ -168,7 +168,7 @@ def test_costs_and_errors_are_those_of_transformers(tmp_path, ids, monkeypatch, 
     store, model = MemoryStore(), tiny_model(**network).double()
     session, curves = surveyed(tiny_checkpoint(tmp_path, **network), ids, store, **options)
     assert not store._held, "the survey leaves chunks behind"
-    trial = session.windows.trial if "target" in options else load_file(ids)["input_ids"][:3]
+    trial = session.windows.trial if session.job.streams else load_file(ids)["input_ids"][:3]
     assert torch.equal(session.deciding_windows, trial)
     rows = {}
     for name in curves:

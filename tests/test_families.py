@@ -174,7 +174,7 @@ def test_mlp_statistics_are_taken_after_the_attention_was_compressed(tmp_path):
 def test_later_layers_see_the_compressed_earlier_ones(tmp_path):
     """The Gram of layer 1's attention comes from the written layer 0, not from the dense one."""
     source = tiny_checkpoint(tmp_path / "source")
-    report = compress_tiny(tmp_path, source)
+    report = compress_tiny(tmp_path, source, target="hidden")
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     small.model.layers[1] = dense.model.layers[1]

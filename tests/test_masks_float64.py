@@ -191,7 +191,7 @@ def assert_mask(site: StoredSite, score_U: Tensor, removed_per_group: int) -> No
 def test_tiny_llama(tmp_path, method, heads):
     source = tiny_checkpoint(tmp_path / "source", num_key_value_heads=6 if heads == "mha" else 2, num_hidden_layers=3)
     file = tiny_calibration(tmp_path / "calibration.safetensors", windows=16)
-    grail.compress(source, output=tmp_path / "out", calibration=file, ratio=0.4, **METHODS[method])
+    grail.compress(source, output=tmp_path / "out", calibration=file, ratio=0.4, target="hidden", **METHODS[method])
     removed = {"heads": 2 if heads == "mha" else 1, "channels": 16}  # 0.4 of 6 in one group, of 3 in each of two, of 40
     sites = list(closed_loop(source, tmp_path / "out", load_file(file)["input_ids"]))
     assert len(sites) == 6
@@ -233,7 +233,7 @@ def check_smollm2(source: Path, written: Path, windows_NL: Tensor, method: str) 
 def test_first_layers_of_multi_head_smollm2(tmp_path, two_layers, text, method):
     """Real weights and text. Earlier layers do not depend on later ones, so the first two are compressed on their own:
     the whole model with three methods is minutes."""
-    grail.compress(two_layers, output=tmp_path / "out", calibration=text.ids, **METHODS[method])
+    grail.compress(two_layers, output=tmp_path / "out", calibration=text.ids, target="hidden", **METHODS[method])
     check_smollm2(two_layers, tmp_path / "out", text.ids, method)
 
 

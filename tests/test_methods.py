@@ -163,6 +163,7 @@ def test_the_obs_weights_are_the_anchored_solution_at_its_own_ridge(tmp_path, fo
     lam, before = obs.sites[0]["lambda"], obs.sites[0]["error_before"]
     assert lam > 0 and obs.sites[0]["error_after"] < before
     # mean(diag A) of the kept channels, from λ of a run at ridge 1
+    common["target"] = "hidden"
     one = compressed(folders("gqa"), tmp_path / "c", calibration, **common, ridge=1.0)
     same = compressed(folders("gqa"), tmp_path / "d", calibration, **common, ridge=lam / one.sites[0]["lambda"])
     name = "model.layers.0.self_attn.o_proj.weight"

@@ -52,7 +52,7 @@ def test_the_plan_is_what_happens(tiny, options):
         assert entry["after"] == sum(r.reduction.kept_width if r.reduction else r.site.units.width for r in sites)
         assert entry["changed"] == sum(r.reduction is not None for r in sites)
     assert found["loads_with"] == report.loads_with and found["format"] == report.format.name
-    assert found["calibration_tokens"] == 8 * 32
+    assert found["target"] == "stream" and [found["calibration_tokens"], found["trial_tokens"]] == [7 * 32, 32]
 
 
 def test_a_plan_writes_nothing_and_needs_no_output(tiny, tmp_path, monkeypatch):
@@ -85,8 +85,10 @@ def test_a_plan_refuses_what_compress_refuses(tiny):
 
 
 def test_more_work_costs_more(tiny):
-    one, two = planned(**tiny), planned(**tiny, method="flap")
+    one, two = planned(**tiny, target="hidden"), planned(**tiny, target="hidden", method="flap")
     assert two["passes"] == 2 and two["flops"]["forward"] > 1.9 * one["flops"]["forward"]
+    beside = planned(**tiny)["flops"]
+    assert 1.9 < beside["forward"] / one["flops"]["forward"] < 2.1 and beside["solve"] > one["flops"]["solve"]
     assert planned(**tiny, compensate=False)["flops"]["solve"] == 0
     assert planned(**tiny, method="wanda-pp-sp")["flops"]["training"] > 0
     assert planned(**tiny, ratio=0)["flops"]["gram"] == 0
@@ -95,7 +97,7 @@ def test_more_work_costs_more(tiny):
 def test_arithmetic_by_hand(tiny):
     """Three layers of 6 x 8 heads over 2 key/value heads, width 48, 40 channels; 256 tokens."""
     layer = 48 * (48 + 16 + 16 + 48 + 3 * 40) + 2 * 48
-    found = planned(**tiny, eval=tiny["calibration"])["flops"]
+    found = planned(**tiny, eval=tiny["calibration"], target="hidden")["flops"]
     assert found["forward"] == 2 * 256 * 3 * layer
     assert found["gram"] == 256 * 3 * (48**2 + 40**2)
     assert found["evaluation"] == 256 * 2 * (2 * 3 * layer + 2 * 64 * 48)

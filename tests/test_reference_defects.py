@@ -32,7 +32,7 @@ def random_windows(count: int = 8, length: int = 32, low: int = 0, high: int = 6
 
 def compress(source, output, windows_NL: Tensor, **flags) -> grail.Report:
     flags = {"method": "wanda-sp", "ratio": 0.5, "samples": len(windows_NL)} | flags
-    return grail.compress(source, output=output, calibration=windows_NL, **flags)
+    return grail.compress(source, output=output, calibration=windows_NL, **{"target": "hidden"} | flags)
 
 
 NETWORKS = {

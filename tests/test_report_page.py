@@ -223,8 +223,8 @@ class TestRealRuns:
 
 RECIPES = [
     {},
-    {"method": "gram", "ratio": 0.25, "target": "stream", "alpha": 0.5, "ridge": 0.01},
-    {"target": "stream", "calibration": "my text's.txt", "eval": "none", "seq_len": 64},
+    {"method": "gram", "ratio": 0.25, "alpha": 0.5, "ridge": 0.01},
+    {"target": "hidden", "calibration": "my text's.txt", "eval": "none", "seq_len": 64},
     {"ridge": 0.0, "ridge_form": "paper", "bias": False, "compare_pruned": True, "set": {"a": "b c", "d": "1"}},
     {"bias": True, "compensate": False, "attn_ratio": 0.0, "mlp_ratio": 0.125, "gqa": "group", "round_to": 8},
     {"format": "padded", "dtype": "bfloat16", "output_dtype": "float16", "allocation": "error", "head_multiple": 2},

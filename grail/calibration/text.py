@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrailError
+from ..recipe import TRIAL_SHARE
 from .mixture import parts_of, shares
 from .sources import BUILTIN, documents
 from .tokens import checked, from_batches, pretokenised, stored_weights, weigh, within
@@ -19,8 +20,6 @@ from .tokens import checked, from_batches, pretokenised, stored_weights, weigh, 
 JOINER = dict.fromkeys([*BUILTIN, "wikitext2"], "\n\n")
 BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
 ENOUGH = 8
-TRIAL_SHARE = 5
-"""Windows that only decide are at most one of so many."""
 TRIAL_STRETCH = 8
 """They lie in the last of so many parts of the text, if they fit."""
 
@@ -82,11 +81,11 @@ def load_calibration(
     trial: int = 0,
 ) -> Windows:
     """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and `trial` (at most a fifth of what
-    there is) from the end of the text, which the others do not reach.
+    there is; none where that is less than one) from the end of the text, which the others do not reach.
 
     source: "builtin", "wikitext2", "c4", a path, several of these joined by "+" (as many windows each), or (Python) a
     tensor, a list of tensors or an iterable of batches. `tokenizer` is only called when there is text to tokenise.
-    Raises GrailError naming a source without a full window, or with `trial` one without enough for both.
+    Raises GrailError naming a source without a full window.
     """
     if not isinstance(source, (str, Path)):
         ids, weights = from_batches(source, samples + trial, seq_len)
@@ -102,8 +101,8 @@ def load_calibration(
     found = [_of_one(part, tokenizer, vocabulary, some, length, seed, few) for part, some, few in counts]
     if any(windows.weights is not None for windows in found):
         raise GrailError(f"--calibration {source}: texts that are joined cannot have weights; give one file")
-    held = torch.cat([windows.trial for windows in found]) if trial else None
-    joined = Windows.of(torch.cat([windows.ids for windows in found]), str(source), held)
+    held = [windows.trial for windows in found if windows.trial is not None]
+    joined = Windows.of(torch.cat([windows.ids for windows in found]), str(source), torch.cat(held) if held else None)
     joined.distinct = sum(windows.different for windows in found)
     return joined
 
@@ -130,7 +129,7 @@ def _of_one(
             f"--calibration {source} holds {len(tokens)} tokens, less than one window of {length}; "
             f"give more text or a smaller --seq-len"
         )
-    reserved = _reserved(len(tokens), length, trial, source)
+    reserved = _reserved(len(tokens), length, trial)
     offsets = torch.arange((reserved[0] if reserved else len(tokens)) - length + 1)
     drawn = offsets[torch.randint(len(offsets), (samples,), generator=torch.Generator().manual_seed(seed))]
     ids, held = (
@@ -174,14 +173,12 @@ def evaluation_windows(
     return Windows.of(ids.contiguous(), source) if len(ids) else None
 
 
-def _reserved(tokens: int, length: int, trial: int, source: str) -> list[int]:
+def _reserved(tokens: int, length: int, trial: int) -> list[int]:
     """Offsets of the windows for a choice, spread over the end of the text: one between the others would be about
     what they are about, and not tell what was learnt from what was learnt by heart."""
-    if not trial:
-        return []
     count = min(trial, tokens // (TRIAL_SHARE * length))
     if not count:
-        raise GrailError(_too_little(source, f"{tokens} tokens", f"{TRIAL_SHARE} windows of {length}"))
+        return []
     room = max(tokens // TRIAL_STRETCH, count * length)
     return [tokens - room + i * (room - length) // max(count - 1, 1) for i in range(count)]
 
@@ -189,22 +186,13 @@ def _reserved(tokens: int, length: int, trial: int, source: str) -> list[int]:
 def _parted(ids_NL: Tensor, source: str, samples: int, trial: int, weights_NL: Tensor | None) -> Windows:
     """Of windows that are cut already the last ones for a choice, and the others: as many as asked for where there are
     enough of both."""
-    if not trial:
-        return Windows.of(ids_NL, source, None, weights_NL)
     enough = len(ids_NL) >= samples + trial
     count = trial if enough else min(trial, len(ids_NL) // TRIAL_SHARE)
     if not count:
-        raise GrailError(_too_little(source, f"{len(ids_NL)} windows", f"{TRIAL_SHARE}"))
+        return Windows.of(ids_NL[:samples], source, None, None if weights_NL is None else weights_NL[:samples])
     parts = [None if t is None else (t[:-count], t[-count:].clone()) for t in (ids_NL, weights_NL)]
     weights = parts[1] or (None, None)
     return Windows.of(parts[0][0], source, parts[0][1], *weights)
-
-
-def _too_little(source: str, there: str, needed: str) -> str:
-    return (
-        f"--calibration {source} holds {there}, and --target stream needs at least {needed}, a part of which only "
-        f"decides about alpha and ridge; give more text, or numbers for --alpha and --ridge"
-    )
 
 
 def _tokens(source: str, texts: Iterator[str], tokenizer: Any, vocabulary: int, enough: int | None = None) -> Tensor:

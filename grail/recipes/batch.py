@@ -17,6 +17,7 @@ from ..errors import Circumstance, GrailError, Interrupted, circumstance, verdic
 from ..page.command import flags
 from ..page.run import GRAIL, RAN, mapping, read_run
 from ..progress import Progress
+from ..recipe import TRIAL_SHARE, Recipe
 from ..request import Request
 
 WAITING, FINISHED, DONE, FAILED = "to do", "finished", "done", "failed"
@@ -88,13 +89,23 @@ def finished_result(asked: Request) -> dict[str, Any] | None:
     if not (folder / GRAIL).is_file() or (folder / JOURNAL).exists():
         return None
     found = read_json(folder / GRAIL)
-    wanted = json.loads(json.dumps(asked.recipe.to_json()))
     options = mapping(mapping(found.get("source")).get("options"))
-    if found.get("recipe") != wanted or options != asked.model_options:
+    if found.get("recipe") not in _results_of(asked.recipe, found) or options != asked.model_options:
         return None
     if asked.recipe.strict:
         _refuse_raised(folder, found.get("sites"))
     return found | ({"run": read_json(folder / RAN)} if (folder / RAN).is_file() else {})
+
+
+def _results_of(recipe: Recipe, found: dict[str, Any]) -> list[Any]:
+    """The recipes that a result of this one may name: its own, and that of every site on its own where no target was
+    asked for and the data, as `found` counts it, can spare nothing to choose by."""
+    used = mapping(found.get("calibration"))
+    tokens, length = used.get("distinct_tokens"), used.get("seq_len")
+    little = isinstance(tokens, int) and isinstance(length, int) and tokens < TRIAL_SHARE * length
+    left_open = recipe.trial_windows and not recipe.wants_target
+    recipes = [recipe, recipe.site_by_site()] if little and left_open else [recipe]
+    return [json.loads(json.dumps(each.to_json())) for each in recipes]
 
 
 def _refuse_raised(folder: Path, sites: Any) -> None:

@@ -133,7 +133,7 @@ def outcome(source: Path, out: Path, **flags) -> dict | str:
             assert torch.isfinite(tensor).all(), name
     record = json.loads((out / "grail.json").read_text())
     assert record == json.loads(json.dumps(report.to_json()))
-    promised = flags.get("ridge_form", "anchored") == "anchored" and flags.get("target", "hidden") == "hidden"
+    promised = record["recipe"]["ridge_form"] == "anchored" and record["recipe"]["target"] == "hidden"
     for site in record["sites"]:
         judge(site, promised)
         if site["held_out_errors"] and flags.get("alpha", "auto") == "auto":

@@ -125,7 +125,7 @@ TEXTS = {
 @pytest.mark.parametrize("target", ["hidden", "stream"])
 def test_next_to_no_text(place, source, text, target):
     ids = TEXTS[text] if target == "hidden" else TEXTS[text].expand(6, -1).contiguous()
-    flags = {"ridge": 0.0} | ({"target": target, "alpha": 1.0} if target == "stream" else {})
+    flags = {"ridge": 0.0, "target": target} | ({"alpha": 1.0} if target == "stream" else {})
     for method in methods():
         found = outcome(source, place / "out", method=method, calibration=ids, allocation="uniform", **flags)
         assert any(site["raised"] for site in found["sites"])
@@ -191,7 +191,7 @@ def test_the_errors_of_a_site_are_those_of_the_written_network(place, source, ed
     model = edited(source, place / "edited", EDITS[edit])
     ids = load_file(place / "many.safetensors")["input_ids"]
     flags = {"calibration": ids, "mlp_ratio": 0.4, "attn_ratio": 0.34, "ridge_form": form, "ridge": 1e-3}
-    record = outcome(model, place / "out", **flags)
+    record = outcome(model, place / "out", target="hidden", **flags)
     narrow = grail.load(place / "out").double().model.layers[1].mlp
     dense = grail.load(model).double().model.layers[1].mlp
     seen = []
