@@ -54,7 +54,8 @@ class Report(Readable):
 
         name, kind, before and after (widths), lambda and retries (the ridge, and how often it was raised), raised (the
         ridge asked for and the one it took, where that was another), rcond (of the equations), error_before and
-        error_after (of the consumer's output, without and with the repair, as shares of its energy), effective_rank,
+        error_after (of the consumer's output, without and with the repair, as shares of its energy; towards the stream
+        what is left to the dense one, as shares of what was missing before the consumer), effective_rank,
         alpha, held_out_errors and sweeps (of --target stream; stream_lambda where the part towards the stream has
         equations of its own, in networks held in memory), damping (lambda and retries of a method that selects by
         a damped Gram matrix), trained: the layer was trained afterwards, so that the error is that of the weights it

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from .progress import Progress
-from .recipe import FILE
+from .recipe import FILE, STREAM
 
 if TYPE_CHECKING:
     from .report import Report
@@ -97,7 +97,10 @@ def show_report(report: Report, console: Console) -> None:
     compensated = [site for site in report.sites if site["error_after"] is not None]
     if compensated:
         pruned, repaired = (mean(compensated, key) for key in ("error_before", "error_after"))
-        lines["output error"] = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}"
+        streams = report.recipe.target == STREAM
+        of = " of the way to the dense stream" if streams else ""
+        errors = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}{of}"
+        lines["stream error" if streams else "output error"] = errors
     lines |= raised(report.sites)
     if report.evaluation:
         found = report.evaluation

@@ -117,3 +117,14 @@ def test_what_does_not_fit_names_the_target_that_needs_less(source, tmp_path):
         compressed(source, tmp_path / "stream", **asked)
     with pytest.raises(GrailError, match=r"before any work\)$"):
         compressed(source, tmp_path / "hidden", **asked, target="hidden")
+
+
+@pytest.mark.parametrize("target, said", [("stream", "stream error"), ("hidden", "output error")])
+def test_a_person_is_told_of_what_the_errors_are(source, tmp_path, target, said):
+    save_file({"input_ids": ids(8)}, tmp_path / "ids.safetensors")
+    flags = ["--model", source, "--calibration", tmp_path / "ids.safetensors", "--eval", "none", "--ratio", 0.4]
+    done = CliRunner().invoke(app, ["compress", *map(str, flags), "--output", f"{tmp_path}/out", "--target", target])
+    errors = next(line for line in done.stdout.splitlines() if "mean of 4 sites" in line)
+    streams, words = target == "stream", "of the way to the dense stream"
+    assert errors.startswith(said) and errors.endswith(words) == streams
+    assert (words in (tmp_path / "out/report.html").read_text()) == streams

@@ -80,7 +80,7 @@ def test_what_it_says(reports):
     assert lines["perplexity"].startswith(f"{values['compressed']:.2f} (dense {values['dense']:.2f}, pruned only ")
     assert lines["perplexity"].endswith(f" on {report.evaluation['data']}")
     before, after = (sum(site[f"error_{name}"] for site in report.sites) / 4 for name in ("before", "after"))
-    after_told, before_told = re.match(r"(\S+) \((\S+) before repair\)", lines["mean error per site"]).groups()
+    after_told, before_told = re.match(r"(\S+) \((\S+) before repair[,)]", lines["mean error per site"]).groups()
     assert (float(after_told), float(before_told)) == (pytest.approx(after, rel=0.01), pytest.approx(before, rel=0.01))
     assert "mean error" not in reports("network-pruned").summary()
 

@@ -59,7 +59,8 @@ def figures(run: Run, sites: list[SiteRow]) -> dict[str, tuple[str, str]]:
     repaired = [s for s in sites if s.error_before is not None and s.error_after is not None]
     if repaired:
         before, after = (sum(getattr(s, f"error_{n}") for s in repaired) / len(repaired) for n in ("before", "after"))
-        found["mean error per site"] = (short(after, 3), f"{short(before, 3)} before repair")
+        of = ", of the way to the dense stream" if run.recipe.get("target") == "stream" else ""
+        found["mean error per site"] = (short(after, 3), f"{short(before, 3)} before repair{of}")
     return found
 
 
