@@ -231,28 +231,34 @@ class Costs:
     def flops(self) -> dict[str, float]:
         """Floating-point operations: float32 (or the compute dtype's) and, for solves, float64."""
         job, config = self.job, self.job.model.config
-        layers = sum(self._numel(job.model.prefix(i)) for i in range(job.model.layer_count))
+        token = self._token_flops(self.length)
         gradients = BLOCK_GRADIENTS in job.selector.needs
         runs = 1 + self.surveyed + self.pruned_too + BACKWARD * gradients * (1 + self.pruned_too)
         last = max((site.layer + 1 for site in job.sites if job.touches(site)), default=0)
         found = {
-            "forward": 2.0 * layers * (self.streamed + (runs - 1) * self.tokens) * last / job.model.layer_count,
+            "forward": token * (self.streamed + (runs - 1) * self.tokens) * last / job.model.layer_count,
             "gram": self.tokens * sum(s.units.width**2 for s in job.sites if self._grams(s)) * 1.0,
             "solve": sum(map(self._solve_flops, job.sites)),
-            "training": self._training_flops(2.0 * layers),
+            "training": self._training_flops(token),
         }
         if self.deciding:  # a copy for each site, through half of the layers on the average; a solve for each width
-            found["forward"] += layers * self.deciding * len(job.sites)
+            found["forward"] += token / 2 * self.deciding * len(job.sites)
             found["solve"] *= 1 + len(SHARES)
         if job.streams:  # the dense network beside, the cross moment, and moments of the held-out windows
-            found["forward"] += 2.0 * layers * self.streamed * last / job.model.layer_count
+            found["forward"] += token * self.streamed * last / job.model.layer_count
             for site in filter(job.touches, job.sites):
                 consumer, kept = self._part(site)[1], self._kept(site)
                 found["gram"] += 2.0 * consumer * self.tokens
                 found["gram"] += self.trial * self.length * kept * (kept + 2.0 * consumer / site.units.width)
         head = 2.0 * config.vocab_size * config.hidden_size
-        found["evaluation"] = self.evaluated * (2 + self.pruned_too) * (2.0 * layers + head)
+        found["evaluation"] = self.evaluated * (2 + self.pruned_too) * (self._token_flops(self.evaluated_length) + head)
         return found
+
+    def _token_flops(self, length: int) -> float:
+        """Of one token through all layers: what meets weights, and attention over a window of so many."""
+        weights = sum(self._numel(self.job.model.prefix(i)) for i in range(self.job.model.layer_count))
+        heads = sum(site.units.width for site in self.job.sites if site.kind == "heads")
+        return 2.0 * weights + 4.0 * length * heads
 
     def _grams(self, site: Site) -> bool:
         return self.job.touches(site) and GRAM in self.job.statistics_of(site)

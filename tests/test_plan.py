@@ -95,8 +95,8 @@ def test_more_work_costs_more(tiny):
 
 
 def test_arithmetic_by_hand(tiny):
-    """Three layers of 6 x 8 heads over 2 key/value heads, width 48, 40 channels; 256 tokens."""
-    layer = 48 * (48 + 16 + 16 + 48 + 3 * 40) + 2 * 48
+    """Three layers of 6 x 8 heads over 2 key/value heads, width 48, 40 channels; 256 tokens in windows of 32."""
+    layer = 48 * (48 + 16 + 16 + 48 + 3 * 40) + 2 * 48 + 2 * 32 * 48
     found = planned(**tiny, eval=tiny["calibration"], target="hidden")["flops"]
     assert found["forward"] == 2 * 256 * 3 * layer
     assert found["gram"] == 256 * 3 * (48**2 + 40**2)
