@@ -61,7 +61,7 @@ class Plan:
             "bytes": {"before": session.source_bytes, "after": _bytes_after(session)},
             "calibration_tokens": self.costs.tokens,
             "trial_tokens": self.costs.streamed - self.costs.tokens,
-            "target": session.recipe.target,
+            "target": session.recipe.target if session.recipe.compensate else None,
             "evaluation_tokens": self.costs.evaluated,
             "passes": 1 + self.costs.surveyed,
             "chunk_tokens": self.costs.chunk,
@@ -159,10 +159,12 @@ def _within_budget(session: Session, costs: Costs, base: int) -> Costs:
     memory = costs.memory()
     largest = max(memory, key=memory.__getitem__)
     if base + memory[largest] > budget:
+        plainer = replace(costs, job=replace(session.job, recipe=session.recipe.site_by_site()), trial=0)
+        fits = base + max(plainer.memory().values()) <= budget
         raise GrailError(
             f"--memory {budget / 1e9:.2f} GB cannot be kept: with one window of {least} tokens at a time this "
             f"run needs {(base + memory[largest]) / 1e9:.2f} GB ({largest}; {base / 1e9:.2f} GB before any work)"
-            f"{'; --target hidden needs less' if session.job.streams else ''}"
+            f"{'; with --target hidden it would do' if fits else ''}"
         )
     return costs
 

@@ -145,7 +145,12 @@ class Recipe:
     @property
     def trial_windows(self) -> int:
         """How many."""
-        return min(max(self.samples // TRIALS_EVERY, FEWEST_TRIALS), self.MOST_TRIALS) if self.chooses else 0
+        return self.spare_windows if self.chooses else 0
+
+    @property
+    def spare_windows(self) -> int:
+        """How many it would be with automatic alpha and ridge."""
+        return min(max(self.samples // TRIALS_EVERY, FEWEST_TRIALS), self.MOST_TRIALS)
 
     def site_by_site(self) -> Recipe:
         """The same with every site repaired on its own, whatever others get wrong."""

@@ -36,6 +36,8 @@ class Request:
     def options(self) -> dict[str, Any]:
         """Those of a recipe file that asks for the same, output and how it is computed included."""
         found = shortest(self.recipe.to_json(), self.vision, self.model_options)
+        if self.recipe.wants_target:
+            found["target"] = self.recipe.target
         for f in fields(self.recipe):
             value = getattr(self.recipe, f.name)
             if f.name in LEFT_OUT - OF_THE_CALL and value != default(f):

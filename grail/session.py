@@ -16,9 +16,7 @@ from torch import Tensor
 
 import grail_kernels
 
-from .calibration import Windows, evaluation_windows, load_calibration
 from .calibration.mixture import absolute, parts_of
-from .calibration.text import default_length
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
@@ -30,20 +28,18 @@ from .families.decoder import Decoder
 from .job import Job
 from .machine import usable_device
 from .progress import Progress
-from .recipe import TRIAL_SHARE, Recipe
+from .recipe import Recipe
 from .report import versions
 from .selectors import selector_class
 from .statistics import MOMENTS
 from .survey import error_survey, score_survey
+from .texts import calibration_windows, evaluated_windows
 from .widths import WidthPlan
 from .workspace import Workspace, chunk_tokens
 
-EVALUATED_BY_DEFAULT = 10**9
 PROBE_LENGTH = 64
 FAR_OFF = 0.05
 DECIDING_TOKENS = 2048
-OVERLAPPING = 2
-"""How often a token of the text is used, from which on it is said."""
 WIDTHS = "widths"
 
 
@@ -77,9 +73,7 @@ class Session:
         self.job = Job(self.model, sites, self.widths.before_work(), selector, self.recipe)
         if selector.updates_weights() and self.recipe.compensate:
             raise GrailError("--set obs=true writes the method's own weight update: add --no-compensate")
-        if not self.widths.needs_scores or self.recipe.format == "padded":
-            self._decide_format()  # with a global allocation only to see that the biases can be written
-        elif self.recipe.format == "uniform":
+        if self.widths.needs_scores and self.recipe.format == "uniform":
             raise GrailError(
                 f"--format uniform needs the same widths in every layer, which --allocation {self.widths.allocation} "
                 f"does not give; choose --allocation uniform, or another --format"
@@ -92,13 +86,21 @@ class Session:
         with self.phase("text"):
             changes = any(map(self.job.changes, sites))
             needed = self.job.needs_data or (self.widths.measures_errors and changes)
-            self.windows = self._calibration() if needed else None
-            self.evaluated = self._evaluated()
+            self.windows = calibration_windows(self) if needed else None
+            if not self.widths.needs_scores or self.recipe.format == "padded":
+                self._decide_format()  # with a global allocation only to see that the biases can be written
+            self.evaluated = evaluated_windows(self)
 
     def _decide_format(self) -> None:
         job = self.job
-        biased = [site.name for site in job.sites if job.affine and job.touches(site)]
-        job.format = self.model.output_format(job.sites, job.kept, given_bias=biased, asked=self.recipe.format)
+        biased = [site for site in job.sites if job.affine and job.touches(site)]
+        try:
+            names = [site.name for site in biased]
+            job.format = self.model.output_format(job.sites, job.kept, given_bias=names, asked=self.recipe.format)
+        except GrailError as error:
+            if all(map(job.changes, biased)):
+                raise
+            raise GrailError(f"{error}, or take --target hidden: it gives none where nothing is removed") from error
 
     def settle_widths(self, work: Workspace) -> None:
         """For a global allocation: the first of two passes, unless an earlier run has made it; then widths and format.
@@ -136,7 +138,7 @@ class Session:
         return kept
 
     @property
-    def _uses_means(self) -> bool:
+    def uses_means(self) -> bool:
         """Whether the selection reads means of activations, which weights of rows do not give."""
         return any(MOMENTS in self.job.statistics_of(site) for site in self.job.sites)
 
@@ -218,83 +220,6 @@ class Session:
         length = min(PROBE_LENGTH, self.model.config.max_position_embeddings)
         return torch.randint(self.model.config.vocab_size, (1, length), generator=generator)
 
-    def _calibration(self) -> Windows:
-        recipe = self.recipe
-        windows = load_calibration(
-            recipe.calibration,
-            lambda: self.tokenizer,
-            self.model.config.vocab_size,
-            samples=recipe.samples,
-            seq_len=recipe.seq_len,
-            seed=recipe.seed,
-            trial=recipe.trial_windows,
-        )
-        if recipe.trial_windows and windows.trial is None:
-            self._choose_nothing(windows)
-        if windows.weights is not None and (self.job.affine or self._uses_means):
-            what = "--bias" if self.job.affine else f"--method {recipe.method}"
-            raise GrailError(f"{windows.source}: weights of tokens are not offered with {what}; leave one of them out")
-        widest = max(site.units.width for site in self.job.sites if self.job.changes(site))
-        different = windows.different
-        if different < widest:
-            self.progress.warn(
-                f"{different:,} different calibration tokens for {widest:,} channels: the Gram matrix is singular, and "
-                f"the errors on this text say little of other text; use more"
-            )
-        elif windows.tokens > OVERLAPPING * different:
-            self.progress.warn(
-                f"--calibration {windows.source} has only {different:,} tokens for windows of {windows.tokens:,}: they "
-                f"overlap; fewer --samples give nearly the same sooner, more text gives more"
-            )
-        if isinstance(recipe.calibration, Tensor) and len(recipe.calibration) > recipe.samples + recipe.trial_windows:
-            self.progress.warn(f"{len(recipe.calibration)} windows were given, samples={recipe.samples} are used")
-        return windows
-
-    def _choose_nothing(self, windows: Windows) -> None:
-        """Every site on its own, where no windows can be spared to choose alpha and ridge by."""
-        length = windows.ids.shape[1]
-        held = f"--calibration {windows.source} holds less than {TRIAL_SHARE} windows of {length} tokens, and with less"
-        if self.recipe.wants_target:
-            raise GrailError(
-                f"{held} --target stream has none to choose alpha and ridge by; give more text, or numbers for --alpha "
-                f"and --ridge"
-            )
-        self.progress.warn(f"{held} none can be spared to choose alpha and ridge by: taking --target hidden")
-        self.recipe = self.job.recipe = self.recipe.site_by_site()
-        if self.job.format:
-            self._decide_format()
-
-    def _evaluated(self) -> Windows | None:
-        """Evaluation windows: those asked for, or by default the held-out part of the calibration text."""
-        asked, given = self.recipe.eval, self.recipe.calibration
-        if asked == "none":
-            return None
-        if asked is None:
-            tokenised = not isinstance(given, str) or any(p.endswith(".safetensors") for p in parts_of(given))
-            if tokenised or self.parameters >= EVALUATED_BY_DEFAULT:
-                return None
-            if not self.has_tokenizer:
-                named = self.recipe.called or self.located.folder
-                self.progress.warn(f"{named} has no tokenizer: no evaluation (name token ids with --eval)")
-                return None
-        source = absolute(asked or given)
-        length = self.recipe.seq_len or (self.windows.ids.shape[1] if self.windows else default_length(source))
-        found = evaluation_windows(
-            source,
-            lambda: self.tokenizer,
-            self.model.config.vocab_size,
-            seq_len=None if source.endswith(".safetensors") and self.recipe.seq_len is None else length,
-            held_out=self.held_out(source),
-        )
-        if found is None and asked is not None:
-            raise GrailError(f"--eval {asked} holds less than one window of {length} tokens")
-        if found is None:
-            self.progress.warn(
-                f"the part of {given} that is held out holds less than one window of {length} tokens: no evaluation; "
-                f"give more text, a smaller --seq-len, or other text with --eval"
-            )
-        return found
-
     def held_out(self, source: str) -> bool:
         """Whether only the part of `source` that calibration never sees may be used for evaluation."""
         given = self.recipe.calibration
@@ -326,6 +251,7 @@ class Session:
             "tokens": self.windows.tokens,
             "distinct_tokens": self.windows.different,
             "trial_windows": self.trial_windows,
+            "scarce": self.windows.scarce is not None,
             "weighted": self.windows.weights is not None,
         }
 

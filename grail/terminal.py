@@ -97,8 +97,8 @@ def show_report(report: Report, console: Console) -> None:
     compensated = [site for site in report.sites if site["error_after"] is not None]
     if compensated:
         pruned, repaired = (mean(compensated, key) for key in ("error_before", "error_after"))
-        streams = report.recipe.target == STREAM
-        of = " of the way to the dense stream" if streams else ""
+        streams = report.recipe.compensate and report.recipe.target == STREAM
+        of = " of what is missing to the dense stream" if streams else ""
         errors = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}{of}"
         lines["stream error" if streams else "output error"] = errors
     lines |= raised(report.sites)
@@ -124,16 +124,18 @@ def show_plan(found: dict, console: Console) -> None:
     kinds = ", ".join(
         f"{entry['before']} -> {entry['after']} {CHANNELS[kind]} at {entry['changed']} of {entry['sites']} sites"
         if entry["changed"]
-        else f"{kind} unchanged"
+        else f"{kind} keep their width"
         for kind, entry in found["sites"].items()
     )
     lines = {
         "model": f"{found['model']}, {found['layers']} layers",
         "method": f"{found['method']}, allocation {found['allocation']}, passes over the text: {found['passes']}",
+        "target": found["target"] or "none: no repair",
         "widths": kinds + (" (before the network is scored)" if found["allocation"] == "global" else ""),
         "parameters": before_after(found["parameters"]["before"], found["parameters"]["after"], 1e6, "M"),
         "size on disk": before_after(found["bytes"]["before"], found["bytes"]["after"], 1e6, "MB"),
-        "text": f"{found['calibration_tokens']:,} calibration tokens, {found['chunk_tokens']:,} at a time; "
+        "text": f"{found['calibration_tokens']:,} calibration tokens and {found['trial_tokens']:,} to choose by, "
+        f"{found['chunk_tokens']:,} at a time; "
         f"{found['evaluation_tokens']:,} for evaluation",
         "activations": f"in the {found['store']} store, hidden vectors {found['hidden_states']}, "
         f"{found['store_traffic_bytes'] / 1e9:.2f} GB of traffic",

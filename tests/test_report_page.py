@@ -345,7 +345,7 @@ class TestWhatIsMissing:
 class TestComparison:
     def test_a_table_and_one_plot_for_equal_data(self, tmp_path):
         other = variant(parameters={"before": 1_000_000, "after": 500_000})
-        other["recipe"] = other["recipe"] | {"method": "flap"}
+        other["recipe"] = other["recipe"] | {"method": "flap", "target": "hidden"}
         other["evaluation"]["perplexity"] = {"dense": 13.19, "compressed": 35.0}
         folders = [folder_of(tmp_path / "a", example()), folder_of(tmp_path / "b", other)]
         done = runner.invoke(app, ["report", *folders, "-o", str(tmp_path / "both.html"), "--json"])
@@ -353,7 +353,7 @@ class TestComparison:
         assert [run["comparable"] for run in json.loads(done.stdout)["runs"]] == [0, 0]
         found = read((tmp_path / "both.html").read_text())
         assert found.tags.count("figure") == 1 and "cannot be compared" not in found.text
-        for word in ("flap", "wanda-sp, target stream", "13.19", "153.80", "35.00", "700.0 k", "500.0 k", *folders):
+        for word in ("flap, target hidden", "wanda-sp", "13.19", "153.80", "35.00", "700.0 k", "500.0 k", *folders):
             assert word in found.text
 
     def test_different_texts_do_not_share_a_plot(self, tmp_path):

@@ -28,8 +28,9 @@ TRIAL_STRETCH = 8
 class Windows:
     """ids [N, L]; source is what the user named; sha256 over all tensors. trial [V, L] or None: windows of the same
     source that the others do not overlap, for a choice between candidates. weights [N, L] and trial_weights [V, L],
-    float32, or None: how much each token counts, 1 in the mean of the first. distinct: tokens of the text that the
-    windows cover, which overlap where it is short (None: they were given as windows)."""
+    float32, or None: how much each token counts, 1 in the mean of each. distinct: tokens of the text that the
+    windows cover, which overlap where it is short (None: they were given as windows). scarce: the source, or that of
+    its parts, that is too little to spare any for a choice (None: there is enough)."""
 
     ids: Tensor
     source: str
@@ -38,6 +39,7 @@ class Windows:
     weights: Tensor | None = None
     trial_weights: Tensor | None = None
     distinct: int | None = None
+    scarce: str | None = None
 
     @classmethod
     def of(
@@ -79,31 +81,40 @@ def load_calibration(
     seq_len: int | None,
     seed: int,
     trial: int = 0,
+    chooses: bool = True,
 ) -> Windows:
-    """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and `trial` (at most a fifth of what
-    there is; none where that is less than one) from the end of the text, which the others do not reach.
+    """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and, where it `chooses`, `trial` (at
+    most a fifth of what there is; none where that is less than one, also in one of several texts) from the end of the
+    text, which the others do not reach.
 
     source: "builtin", "wikitext2", "c4", a path, several of these joined by "+" (as many windows each), or (Python) a
     tensor, a list of tensors or an iterable of batches. `tokenizer` is only called when there is text to tokenise.
     Raises GrailError naming a source without a full window.
     """
     if not isinstance(source, (str, Path)):
-        ids, weights = from_batches(source, samples + trial, seq_len)
+        ids, weights = from_batches(source, samples + trial * chooses, seq_len)
         ids = checked(ids, vocabulary, "calibration")
-        return _parted(ids, "given in Python", samples, trial, weigh(weights, ids, "calibration"))
+        return _parted(ids, weights, "given in Python", samples, trial, chooses, "calibration")
     parts = parts_of(str(source))
     if len(parts) == 1:
-        return _of_one(parts[0], tokenizer, vocabulary, samples, seq_len, seed, trial)
+        return _of_one(parts[0], tokenizer, vocabulary, samples, seq_len, seed, trial, chooses)
     if samples < len(parts):
         raise GrailError(f"--calibration {source}: --samples {samples} is less than a window of each of its texts")
     length = seq_len or default_length(source)
-    counts = zip(parts, shares(samples, len(parts)), shares(max(trial, len(parts)) if trial else 0, len(parts)))
-    found = [_of_one(part, tokenizer, vocabulary, some, length, seed, few) for part, some, few in counts]
+    counts = list(zip(parts, shares(samples, len(parts)), shares(max(trial, len(parts)), len(parts)), strict=True))
+
+    def drawn(chooses: bool) -> list[Windows]:
+        return [_of_one(part, tokenizer, vocabulary, some, length, seed, few, chooses) for part, some, few in counts]
+
+    found = drawn(chooses and trial > 0)
+    scarce = next((windows.scarce for windows in found if windows.scarce), None)
+    if scarce and chooses:
+        found = drawn(False)
     if any(windows.weights is not None for windows in found):
         raise GrailError(f"--calibration {source}: texts that are joined cannot have weights; give one file")
     held = [windows.trial for windows in found if windows.trial is not None]
     joined = Windows.of(torch.cat([windows.ids for windows in found]), str(source), torch.cat(held) if held else None)
-    joined.distinct = sum(windows.different for windows in found)
+    joined.distinct, joined.scarce = sum(windows.different for windows in found), scarce
     return joined
 
 
@@ -115,10 +126,11 @@ def _of_one(
     seq_len: int | None,
     seed: int,
     trial: int,
+    chooses: bool,
 ) -> Windows:
     if source.endswith(".safetensors"):
         ids = pretokenised(Path(source), vocabulary, "--calibration", seq_len)[: samples + trial].contiguous()
-        return _parted(ids, source, samples, trial, weigh(stored_weights(Path(source)), ids, source))
+        return _parted(ids, stored_weights(Path(source)), source, samples, trial, chooses, source)
     length = seq_len or default_length(source)
     texts = documents(source, "calibration", "--calibration")
     tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * (samples + trial) * length)
@@ -130,6 +142,8 @@ def _of_one(
             f"give more text or a smaller --seq-len"
         )
     reserved = _reserved(len(tokens), length, trial)
+    scarce = None if reserved else source
+    reserved = reserved if chooses else []
     offsets = torch.arange((reserved[0] if reserved else len(tokens)) - length + 1)
     drawn = offsets[torch.randint(len(offsets), (samples,), generator=torch.Generator().manual_seed(seed))]
     ids, held = (
@@ -137,6 +151,7 @@ def _of_one(
     )
     found = Windows.of(ids, source, held)
     found.distinct = int((drawn.sort().values.diff().clamp(max=length)).sum()) + length
+    found.scarce = scarce
     return found
 
 
@@ -183,16 +198,25 @@ def _reserved(tokens: int, length: int, trial: int) -> list[int]:
     return [tokens - room + i * (room - length) // max(count - 1, 1) for i in range(count)]
 
 
-def _parted(ids_NL: Tensor, source: str, samples: int, trial: int, weights_NL: Tensor | None) -> Windows:
+def _parted(
+    ids_NL: Tensor, weights: Tensor | None, source: str, samples: int, trial: int, chooses: bool, where: str
+) -> Windows:
     """Of windows that are cut already the last ones for a choice, and the others: as many as asked for where there are
-    enough of both."""
-    enough = len(ids_NL) >= samples + trial
-    count = trial if enough else min(trial, len(ids_NL) // TRIAL_SHARE)
-    if not count:
-        return Windows.of(ids_NL[:samples], source, None, None if weights_NL is None else weights_NL[:samples])
-    parts = [None if t is None else (t[:-count], t[-count:].clone()) for t in (ids_NL, weights_NL)]
-    weights = parts[1] or (None, None)
-    return Windows.of(parts[0][0], source, parts[0][1], *weights)
+    enough of both. Windows of which no token counts decide nothing. where: what the weights are of."""
+    total, counts = len(ids_NL), weigh(weights, ids_NL, where)
+    few = trial if total >= samples + trial else min(trial, total // TRIAL_SHARE)
+    scarce = trial > 0 and not (few and (counts is None or bool(counts[total - few :].any())))
+    held = slice(total - few, total) if chooses and few and not scarce else None
+    rest = slice(held.start if held else samples)
+    found = Windows.of(
+        ids_NL[rest],
+        source,
+        ids_NL[held].clone() if held else None,
+        None if weights is None else weigh(weights[rest], ids_NL[rest], where),
+        None if weights is None or held is None else weigh(weights[held], ids_NL[held], where),
+    )
+    found.scarce = source if scarce else None
+    return found
 
 
 def _tokens(source: str, texts: Iterator[str], tokenizer: Any, vocabulary: int, enough: int | None = None) -> Tensor:

@@ -159,10 +159,15 @@ class Run:
         return self.recipe.get("compensate") is not False
 
     @property
+    def streams(self) -> bool:
+        """Whether every site of a language model was repaired towards the dense stream."""
+        return self.repaired and not self.vision and self.recipe.get("target") == "stream"
+
+    @property
     def method(self) -> str:
         """The method and what else sets a run apart, in a few words."""
         parts = [string(self.recipe.get("method")) or "unknown method"]
-        if self.recipe.get("target") in ("stream", "own"):
+        if self.repaired and self.recipe.get("target") in (("stream", "own") if self.vision else ("hidden",)):
             parts.append(f"target {self.recipe['target']}")
         if (allocation := string(self.grail.get("allocation"))) not in (None, "uniform"):
             parts.append(f"allocation {allocation}")

@@ -59,7 +59,7 @@ def figures(run: Run, sites: list[SiteRow]) -> dict[str, tuple[str, str]]:
     repaired = [s for s in sites if s.error_before is not None and s.error_after is not None]
     if repaired:
         before, after = (sum(getattr(s, f"error_{n}") for s in repaired) / len(repaired) for n in ("before", "after"))
-        of = ", of the way to the dense stream" if run.recipe.get("target") == "stream" else ""
+        of = ", of what is missing to the dense stream" if run.streams else ""
         found["mean error per site"] = (short(after, 3), f"{short(before, 3)} before repair{of}")
     return found
 
@@ -89,7 +89,7 @@ def _asked(run: Run) -> dict[str, object]:
         else None,
         "seed": whole(number(recipe.get("seed"))) if "seed" in recipe else None,
         "ridge": _ridge(recipe) if run.repaired else "no repair was asked for",
-        "α": recipe.get("alpha") if recipe.get("target") == "stream" else None,
+        "α": recipe.get("alpha") if run.repaired and recipe.get("target") == "stream" else None,
         "sweeps": recipe.get("sweeps") if recipe.get("sweeps") != 1 else None,
     }
 

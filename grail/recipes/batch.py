@@ -17,7 +17,7 @@ from ..errors import Circumstance, GrailError, Interrupted, circumstance, verdic
 from ..page.command import flags
 from ..page.run import GRAIL, RAN, mapping, read_run
 from ..progress import Progress
-from ..recipe import TRIAL_SHARE, Recipe
+from ..recipe import Recipe
 from ..request import Request
 
 WAITING, FINISHED, DONE, FAILED = "to do", "finished", "done", "failed"
@@ -99,12 +99,10 @@ def finished_result(asked: Request) -> dict[str, Any] | None:
 
 def _results_of(recipe: Recipe, found: dict[str, Any]) -> list[Any]:
     """The recipes that a result of this one may name: its own, and that of every site on its own where no target was
-    asked for and the data, as `found` counts it, can spare nothing to choose by."""
-    used = mapping(found.get("calibration"))
-    tokens, length = used.get("distinct_tokens"), used.get("seq_len")
-    little = isinstance(tokens, int) and isinstance(length, int) and tokens < TRIAL_SHARE * length
-    left_open = recipe.trial_windows and not recipe.wants_target
-    recipes = [recipe, recipe.site_by_site()] if little and left_open else [recipe]
+    asked for and the data, as `found` says, could spare nothing to choose by."""
+    scarce = mapping(found.get("calibration")).get("scarce") is True
+    left_open = recipe.chooses and not recipe.wants_target
+    recipes = [recipe, recipe.site_by_site()] if scarce and left_open else [recipe]
     return [json.loads(json.dumps(each.to_json())) for each in recipes]
 
 
