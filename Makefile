@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml setup.py
 install: $(VENV)/installed
 
 demo: install
-	@echo "grail demo: compress SmolLM2-135M by 30 %, repair it, compare with pruning alone (about 7 minutes, 2 cores)"
+	@echo "grail demo: compress SmolLM2-135M by 30 %, repair it, compare with pruning alone (about 11 minutes, 2 cores)"
 	@$(BIN)/grail compress --model smollm2-135m --method wanda-sp --ratio 0.3 --compare-pruned \
 		--output demo-output --overwrite
 	@$(BIN)/grail eval demo-output --against smollm2-135m --speed --prompt "The capital of France is"

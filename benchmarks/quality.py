@@ -73,9 +73,11 @@ def seeds() -> Iterator[dict]:
 
 
 def few() -> Iterator[dict]:
-    """Little calibration text."""
+    """Little calibration text; for the plain repair also with larger λ."""
     for samples, method in itertools.product((16, 8, 4, 2), ("wanda-sp", "slimgpt")):
         yield from (cell(method, 0.3, target, samples=samples) for target in TARGETS)
+    for samples, ridge in itertools.product((8, 4), (1e-1, 1e-2)):
+        yield cell("wanda-sp", 0.3, "hidden", samples=samples, ridge=ridge)
 
 
 def ridges() -> Iterator[dict]:
