@@ -27,7 +27,7 @@ demo-vision: install
 	@$(BIN)/python benchmarks/demo_vision.py
 
 test: install
-	@echo "grail test: lint, then the whole test suite (about 27 minutes, 2 cores)"
+	@echo "grail test: lint, then the whole test suite (about 30 minutes, 2 cores)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q --durations=10
 

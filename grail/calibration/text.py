@@ -30,7 +30,7 @@ class Windows:
     source that the others do not overlap, for a choice between candidates. weights [N, L] and trial_weights [V, L],
     float32, or None: how much each token counts, 1 in the mean of each. distinct: tokens of the text that the
     windows cover, which overlap where it is short (None: they were given as windows). scarce: the source, or that of
-    its parts, that is too little to spare any for a choice (None: there is enough)."""
+    its parts, that is too little to spare any for a choice (None: there is enough, or it was not looked for)."""
 
     ids: Tensor
     source: str
@@ -92,7 +92,8 @@ def load_calibration(
     Raises GrailError naming a source without a full window.
     """
     if not isinstance(source, (str, Path)):
-        ids, weights = from_batches(source, samples + trial * chooses, seq_len)
+        trial = trial if chooses else 0  # what is not needed is not taken from an iterable
+        ids, weights = from_batches(source, samples + trial, seq_len)
         ids = checked(ids, vocabulary, "calibration")
         return _parted(ids, weights, "given in Python", samples, trial, chooses, "calibration")
     parts = parts_of(str(source))
