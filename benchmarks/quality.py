@@ -7,7 +7,7 @@ and on text of another.
     python benchmarks/quality.py acceptance           # against plain GRAIL, with 64 windows and more
     python benchmarks/quality.py headline             # the README's rows: three of these cells
     python benchmarks/quality.py alphas               # α for all sites, against the choice by site
-    python benchmarks/quality.py few                  # wanda-sp and slimgpt at 0.3: 2 to 16 windows
+    python benchmarks/quality.py few                  # wanda-sp and slimgpt at 0.3: 2 to 16 windows, and larger λ
     python benchmarks/quality.py mixtures             # calibration on one text, on another, on both
     python benchmarks/quality.py --render             # tables and figures from what is stored
 
@@ -76,7 +76,7 @@ def few() -> Iterator[dict]:
     """Little calibration text; for the plain repair also with larger λ."""
     for samples, method in itertools.product((16, 8, 4, 2), ("wanda-sp", "slimgpt")):
         yield from (cell(method, 0.3, target, samples=samples) for target in TARGETS)
-    for samples, ridge in itertools.product((8, 4), (1e-1, 1e-2)):
+    for samples, ridge in [*itertools.product((64, 8, 4), (1e-1, 1e-2)), (128, 1e-1)]:
         yield cell("wanda-sp", 0.3, "hidden", samples=samples, ridge=ridge)
 
 
