@@ -35,7 +35,7 @@ class Job:
     @property
     def streams(self) -> bool:
         """Whether consumers are repaired towards the dense network's residual stream."""
-        return self.recipe.compensate and self.recipe.target == "stream"
+        return self.recipe.streams
 
     def touches(self, site: Site) -> bool:
         """Whether the site's consumer gets a new weight: where something is removed, and with the stream for a target

@@ -93,7 +93,7 @@ class LayerPass:
             known[part] = self.block.consume(part, self.block.hidden(part, x_BLD, known))
             last = site == self.sites[-1]
             after_BLD = self.block.output(x_BLD, known) if last else self.block.stream(x_BLD, known)
-        what = f"{site.name}: what it adds to the stream"
+        what = f"{site.name}: the residual stream after it"
         if last:
             self.finish(number, after_BLD, what)
         else:

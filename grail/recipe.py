@@ -138,9 +138,14 @@ class Recipe:
             raise GrailError(f"--alpha must be a number from 0 to 1, or auto; got {self.alpha}")
 
     @property
+    def streams(self) -> bool:
+        """Whether consumers are repaired towards the dense network's residual stream."""
+        return self.compensate and self.target == STREAM
+
+    @property
     def chooses(self) -> bool:
         """Whether windows are needed that only decide between candidates."""
-        return self.compensate and self.target == STREAM and AUTO in (self.alpha, self.ridge)
+        return self.streams and AUTO in (self.alpha, self.ridge)
 
     @property
     def trial_windows(self) -> int:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from .progress import Progress
-from .recipe import FILE, STREAM
+from .recipe import FILE
 
 if TYPE_CHECKING:
     from .report import Report
@@ -97,7 +97,7 @@ def show_report(report: Report, console: Console) -> None:
     compensated = [site for site in report.sites if site["error_after"] is not None]
     if compensated:
         pruned, repaired = (mean(compensated, key) for key in ("error_before", "error_after"))
-        streams = report.recipe.compensate and report.recipe.target == STREAM
+        streams = report.recipe.streams
         of = " of what is missing to the dense stream" if streams else ""
         errors = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}{of}"
         lines["stream error" if streams else "output error"] = errors

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import grail
+from grail.calibration import load_calibration
 from grail.cli import app
 from grail.errors import GrailError
 from grail.modules.recipe import ModuleRecipe
@@ -17,6 +18,7 @@ from grail.progress import Progress
 from grail.recipe import AUTO, RIDGE, Recipe
 from grail.recipes.options import differing
 from grail.run import plan
+from tests.test_calibration import Numbers
 from tests.test_stream_target import tensors_of
 from tests.tiny import VOCABULARY, tiny_checkpoint
 
@@ -93,7 +95,7 @@ def test_is_the_stream_from_five_windows_on(source, tmp_path):
     found = compressed(source, tmp_path / "out", ids(5))
     assert [found["calibration"][name] for name in ("windows", "trial_windows")] == [4, 1]
     assert found["recipe"]["target"] == "stream" and all(site["alpha"] is not None for site in found["sites"])
-    assert "target" not in differing(found["recipe"], vision=False) | {"ridge": 0}
+    assert "target" not in differing(found["recipe"], vision=False)
 
 
 @pytest.mark.parametrize("windows, target", [(4, "hidden"), (8, "stream")])
@@ -137,11 +139,10 @@ def test_what_does_not_fit_names_the_target_that_would(source, tmp_path):
         plan(Recipe(**asked, memory="1MB"), Progress())
 
 
-def weighted(windows: int, **of: float) -> dict:
-    """Windows of which some count something else than 1: first, last."""
+def weighted(windows: int, last: float) -> dict:
+    """Windows whose tokens count differently, those of the last one so many times as much."""
     weights = torch.rand(windows, 32, generator=torch.Generator().manual_seed(2))
-    for place, value in of.items():
-        weights[{"first": 0, "last": -1}[place]] *= value
+    weights[-1] *= last
     return {"input_ids": ids(windows), "weights": weights}
 
 
@@ -219,3 +220,15 @@ def test_a_person_is_told_of_what_the_errors_are(source, tmp_path, target, said)
     streams, words = target == "stream", "of what is missing to the dense stream"
     assert errors.startswith(said) and errors.endswith(words) == streams
     assert (words in (tmp_path / "out/report.html").read_text()) == streams
+
+
+def test_who_chooses_nothing_reads_no_more_text_for_it(tmp_path):
+    """Windows are drawn from what was read: more would be other windows than before there was a choice."""
+    texts = [" ".join(str(i) for i in range(start, start + 10)) for start in range(0, 3000, 10)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = {"samples": 4, "seq_len": 8, "seed": 0}
+    plain, spared = (
+        load_calibration(str(tmp_path / "text.jsonl"), Numbers, 10_000, trial=trial, chooses=False, **asked)
+        for trial in (0, 16)
+    )
+    assert torch.equal(plain.ids, spared.ids) and plain.trial is spared.trial is plain.scarce is spared.scarce is None

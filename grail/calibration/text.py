@@ -134,7 +134,7 @@ def _of_one(
         return _parted(ids, stored_weights(Path(source)), source, samples, trial, chooses, source)
     length = seq_len or default_length(source)
     texts = documents(source, "calibration", "--calibration")
-    tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * (samples + trial) * length)
+    tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * (samples + trial * chooses) * length)
     if len(tokens) < length:
         if not len(tokens):
             raise GrailError(f"--calibration {source} is empty; give more text")
@@ -143,7 +143,7 @@ def _of_one(
             f"give more text or a smaller --seq-len"
         )
     reserved = _reserved(len(tokens), length, trial)
-    scarce = None if reserved else source
+    scarce = source if trial and not reserved else None
     reserved = reserved if chooses else []
     offsets = torch.arange((reserved[0] if reserved else len(tokens)) - length + 1)
     drawn = offsets[torch.randint(len(offsets), (samples,), generator=torch.Generator().manual_seed(seed))]

@@ -20,7 +20,7 @@ from ..compensation import Compensation, compensate
 from ..errors import GrailError
 from ..families.network import ModuleSite, Network
 from ..progress import Progress
-from ..recipe import AUTO, RIDGE, STREAM
+from ..recipe import AUTO, RIDGE
 from ..reduction import Folding, Reduction
 from ..report import site_entry
 from ..result import SiteResult
@@ -75,7 +75,7 @@ class ModulePass:
                 )
         self.affine = self.selector.bias if self.recipe.bias is None else self.recipe.bias
         self.reads_dense = self.recipe.one_shot or self.recipe.target == "dense"
-        self.streams = self.recipe.compensate and self.recipe.target == STREAM
+        self.streams = self.recipe.streams
         self.own_ridge = RIDGE if self.recipe.ridge == AUTO else self.recipe.ridge
 
     def run(self, progress: Progress, tell: Callable[[dict], None]) -> list[SiteResult]:

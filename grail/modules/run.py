@@ -23,7 +23,6 @@ from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network
 from ..machine import usable_device
 from ..page import write_told
 from ..progress import Progress
-from ..recipe import STREAM
 from ..selectors import selector_class
 from ..surroundings import undisturbed
 from ..widths import WidthPlan
@@ -174,7 +173,7 @@ def _compressed(
             example = tower.batches[0][:2]
             changed = [site for site in tower.sites if kept[site.name] < site.units.count]
             verify(tower.dense, changed, example)
-            if recipe.compensate and recipe.target == STREAM:
+            if recipe.streams:
                 _follow_streams(tower.dense, changed, example, progress)
             tower.dense.blocks = tower.dense.blocks if chained(tower.dense, example) else []
     work = copy.deepcopy(dense)
