@@ -32,6 +32,14 @@ RATIOS = [0.3, 0.5, 0.65, 0.8, 0.9]
 COLOURS = {"dense": "grey"} | {name: f"C{i}" for i, name in enumerate(VARIANTS)}
 
 
+class DemoCell(Cell):
+    """A cell with the defaults of `grail compress`."""
+
+    @property
+    def options(self) -> dict:
+        return {}
+
+
 def table_of(net: str, method: str, ratios: list[float], seed: int, console: Console) -> dict[str, list[float]]:
     """Accuracies by variant, one for each ratio; printed as they are known."""
     start = time.perf_counter()
@@ -40,7 +48,7 @@ def table_of(net: str, method: str, ratios: list[float], seed: int, console: Con
     console.print(f"{net}: dense {dense:.2%} ({time.perf_counter() - start:.0f} s)", markup=False)
     names = variants_of(module)
     found = {
-        name: [measure(Cell(net, DATA, method, ratio, seed, name), module)["accuracy"] for ratio in ratios]
+        name: [measure(DemoCell(net, DATA, method, ratio, seed, name), module)["accuracy"] for ratio in ratios]
         for name in names
     }
     table = Table("ratio", title=f"{net}, {method}", box=None, header_style="", title_justify="left")

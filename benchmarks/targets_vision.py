@@ -2,10 +2,10 @@
 residual stream back to the dense one, or one-shot.
 
     python benchmarks/targets_vision.py             # all cells that are not stored yet, and the table
-    python benchmarks/targets_vision.py --render    # only the table, from what is stored
+    python benchmarks/targets_vision.py --render    # only the tables, from what is stored
 
-Fashion-MNIST, GRAIL + REPAIR for the ResNet and GRAIL for the ViT, 128 unlabelled images; lines of
-benchmarks/results/targets_vision.jsonl.
+Fashion-MNIST, GRAIL + REPAIR for the ResNet and GRAIL for the ViT, 128 unlabelled images and, at 0.5, fewer; lines of
+benchmarks/results/targets_vision.jsonl. Seconds are those of grail.compress, without evaluation.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from benchmarks.vision_train import NETS, THREADS
 DATA, SAMPLES = "fashion-mnist", 128
 TABLE = RESULTS / "targets_vision.md"
 METHODS, RATIOS = ("wanda", "fold"), (0.3, 0.5, 0.65, 0.8)
+FEW, FEW_AT = (4, 8, 16, 32, 64), 0.5
+"""Numbers of images, and the ratio with them."""
 TARGETS = {
     "dense": {"target": "dense"},
     "own": {"target": "own"},
@@ -57,29 +59,41 @@ STORE = TargetStore("targets_vision.jsonl")
 
 
 def cells(nets: list[str], seeds: list[int]) -> list[TargetCell]:
+    asked = [(ratio, SAMPLES, target) for ratio in RATIOS for target in TARGETS]
+    asked += [(FEW_AT, samples, target) for samples in FEW for target in ("dense", "stream")]
     return [
-        TargetCell(net, DATA, method, ratio, seed, variants_of(NETS[net]())[-1], SAMPLES, target)
+        TargetCell(net, DATA, method, ratio, seed, variants_of(NETS[net]())[-1], samples, target)
         for seed in seeds
         for net in nets
         for method in METHODS
-        for ratio in RATIOS
-        for target in TARGETS
+        for ratio, samples, target in asked
     ]
 
 
 def render() -> str:
-    """A row for each network, method and target, a column for each ratio: accuracy in %."""
-    found: dict[tuple, list[float]] = {}
-    for cell, row in STORE.latest().items():
-        found.setdefault((cell.net, cell.method, cell.target, cell.ratio), []).append(100 * row["accuracy"])
+    """A row for each network, method and target, a column for each ratio, or number of images: accuracy in %."""
+    latest = STORE.latest()
+    much = table({(c, c.ratio): row for c, row in latest.items() if c.samples == SAMPLES}, RATIOS)
+    few = table({(c, c.samples): row for c, row in latest.items() if c.ratio == FEW_AT}, (*FEW, SAMPLES))
+    return f"{SAMPLES} images, by ratio:\n\n{much}\n{FEW_AT:g}, by the number of images:\n\n{few}"
+
+
+def table(found: dict[tuple[TargetCell, float], dict], columns: tuple[float, ...]) -> str:
+    """Means over seeds; columns that hold nothing of a row stay empty. The last one: mean seconds of a cell."""
+    values: dict[tuple, list[float]] = {}
+    seconds: dict[tuple, list[float]] = {}
+    for (cell, column), row in found.items():
+        name = cell.net, cell.method, cell.target
+        values.setdefault((*name, column), []).append(100 * row["accuracy"])
+        seconds.setdefault(name, []).append(row["seconds"])
     lines = [
-        f"| network | method | target |{''.join(f' {r:g} |' for r in RATIOS)}",
-        "|---|---|---|" + "---|" * len(RATIOS),
+        f"| network | method | target |{''.join(f' {c:g} |' for c in columns)} seconds |",
+        "|---|---|---|" + "---|" * (len(columns) + 1),
     ]
-    for net, method, target in dict.fromkeys(key[:3] for key in found):
-        values = [found.get((net, method, target, ratio), []) for ratio in RATIOS]
-        shown = [f"{mean_and_deviation(v)[0]:.1f}" if v else "" for v in values]
-        lines.append(f"| {net} | {method} | {target} |{''.join(f' {value} |' for value in shown)}")
+    for name, taken in seconds.items():
+        each = [values.get((*name, column), []) for column in columns]
+        shown = [f"{mean_and_deviation(v)[0]:.1f}" if v else "" for v in each]
+        lines.append(f"| {' | '.join(name)} |{''.join(f' {s} |' for s in shown)} {sum(taken) / len(taken):.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -147,6 +147,7 @@ def main() -> None:
                 cell: dict = {"method": method, "ratio": ratio, "attn_ratio": heads}
                 for repaired in (False, True):
                     options = {"method": method, "ratio": ratio, "attn_ratio": heads, "compensate": repaired}
+                    options["target"] = "dense"  # what the stored figures were measured with
                     report = grail.compress(net, calibration=images, samples=CALIBRATION, **options)
                     cell["repaired" if repaired else "pruned"] = cosine(dense, features(report.model, held_out))
                 with open(STORE, "a") as handle:

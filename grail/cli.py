@@ -132,7 +132,7 @@ def compress(
             "--target",
             autocompletion=completion.target,
             help="stream (default): each site also makes up for those before it; hidden: each on its own. "
-            "Vision: dense (default), own or stream.",
+            "Vision: stream (default), dense or own.",
         ),
     ] = None,
     alpha: Annotated[

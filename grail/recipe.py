@@ -15,8 +15,8 @@ FILE = "recipe.yaml"
 """What `grail run` takes; in every output."""
 AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
 RIDGE = 1e-3
-TRIALS_EVERY, FEWEST_TRIALS = 8, 2
-"""Windows that only decide between candidates: one for so many that enter the statistics, and at least so many."""
+FEWEST_TRIALS = 2
+"""Windows that only decide between candidates, at least."""
 TRIAL_SHARE = 5
 """And at most one of so many that there are of a text."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,14 +41,18 @@ class Recipe:
     """The options of CONTRACTS, with underscores. `None` means "the default for this model and data".
 
     target: what a repaired consumer should add to the residual stream: what it did before ("hidden"), or also what the
-    sites before it got wrong ("stream"), of which alpha is the share. Not given: the first of TARGETS, and "hidden"
-    where the calibration data can spare no windows to choose alpha and ridge by.
+    sites before it got wrong ("stream"), of which alpha is the share. Not given: `default_target`, and ALONE where the
+    calibration data can spare no windows to choose alpha and ridge by.
     sweeps: how often a consumer is solved for at most, with target "stream": each time towards what is left.
     strict: a λ that would have to be raised ends the run."""
 
     TARGETS: ClassVar[tuple[str, ...]] = (STREAM, HIDDEN)
+    ALONE: ClassVar[str] = HIDDEN
+    """The target with which every site is repaired on its own."""
+    TRIALS_EVERY: ClassVar[int] = 16
+    """One window that only decides for so many that enter the statistics (docs/results.md: twice as many give nothing)."""
     MOST_TRIALS: ClassVar[int] = 16
-    """Windows that only decide, at most."""
+    """And at most."""
 
     model: Any
     method: str = "wanda-sp"
@@ -120,7 +124,7 @@ class Recipe:
         """The target, and with it the ridge that is not given."""
         # asked for by its name, or by an option that only one of them has
         self.wants_target = self.target is not None or self.ridge == AUTO or (self.alpha, self.sweeps) != (AUTO, 1)
-        self.target = self.target or self.TARGETS[0]
+        self.target = self.target or self.default_target
         if self.target not in self.TARGETS:
             raise GrailError(f"--target {self.target}: choose one of {', '.join(self.TARGETS)}")
         streams = self.target == STREAM
@@ -136,6 +140,11 @@ class Recipe:
             raise GrailError("--sweeps is for --target stream: a repair of its own has nothing left to make up for")
         if self.alpha != AUTO and not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
             raise GrailError(f"--alpha must be a number from 0 to 1, or auto; got {self.alpha}")
+
+    @property
+    def default_target(self) -> str:
+        """The target where none is asked for."""
+        return self.TARGETS[0]
 
     @property
     def streams(self) -> bool:
@@ -155,11 +164,11 @@ class Recipe:
     @property
     def spare_windows(self) -> int:
         """How many it would be with automatic alpha and ridge."""
-        return min(max(self.samples // TRIALS_EVERY, FEWEST_TRIALS), self.MOST_TRIALS)
+        return min(max(self.samples // self.TRIALS_EVERY, FEWEST_TRIALS), self.MOST_TRIALS)
 
     def site_by_site(self) -> Recipe:
         """The same with every site repaired on its own, whatever others get wrong."""
-        return replace(self, target=HIDDEN, alpha=AUTO, sweeps=1, ridge=RIDGE if self.ridge == AUTO else self.ridge)
+        return replace(self, target=self.ALONE, alpha=AUTO, sweeps=1, ridge=RIDGE if self.ridge == AUTO else self.ridge)
 
     def ratio_of(self, kind: str) -> float:
         """The ratio for a kind of site, "heads" or "channels"."""

@@ -50,12 +50,23 @@ def compressed(source, output, calibration, **options) -> dict:
     return json.loads((output / "grail.json").read_text())
 
 
-def test_is_the_stream_for_language_models_and_the_dense_hidden_vectors_for_others():
-    text, images = Recipe(model="m"), ModuleRecipe(model=None)
-    assert [text.target, text.ridge, text.alpha] == ["stream", AUTO, AUTO] and text.trial_windows == 16
-    assert [images.target, images.ridge] == ["dense", RIDGE] and images.trial_windows == 0
-    plain = text.site_by_site()
-    assert [plain.target, plain.ridge, plain.trial_windows] == ["hidden", RIDGE, 0] and plain.wants_target
+@pytest.mark.parametrize("kind, alone", [(Recipe, "hidden"), (ModuleRecipe, "dense")])
+def test_is_the_stream(kind, alone):
+    found = kind(model="m")
+    assert [found.target, found.ridge, found.alpha] == ["stream", AUTO, AUTO]
+    assert found.trial_windows == (8 if kind is Recipe else 16), "of 128"
+    plain = found.site_by_site()
+    assert [plain.target, plain.ridge, plain.trial_windows] == [alone, RIDGE, 0] and plain.wants_target
+
+
+@pytest.mark.parametrize("options", [{"one_shot": True}, {"residual_ratio": 0.25}], ids=str)
+def test_is_the_dense_hidden_vectors_where_no_stream_is_followed(options):
+    found = ModuleRecipe(model=None, **options)
+    assert [found.target, found.ridge, found.trial_windows, found.wants_target] == ["dense", RIDGE, 0, False]
+    with pytest.raises(GrailError, match="--alpha is for --target stream"):
+        ModuleRecipe(model=None, alpha=0.5, **options)
+    said = differing(found.to_json(), vision=True)
+    assert said.get("target") == "dense" and "ridge" not in said, "so that it is the same with other options"
 
 
 @pytest.mark.parametrize("options", [{"target": "stream"}, {"alpha": 0.5}, {"sweeps": 2}, {"ridge": AUTO}])

@@ -243,8 +243,9 @@ class TestByHand:
                 counts=[("blocks.0.attn", "num_heads")], widths=[("blocks.0.attn", "attn_dim")],
             )
         ]  # fmt: skip
-        report = compress(module, x, method="wanda", ratio=0.34, sites=sites)
-        automatic = compress(module, x, method="wanda", ratio=0.34).model.blocks[0].attn
+        asked = {"method": "wanda", "ratio": 0.34, "target": "dense"}  # sites by hand name no stream
+        report = compress(module, x, **asked, sites=sites)
+        automatic = compress(module, x, **asked).model.blocks[0].attn
         assert same_bits(report.model.blocks[0].attn, automatic)
         assert same_bits(report.model.blocks[1], module.blocks[1])
 

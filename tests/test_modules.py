@@ -215,7 +215,7 @@ class TestFormulas:
     def test_closed_loop_over_blocks_stands_for_the_dense_network(self, method):
         """t from the dense network, z from the result: both as plain modules give them."""
         module, x = built("torchvision-bottleneck"), images(8)
-        report = compress(module, x, method=method, ratio=0.5, ridge=RIDGE)
+        report = compress(module, x, method=method, ratio=0.5, ridge=RIDGE, target="dense")
         for result in report.results[1::2]:  # conv3: no producer itself, so that its rows stay
             name = result.site.consumer
             old, new = module.get_submodule(name), report.model.get_submodule(name)
@@ -227,7 +227,7 @@ class TestFormulas:
     @fewer_heads
     def test_heads_and_mlp_of_a_transformer(self):
         module, x = built("dinov2"), images(8)
-        report = compress(module, x, method="wanda", ratio=0.34)
+        report = compress(module, x, method="wanda", ratio=0.34, target="dense")
         for result in report.results:
             name = result.site.consumer
             old, new = (m.get_submodule(name) for m in (module, report.model))
@@ -265,7 +265,7 @@ class TestBias:
 
     def test_the_mean_output_of_every_consumer_stays_that_of_the_dense_network(self):
         module, x = built("torchvision-bottleneck"), images(8)
-        report = compress(module, x, method="wanda", ratio=0.5, bias=True)
+        report = compress(module, x, method="wanda", ratio=0.5, bias=True, target="dense")
         for name in ("layer1.0.conv3", "layer3.0.conv3", "layer4.0.conv3"):
             means = []
             for model in (module, report.model):

@@ -88,7 +88,8 @@ def test_widths_are_rounded_and_never_zero(width, ratio, kept):
 def test_gram_matrices_come_from_the_compressed_network_by_default():
     """Later sites see what earlier ones have left; one shot is another result, and no better one."""
     module, x = built("cifar"), images(16)
-    closed, one_shot = (compress(module, x, method="wanda", ratio=0.5, one_shot=o) for o in (False, True))
+    ways = {"target": "dense"}, {"one_shot": True}
+    closed, one_shot = (compress(module, x, method="wanda", ratio=0.5, **way) for way in ways)
     name = "layer2.0.conv2"
     old, reduction = module.get_submodule(name), closed.results[1].reduction
     target, z = (positions(old, input_of(m, name, x)) for m in (module, closed.model))
@@ -112,7 +113,7 @@ def test_a_missing_gram_matrix_is_an_error():
 def test_all_tokens_count_the_class_token_too():
     """The reference leaves CLIP's out; here a ViT's, whose MLP input differs from the patches'."""
     module, x = built("vit"), images(12)
-    report = compress(module, x, method="wanda", ratio=0.5, attn_ratio=0)
+    report = compress(module, x, method="wanda", ratio=0.5, attn_ratio=0, target="dense")
     result = next(r for r in report.results if r.site.name == "blocks.0.mlp")
     old, new = module.blocks[0].mlp.fc2, report.model.blocks[0].mlp.fc2.weight.detach()
     target, z = (input_of(m, "blocks.0.mlp.fc2", x) for m in (module, report.model))

@@ -2,7 +2,7 @@
 
 Closed loop (the default): statistics are those of the network as compressed so far; the target is what the dense
 network's consumer reads ("dense") or what the compressed one's would have read ("own"), or the dense residual stream
-("stream", stream_target.py; where none is known, "own"). One-shot: all statistics come from the dense network. Shapes
+("stream", stream_target.py; where none is known, "dense"). One-shot: all statistics come from the dense network. Shapes
 as in narrow.py.
 """
 
@@ -29,7 +29,7 @@ from ..selectors.base import BLOCK_GRADIENTS, PRODUCERS
 from ..statistics import GRAM, MOMENTS, SiteStatistics
 from . import narrow, stream_target
 from .pairs import HiddenPairs
-from .recipe import ModuleRecipe
+from .recipe import OWN, ModuleRecipe
 from .stream import Stream, watched
 
 
@@ -74,15 +74,14 @@ class ModulePass:
                     f"{self.selector.name} cannot fold; choose another method"
                 )
         self.affine = self.selector.bias if self.recipe.bias is None else self.recipe.bias
-        self.reads_dense = self.recipe.one_shot or self.recipe.target == "dense"
         self.streams = self.recipe.streams
+        self.follows_dense = self.recipe.one_shot or self.recipe.target != OWN
         self.own_ridge = RIDGE if self.recipe.ridge == AUTO else self.recipe.ridge
 
     def run(self, progress: Progress, tell: Callable[[dict], None]) -> list[SiteResult]:
         """Narrow `work` site by site; tell: is given each one's entry of grail.json. Raises GrailError naming a site
         that cannot be repaired."""
-        both = self.reads_dense or self.streams
-        self.dense_stream = Stream(self.dense, self.batches) if both else None
+        self.dense_stream = Stream(self.dense, self.batches) if self.follows_dense else None
         self.work_stream = None if self.recipe.one_shot else Stream(self.work, self.batches)
         self.trial_streams = [Stream(network, self.trial) for network in (self.dense, self.work) if self.trial]
         results: dict[str, SiteResult] = {}
@@ -114,7 +113,7 @@ class ModulePass:
     def _compress(self, site: ModuleSite) -> SiteResult:
         view = self._view(site, self._gather(site))
         reduction = self.selector.select(view)
-        target = self.dense_stream if self.reads_dense else self.work_stream.at(self.work.clone())
+        target = self.dense_stream if self._reads_dense(site) else self.work_stream.at(self.work.clone())
         emitted = self._narrowed(site, reduction)
         found = [self._consumed(view, reduction, site, name, target, emitted) for name in site.consumers]
         if isinstance(reduction, Folding):
@@ -137,7 +136,7 @@ class ModulePass:
         weight_OH = narrow.consumer_matrix(consumer)
         own = self._repairs(view, weight_OH, reduction, site, name, target, emitted)
         lifted_OK, old = reduction.lift_consumer(weight_OH), _Frozen(consumer)
-        if own is not None and self.streams and site.stream is not None:
+        if own is not None and self._streams(site):
             found = self._towards_stream(own, lifted_OK, site, target, emitted)
         else:
             found = own and own(self.own_ridge)
@@ -147,6 +146,15 @@ class ModulePass:
         elif self.affine:
             self._fit_bias(name, old, consumer, target, emitted)
         return found and replace(found, weight=None, bias=None)
+
+    def _streams(self, site: ModuleSite) -> bool:
+        """Whether the site's consumer is repaired towards the dense residual stream."""
+        return self.streams and site.stream is not None
+
+    def _reads_dense(self, site: ModuleSite) -> bool:
+        """Whether compressed hidden vectors stand for the dense network's, and not for what the compressed one's would
+        be."""
+        return self.follows_dense and not self._streams(site)
 
     def _towards_stream(
         self, own: Callable[[float], Compensation], lifted_OK: Tensor, site: ModuleSite, target: Stream, emitted: Stream
@@ -236,7 +244,7 @@ class ModulePass:
             return None
         options = {"form": recipe.ridge_form, "name": f"{site.name}, {name}" if site.readers else site.name}
         sliced = not isinstance(reduction, Folding) and not site.readers
-        if sliced and (lam is not None or recipe.one_shot or not self.reads_dense):
+        if sliced and (lam is not None or recipe.one_shot or not self._reads_dense(site)):
             # the compressed vector is a slice of the target: their Gram matrix says all
             return lambda ridge: compensate(weight_OH, view.matrix, reduction, ridge=ridge, lam=lam, **options)
         pairs = HiddenPairs(reduction, device=weight_OH.device, affine=self.affine)

@@ -16,8 +16,11 @@ from grail_kernels.inputs import all_finite
 from ..calibration.images import open_images
 from ..calibration.preprocessing import Preprocessing
 from ..errors import GrailError, first_line
-from ..recipe import FEWEST_TRIALS, TRIALS_EVERY
+from ..recipe import FEWEST_TRIALS
 from .recipe import ModuleRecipe
+
+FEWEST_INPUTS = 2 * FEWEST_TRIALS
+"""Of fewer none can be spared to choose by."""
 
 
 def calibration_inputs(
@@ -77,17 +80,12 @@ def _tensors(given: Tensor, recipe: ModuleRecipe) -> tuple[list[Tensor], dict, N
 
 
 def parted(batches: list[Tensor], recipe: ModuleRecipe) -> tuple[list[Tensor], list[Tensor]]:
-    """(inputs that enter the statistics, inputs that only decide between candidates), in batches: of those drawn some
-    at random, since files often lie in order of their classes. Raises GrailError where there are too few."""
+    """(inputs that enter the statistics, inputs that only decide between candidates), in batches: of those drawn, which
+    are FEWEST_INPUTS or more, some at random, since files often lie in order of their classes."""
     total = sum(map(len, batches))
-    count = min(recipe.trial_windows, max(total // TRIALS_EVERY, FEWEST_TRIALS))
+    count = min(recipe.trial_windows, max(total // recipe.TRIALS_EVERY, FEWEST_TRIALS))
     if not count:
         return batches, []
-    if total < 2 * FEWEST_TRIALS:
-        raise GrailError(
-            f"calibration holds {total} inputs, and --target stream needs at least {2 * FEWEST_TRIALS}, a part of "
-            f"which only decides about alpha and ridge; give more, or numbers for --alpha and --ridge"
-        )
     everything = torch.cat(batches)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(recipe.seed)).to(everything.device)
     parts = (everything[some.sort().values] for some in (order[:-count], order[-count:]))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from ..errors import GrailError
 from ..recipe import STREAM, Recipe
 
+DENSE, OWN = "dense", "own"
 ELSEWHERE = (
     "gqa", "dtype", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len", "sweeps",
     "profile",
@@ -18,12 +19,15 @@ ELSEWHERE = (
 class ModuleRecipe(Recipe):
     """weights: a .safetensors file for a named architecture; repair: estimate BatchNorm statistics anew afterwards;
     target: what compressed hidden vectors should stand for, the dense network's ("dense") or those that the network as
-    compressed so far would have ("own"); or what takes the residual stream back to the dense one ("stream"; "own" where
-    no stream is known), of which alpha is the share; one_shot: look at the dense network alone; batch: images at once;
+    compressed so far would have ("own"); or what takes the residual stream back to the dense one ("stream"; "dense"
+    where no stream is known), of which alpha is the share; one_shot: look at the dense network alone; batch: images at
+    once;
     residual_ratio: the share of each residual stream's channels to remove; calibration_text: captions for a text tower
     (calibration.captions)."""
 
-    TARGETS: ClassVar[tuple[str, ...]] = ("dense", "own", STREAM)
+    TARGETS: ClassVar[tuple[str, ...]] = (STREAM, DENSE, OWN)
+    ALONE: ClassVar[str] = DENSE
+    TRIALS_EVERY: ClassVar[int] = 8
     MOST_TRIALS: ClassVar[int] = 64
 
     weights: Any = None
@@ -52,6 +56,11 @@ class ModuleRecipe(Recipe):
         for option in ELSEWHERE:
             if getattr(self, option) != getattr(plain, option):
                 raise GrailError(f"--{option.replace('_', '-')} is for language models")
+
+    @property
+    def default_target(self) -> str:
+        """The stream, where the compressed network is followed and its streams keep their widths."""
+        return DENSE if self.one_shot or self.residual_ratio else STREAM
 
     def ratio_of(self, kind: str) -> float:
         """The ratio for a kind of site, "heads", "channels" or "residual"."""

@@ -37,7 +37,7 @@ from .recipe import ModuleRecipe
 from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
-from .towers import Tokenizer, Tower, towers_of
+from .towers import Tokenizer, Tower, spare, towers_of
 from .verify import verify
 
 
@@ -152,6 +152,7 @@ def _compressed(
 ) -> ModuleReport:
     selector = selector_class(recipe.method).from_options(recipe.set)
     towers = towers_of(module, recipe, progress, **inputs)
+    recipe = spare(towers, recipe, progress)
     dense = towers[0].dense.module
     every = [site for tower in towers for site in tower.dense.sites]
     streams = [site for tower in towers for site in tower.dense.residual]
@@ -174,7 +175,7 @@ def _compressed(
             changed = [site for site in tower.sites if kept[site.name] < site.units.count]
             verify(tower.dense, changed, example)
             if recipe.streams:
-                _follow_streams(tower.dense, changed, example, progress)
+                _follow_streams(tower.dense, changed, example, recipe.wants_target, progress)
             tower.dense.blocks = tower.dense.blocks if chained(tower.dense, example) else []
     work = copy.deepcopy(dense)
     passes = [job for tower in towers for job in _passes(tower, work, kept, selector, recipe)]
@@ -216,18 +217,21 @@ def _warn_of_few_inputs(towers: list[Tower], progress: Progress) -> None:
             )
 
 
-def _follow_streams(network: Network, changed: list[ModuleSite], example: Tensor, progress: Progress) -> None:
-    """Prove where the sites that change add to a residual stream, and say which are not known to."""
+def _follow_streams(
+    network: Network, changed: list[ModuleSite], example: Tensor, wanted: bool, progress: Progress
+) -> None:
+    """Prove where the sites that change add to a residual stream, and say which are not known to. Raises GrailError
+    where that is none of them, though the target was asked for."""
     known = [site for site in changed if site.stream is not None]
     verify_additions(network, known, example)
-    if changed and not known:
+    if changed and not known and wanted:
         raise GrailError(
             f"--target stream: of no site that is to change ({changed[0].name}, ...) is it known where it adds to a "
             f"residual stream; say so (stream=...), or choose another --target"
         )
     others = [site.name for site in changed if site.stream is None]
     if others:
-        progress.say(f"repaired as with --target own, their streams not being known: {', '.join(others)}")
+        progress.say(f"repaired as with --target dense, their streams not being known: {', '.join(others)}")
 
 
 def _passes(tower: Tower, work: nn.Module, *asked: Any) -> list[ModulePass]:

@@ -18,7 +18,7 @@ from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, chec
 from ..progress import Progress
 from ..selectors import selector_class
 from ..selectors.base import PRODUCERS
-from .inputs import calibration_inputs, parted
+from .inputs import FEWEST_INPUTS, calibration_inputs, parted
 from .recipe import ModuleRecipe
 
 NONE, BUILTIN = "none", "builtin"
@@ -29,8 +29,8 @@ Tokenizer = Callable[[list[str]], Tensor]
 class Tower:
     """dense: a network of the copied module, as it was given; batches: its calibration inputs, of which there may be
     none where nothing needs them; counted: which tokens of them count, bool [B, L] (None: all); trial and
-    trial_counted: the same of inputs that only decide between candidates; told: what the inputs
-    are, for the report; classes: names of classes where images have some."""
+    trial_counted: the same of inputs that only decide between candidates (`spare`); told: what the inputs are, for the
+    report; classes: names of classes where images have some."""
 
     dense: Network
     batches: list[Tensor]
@@ -44,6 +44,37 @@ class Tower:
     def sites(self) -> list[ModuleSite]:
         """All sites, residual streams first."""
         return [*self.dense.residual, *self.dense.sites]
+
+    @property
+    def inputs(self) -> int:
+        """How many there are that do not only decide."""
+        return sum(map(len, self.batches))
+
+    @property
+    def follows(self) -> bool:
+        """Whether of any site it is known where it adds to a residual stream."""
+        return any(site.stream is not None for site in self.sites)
+
+    def part(self, recipe: ModuleRecipe) -> None:
+        """Set inputs aside that only decide, where there is anything to decide, and count what is left."""
+        if self.told is None:
+            return
+        if recipe.chooses and self.follows:
+            self.batches, self.trial = parted(self.batches, recipe)
+        self.told |= {"trial_windows": sum(map(len, self.trial))}
+        if self.dense.reads != TEXT:
+            self.told |= {"images": self.inputs}
+            return
+        counted = self.dense.counted
+        self.counted, self.trial_counted = (
+            counted and [counted(x) for x in part] for part in (self.batches, self.trial)
+        )
+        tokens = (
+            sum(map(Tensor.numel, self.batches)) if self.counted is None else int(sum(m.sum() for m in self.counted))
+        )
+        self.told |= {"captions": self.inputs, "tokens": tokens}
+        if not tokens:
+            raise GrailError("--calibration-text: no token of the captions counts; give texts, not what fills them up")
 
     def everything(self, batch: int) -> list[Tensor]:
         """All calibration inputs in batches, those that only decided too: for what follows when all is decided."""
@@ -59,8 +90,9 @@ def towers_of(
     preprocessing: Preprocessing | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> list[Tower]:
-    """The towers of a copy of the module. One of several stays as it is where it is given nothing to calibrate with.
-    Raises GrailError where the description does not fit, inputs cannot be read or all are missing."""
+    """The towers of a copy of the module, with all their inputs (see `spare`). One of several stays as it is where it
+    is given nothing to calibrate with. Raises GrailError where the description does not fit, inputs cannot be read or
+    all are missing."""
     networks = _described(module, sites, recipe)
     if recipe.calibration_text is not None and not any(network.reads == TEXT for network in networks):
         raise GrailError(f"--calibration-text: {type(module).__name__} has no text tower that a family knows")
@@ -77,6 +109,29 @@ def towers_of(
     if not found:
         raise GrailError("no tower has anything to calibrate with: give --calibration, --calibration-text or both")
     return found
+
+
+def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> ModuleRecipe:
+    """Set inputs of the towers aside that only decide between candidates. Returns the recipe, which aims at the stream
+    no longer where a tower has too few of them. Raises GrailError where that was asked for."""
+    choosing = [tower for tower in towers if recipe.chooses and tower.follows]
+    few = next((tower for tower in choosing if tower.inputs < FEWEST_INPUTS), None)
+    if few is not None:
+        if recipe.wants_target:
+            raise GrailError(
+                f"calibration holds {few.inputs} inputs, and --target stream needs at least {FEWEST_INPUTS}, a part of "
+                f"which only decides about alpha and ridge; give more, or numbers for --alpha and --ridge"
+            )
+        recipe = recipe.site_by_site()
+        progress.warn(
+            f"calibration holds {few.inputs} inputs, of which none can be spared to choose alpha and ridge by: taking "
+            f"--target {recipe.target}"
+        )
+    for tower in towers:
+        tower.part(recipe)
+        if few is not None and tower.told is not None:
+            tower.told["scarce"] = True
+    return recipe
 
 
 def _absent(source: object) -> bool:
@@ -127,20 +182,12 @@ def _of_images(
         return Tower(network, [])
     batches, told, classes = calibration_inputs(recipe, preprocessing)
     device, dtype = _place(network)
-    batches, trial = parted([batch.to(device, dtype) for batch in batches], recipe)
-    told |= {"images": sum(map(len, batches)), "trial_windows": sum(map(len, trial))}
-    return Tower(network, batches, None, trial, None, told, classes)
+    return Tower(network, [batch.to(device, dtype) for batch in batches], told=told, classes=classes)
 
 
 def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, tokenizer: Tokenizer | None) -> Tower:
     batches, told = captions(recipe.calibration_text, tokenizer, recipe.samples, recipe.seed, recipe.batch)
-    batches, trial = parted([batch.to(_place(network)[0]) for batch in batches], recipe)
-    counted, trial_counted = (network.counted and [network.counted(x) for x in part] for part in (batches, trial))
-    told |= {"captions": sum(map(len, batches)), "trial_windows": sum(map(len, trial))}
-    told["tokens"] = sum(map(Tensor.numel, batches)) if counted is None else int(sum(mask.sum() for mask in counted))
-    if not told["tokens"]:
-        raise GrailError("--calibration-text: no token of the captions counts; give texts, not what fills them up")
-    return Tower(network, batches, counted, trial, trial_counted, told)
+    return Tower(network, [batch.to(_place(network)[0]) for batch in batches], told=told)
 
 
 def _place(network: Network) -> tuple[torch.device, torch.dtype]:

@@ -167,7 +167,7 @@ class Run:
     def method(self) -> str:
         """The method and what else sets a run apart, in a few words."""
         parts = [string(self.recipe.get("method")) or "unknown method"]
-        if self.repaired and self.recipe.get("target") in (("stream", "own") if self.vision else ("hidden",)):
+        if self.repaired and self.recipe.get("target") in (("dense", "own") if self.vision else ("hidden",)):
             parts.append(f"target {self.recipe['target']}")
         if (allocation := string(self.grail.get("allocation"))) not in (None, "uniform"):
             parts.append(f"allocation {allocation}")

@@ -100,7 +100,7 @@ def finished_result(asked: Request) -> dict[str, Any] | None:
 def _results_of(recipe: Recipe, found: dict[str, Any]) -> list[Any]:
     """The recipes that a result of this one may name: its own, and that of every site on its own where no target was
     asked for and the data, as `found` says, could spare nothing to choose by."""
-    scarce = mapping(found.get("calibration")).get("scarce") is True
+    scarce = any(mapping(found.get(name)).get("scarce") is True for name in ("calibration", "calibration_text"))
     left_open = recipe.chooses and not recipe.wants_target
     recipes = [recipe, recipe.site_by_site()] if scarce and left_open else [recipe]
     return [json.loads(json.dumps(each.to_json())) for each in recipes]
