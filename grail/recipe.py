@@ -42,7 +42,7 @@ class Recipe:
 
     target: what a repaired consumer should add to the residual stream: what it did before ("hidden"), or also what the
     sites before it got wrong ("stream"), of which alpha is the share. Not given: `default_target`, and ALONE where the
-    calibration data can spare no windows to choose alpha and ridge by.
+    calibration data can spare no windows to choose alpha and ridge by (of a vision network: has fewer than 16 inputs).
     sweeps: how often a consumer is solved for at most, with target "stream": each time towards what is left.
     strict: a λ that would have to be raised ends the run."""
 
@@ -50,7 +50,8 @@ class Recipe:
     ALONE: ClassVar[str] = HIDDEN
     """The target with which every site is repaired on its own."""
     TRIALS_EVERY: ClassVar[int] = 16
-    """One window that only decides for so many that enter the statistics (docs/results.md: twice as many give nothing)."""
+    """One window that only decides for so many that enter the statistics: of text, twice as many give nothing more
+    (docs/results.md)."""
     MOST_TRIALS: ClassVar[int] = 16
     """And at most."""
 

@@ -278,7 +278,7 @@ class TestFolder:
         }  # fmt: skip
         flags = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
         told = run("compress", "--model", "open_clip/ViT-S-32-alt", *flags, "--output", tmp_path / "out", "--json")
-        assert told["calibration_text"]["captions"] == 6 and told["ratio"] == {"heads": 0.5, "channels": 0.5}
+        assert told["calibration_text"]["captions"] == 8 and told["ratio"] == {"heads": 0.5, "channels": 0.5}
         report = grail.compress("open_clip/ViT-S-32-alt", output=str(tmp_path / "again"), **asked)
         loaded = [grail.load(tmp_path / name) for name in ("out", "again")]
         x, ids = torch.randn(2, 3, 224, 224), open_clip.tokenize(CAPTIONS[:4])
@@ -421,7 +421,7 @@ class TestFoundByReview:
     def test_captions_of_nothing(self):
         """The pooled token of an empty text is still one: only a tower that appends its own can see nothing at all."""
         report = compress(tiny_clip(), calibration_text=torch.zeros(8, LENGTH).long())
-        assert [report.calibration_text[name] for name in ("tokens", "trial_windows")] == [6, 2]
+        assert report.calibration_text["tokens"] == 8
 
     def test_the_last_stream_of_a_resnet_with_an_attention_pool_stays(self):
         torch.manual_seed(0)

@@ -181,7 +181,7 @@ def test_a_named_network_takes_tensors_for_calibration(home, tmp_path):
     inputs = torch.randn(8, 1, 64, 64)
     asked = {"method": "wanda", "ratio": 0.5, "calibration": inputs, "weights": home / "weights.safetensors"}
     report = grail.compress("timm/resnet10t", output=tmp_path / "out", **asked)
-    assert [report.calibration[name] for name in ("images", "trial_windows")] == [6, 2]
+    assert [report.calibration[name] for name in ("images", "trial_windows", "scarce")] == [8, 0, True]
     assert torch.equal(grail.load(tmp_path / "out")(inputs), report.model(inputs))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..documents import check_regular
 from ..errors import GrailError
 
 FIELDS = ("text", "caption")
@@ -70,6 +71,7 @@ def _read(file: Path) -> list[str]:
     if file.suffix not in (".txt", ".jsonl"):
         raise GrailError(f"--calibration-text {file}: a .txt (a caption to a line) or .jsonl file is read")
     try:
+        check_regular(file)
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except OSError as error:
         raise GrailError(f"--calibration-text {file}: {error.strerror or error}") from error
@@ -82,7 +84,7 @@ def _read(file: Path) -> list[str]:
 def _field(file: Path, number: int, line: str) -> str:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GrailError(f"--calibration-text {file}, line {number}: not JSON") from error
     found = entry if isinstance(entry, str) else None
     if isinstance(entry, dict):

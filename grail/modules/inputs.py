@@ -19,8 +19,8 @@ from ..errors import GrailError, first_line
 from ..recipe import FEWEST_TRIALS
 from .recipe import ModuleRecipe
 
-FEWEST_INPUTS = 2 * FEWEST_TRIALS
-"""Of fewer none can be spared to choose by."""
+FEWEST_INPUTS, ENOUGH_INPUTS = 2 * FEWEST_TRIALS, 16
+"""Of fewer none can be spared to choose by; and from so many on the stream is aimed at unasked (docs/results.md)."""
 
 
 def calibration_inputs(

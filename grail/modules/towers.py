@@ -18,7 +18,7 @@ from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, chec
 from ..progress import Progress
 from ..selectors import selector_class
 from ..selectors.base import PRODUCERS
-from .inputs import FEWEST_INPUTS, calibration_inputs, parted
+from .inputs import ENOUGH_INPUTS, FEWEST_INPUTS, calibration_inputs, parted
 from .recipe import ModuleRecipe
 
 NONE, BUILTIN = "none", "builtin"
@@ -113,9 +113,10 @@ def towers_of(
 
 def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> ModuleRecipe:
     """Set inputs of the towers aside that only decide between candidates. Returns the recipe, which aims at the stream
-    no longer where a tower has too few of them. Raises GrailError where that was asked for."""
+    no longer where a tower has too few of them. Raises GrailError where that was asked for and cannot be."""
     choosing = [tower for tower in towers if recipe.chooses and tower.follows]
-    few = next((tower for tower in choosing if tower.inputs < FEWEST_INPUTS), None)
+    needed = FEWEST_INPUTS if recipe.wants_target else ENOUGH_INPUTS
+    few = next((tower for tower in choosing if tower.inputs < needed), None)
     if few is not None:
         if recipe.wants_target:
             raise GrailError(
@@ -124,8 +125,8 @@ def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> Modu
             )
         recipe = recipe.site_by_site()
         progress.warn(
-            f"calibration holds {few.inputs} inputs, of which none can be spared to choose alpha and ridge by: taking "
-            f"--target {recipe.target}"
+            f"calibration holds {few.inputs} inputs, and fewer than {needed} say too little of the residual stream: "
+            f"taking --target {recipe.target}"
         )
     for tower in towers:
         tower.part(recipe)

@@ -53,7 +53,11 @@ def _goes(folder: Path, file: Path) -> bool:
     hidden = any(part.startswith(".") or part.endswith((".partial", ".tmp")) for part in parts)
     if hidden or parts[0] in WORKING or file.name in LEFT_OUT:
         return False
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+    except RuntimeError as error:  # what Python 3.11 makes of a loop
+        raise GrailError(f"{file} is a link that leads back to itself; take it away") from error
+    if not inside:
         raise GrailError(f"{file} is a link out of the folder; put the file itself there, or take the link away")
     return file.is_file()
 

@@ -12,6 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from ..checkpoint.reader import PICKLES, SafetensorsFolder, TensorInfo, read_json
+from ..documents import check_regular
 from ..errors import GrailError
 from ..modeling_grail import PREFIX
 from ..modules.names import KEY
@@ -178,9 +179,15 @@ def _float_dtypes(opened: list[Ingredient], progress: Progress) -> None:
 
 def _tokenizers(opened: list[Ingredient], progress: Progress) -> None:
     for name in TOKENIZERS if opened[0].is_folder else ():
-        files = [one.path / name for one in opened]
-        if len({file.read_bytes() if file.exists() else None for file in files}) > 1:
+        if len({_content(one.path / name) for one in opened}) > 1:
             progress.warn(f"{name} differs among the inputs; the soup has that of the checkpoint first in it")
+
+
+def _content(file: Path) -> bytes | None:
+    if not file.exists():
+        return None
+    check_regular(file)
+    return file.read_bytes()
 
 
 def _plain(dtype: torch.dtype) -> str:

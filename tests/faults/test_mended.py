@@ -157,6 +157,18 @@ class TestText:
         with pytest.raises(GrailError, match=r"x\.jsonl, line 1.*half a character"):
             read(tmp_path / "x.jsonl")
 
+    @pytest.mark.parametrize("read", [lambda file: list(documents(str(file), "all")), lambda file: _read(file)])
+    def test_a_record_nested_beyond_what_can_be_read(self, tmp_path, read):
+        (tmp_path / "x.jsonl").write_text("[" * 100_000 + "]" * 100_000)
+        with pytest.raises(GrailError, match=r"x\.jsonl, line 1"):
+            read(tmp_path / "x.jsonl")
+
+    @pytest.mark.parametrize("name", ["captions.txt", "captions.jsonl"])
+    def test_captions_without_an_end(self, tmp_path, name):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(GrailError, match=rf"{name} is a device or a pipe"):
+            _read(tmp_path / name)
+
     def test_a_tokenizer_that_opens_and_does_not_work(self, model):
         file = tiny_tokenizer(model) / "tokenizer_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "512"}))

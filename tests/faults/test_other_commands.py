@@ -63,6 +63,8 @@ def test_captions(tmp_path):
                 how, changed = spoil(lines[at], chance)
                 content = b"\n".join(rendered(line) if i != at else changed for i, line in enumerate(lines))
             file.write_bytes(content)
+            if chance.random() < 0.1:
+                how = endless(file, chance)
             series.case(f"{file.name} {how}", partial(read_captions, file), case, names=[file.name])
 
 
@@ -121,6 +123,8 @@ def test_soups(home, tmp_path, kind):
             output = case / ("out.safetensors" if kind == "files" else "out")
             if kind == "files":
                 how = spoil_bytes(case / f"{which}.safetensors", chance)
+            elif chance.random() < 0.2:
+                how = endless(case / which / chance.choice(("tokenizer.json", "tokenizer_config.json")), chance)
             elif chance.random() < 0.6:
                 how = spoil_json(case / which / chance.choice(("config.json", "tokenizer_config.json")), chance)
             else:
@@ -140,8 +144,9 @@ EXPORTED = (
 
 
 def exported(case: Path) -> int:
-    export_gguf(case / "small", case / "small.gguf")
-    return len(gguf.GGUFReader(case / "small.gguf").tensors)
+    file = case / "out" / "small.gguf"
+    export_gguf(case / "small", file)
+    return len(gguf.GGUFReader(file).tensors)
 
 
 def test_exports(home, tmp_path):
@@ -159,7 +164,7 @@ def test_exports(home, tmp_path):
             else:
                 how = spoil_bytes(file, chance)
             told = [str(case / "small"), file.name, "model.layers", "lm_head", "vocabulary", "tokenizer"]
-            series.case(how, partial(exported, case), case, names=told, may_write=[case / "small.gguf"])
+            series.case(how, partial(exported, case), case, names=told, output=case / "out")
 
 
 def pushed(case: Path) -> dict:
@@ -181,7 +186,7 @@ def test_pushes(home, tmp_path):
                 how, content = misencoded("---\nlicense: mit\nlanguage: en\n---\n# x\n", chance)
                 file.write_bytes(content)
             else:
-                how = endless(file, name, chance)
+                how = a_pipe(file) if name == "fifo" else a_link(file, chance)
             names = [str(case / "small"), "grail.json", "config.json"]
             ending = series.case(f"{name}: {how}", partial(pushed, case), case, names=names)
             if ending and ending.refused is None:
@@ -190,14 +195,25 @@ def test_pushes(home, tmp_path):
                     series.wrong.append(f"{name} {how}: it would be sent")
 
 
-def endless(file: Path, name: str, chance: Random) -> str:
-    """A name behind which is no file of the folder."""
-    if name == "fifo":
-        os.mkfifo(file)
-        return "a pipe"
-    target = chance.choice(("/etc/passwd", "../one/config.json", "/dev/zero", "nowhere", "link", "config.json", ".."))
+def a_pipe(file: Path) -> str:
+    os.mkfifo(file)
+    return "a pipe"
+
+
+def a_link(file: Path, chance: Random) -> str:
+    """To what is no file of the folder, or to one."""
+    target = chance.choice(
+        ("/etc/passwd", "../one/config.json", "/dev/zero", "nowhere", file.name, "config.json", "..")
+    )
     file.symlink_to(target)
     return f"to {target}"
+
+
+def endless(file: Path, chance: Random) -> str:
+    """Something else in a file's place."""
+    file.unlink(missing_ok=True)
+    how = a_pipe(file) if chance.random() < 0.4 else a_link(file, chance)
+    return f"{file.name} {how}"
 
 
 def test_a_sound_one_of_each_goes_through(home, tmp_path):
