@@ -5,7 +5,7 @@ residual stream back to the dense one, or one-shot.
     python benchmarks/targets_vision.py --render    # only the tables, from what is stored
 
 Fashion-MNIST, GRAIL + REPAIR for the ResNet and GRAIL for the ViT, 128 unlabelled images and, at 0.5, fewer; lines of
-benchmarks/results/targets_vision.jsonl. Seconds are those of grail.compress, without evaluation.
+benchmarks/results/targets_vision.jsonl, with the seconds that grail.compress took.
 """
 
 from __future__ import annotations
@@ -79,21 +79,19 @@ def render() -> str:
 
 
 def table(found: dict[tuple[TargetCell, float], dict], columns: tuple[float, ...]) -> str:
-    """Means over seeds; columns that hold nothing of a row stay empty. The last one: mean seconds of a cell."""
+    """Means over the seeds that are stored; of rows that have all columns."""
     values: dict[tuple, list[float]] = {}
-    seconds: dict[tuple, list[float]] = {}
     for (cell, column), row in found.items():
-        name = cell.net, cell.method, cell.target
-        values.setdefault((*name, column), []).append(100 * row["accuracy"])
-        seconds.setdefault(name, []).append(row["seconds"])
+        values.setdefault((cell.net, cell.method, cell.target, column), []).append(100 * row["accuracy"])
     lines = [
-        f"| network | method | target |{''.join(f' {c:g} |' for c in columns)} seconds |",
-        "|---|---|---|" + "---|" * (len(columns) + 1),
+        f"| network | method | target |{''.join(f' {c:g} |' for c in columns)}",
+        "|---|---|---|" + "---|" * len(columns),
     ]
-    for name, taken in seconds.items():
-        each = [values.get((*name, column), []) for column in columns]
-        shown = [f"{mean_and_deviation(v)[0]:.1f}" if v else "" for v in each]
-        lines.append(f"| {' | '.join(name)} |{''.join(f' {s} |' for s in shown)} {sum(taken) / len(taken):.1f} |")
+    for name in dict.fromkeys(key[:3] for key in values):
+        each = [values.get((*name, column)) for column in columns]
+        if all(each):
+            shown = "".join(f" {mean_and_deviation(v)[0]:.1f} |" for v in each)
+            lines.append(f"| {' | '.join(name)} |{shown}")
     return "\n".join(lines) + "\n"
 
 
