@@ -130,8 +130,12 @@ def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> Modu
         )
     for tower in towers:
         tower.part(recipe)
-        if few is not None and tower.told is not None:
-            tower.told["scarce"] = True
+        if (
+            tower.told is not None
+            and not recipe.chooses
+            and any(t.follows and t.inputs < ENOUGH_INPUTS for t in towers)
+        ):
+            tower.told["scarce"] = True  # of the data, whatever was asked for
     return recipe
 
 
