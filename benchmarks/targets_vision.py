@@ -74,8 +74,11 @@ def render() -> str:
     """A row for each network, method and target, a column for each ratio, or number of images: accuracy in %."""
     latest = STORE.latest()
     much = table({(c, c.ratio): row for c, row in latest.items() if c.samples == SAMPLES}, RATIOS)
-    few = table({(c, c.samples): row for c, row in latest.items() if c.ratio == FEW_AT}, (*FEW, SAMPLES))
-    return f"{SAMPLES} images, by ratio:\n\n{much}\n{FEW_AT:g}, by the number of images:\n\n{few}"
+    seeds = {c.seed for c in latest if c.samples in FEW}
+    each = {(c, c.samples): row for c, row in latest.items() if c.ratio == FEW_AT and c.seed in seeds}
+    few = table(each, (*FEW, SAMPLES))
+    told = f"{FEW_AT:g}, by the number of images, of {len(seeds)} seed(s):"
+    return f"{SAMPLES} images, by ratio:\n\n{much}\n{told}\n\n{few}"
 
 
 def table(found: dict[tuple[TargetCell, float], dict], columns: tuple[float, ...]) -> str:

@@ -114,10 +114,11 @@ def towers_of(
 def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> ModuleRecipe:
     """Set inputs of the towers aside that only decide between candidates. Returns the recipe, which aims at the stream
     no longer where a tower has too few of them. Raises GrailError where that was asked for and cannot be."""
-    choosing = [tower for tower in towers if recipe.chooses and tower.follows]
+    following = [tower for tower in towers if tower.told is not None and tower.follows]
+    scarce = any(tower.inputs < ENOUGH_INPUTS for tower in following)
     needed = FEWEST_INPUTS if recipe.wants_target else ENOUGH_INPUTS
-    few = next((tower for tower in choosing if tower.inputs < needed), None)
-    if few is not None:
+    few = next((tower for tower in following if tower.inputs < needed), None)
+    if few is not None and recipe.chooses:
         if recipe.wants_target:
             raise GrailError(
                 f"calibration holds {few.inputs} inputs, and --target stream needs at least {FEWEST_INPUTS}, a part of "
@@ -130,12 +131,8 @@ def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> Modu
         )
     for tower in towers:
         tower.part(recipe)
-        if (
-            tower.told is not None
-            and not recipe.chooses
-            and any(t.follows and t.inputs < ENOUGH_INPUTS for t in towers)
-        ):
-            tower.told["scarce"] = True  # of the data, whatever was asked for
+        if tower.told is not None and scarce:
+            tower.told["scarce"] = True
     return recipe
 
 

@@ -8,14 +8,19 @@ from typing import Any
 
 from ..recipes.document import dump
 from ..recipes.options import ALWAYS, MODEL_OPTIONS, differing, shortest
-from .run import Run, mapping, number
+from .run import Run, mapping, number, scarce
 
 AGAIN = "# To run it again: grail run recipe.yaml --set-option output=FOLDER\n"
 
 
 def asked(run: Run) -> dict[str, Any]:
-    """The options of the recipe that differ from the defaults."""
-    return differing(run.recipe, run.vision)
+    """The options of the recipe that differ from the defaults, and what else asks for the same."""
+    return differing(run.recipe, run.vision) | _target(run)
+
+
+def _target(run: Run) -> dict[str, Any]:
+    """Said where its data would be given another than the default."""
+    return {"target": run.recipe["target"]} if scarce(run.grail) and "target" in run.recipe else {}
 
 
 def nameable(run: Run) -> bool:
@@ -30,7 +35,7 @@ def model_options(run: Run) -> dict[str, Any]:
 
 def recipe_text(run: Run) -> str | None:
     """recipe.yaml, without an output: equal runs have equal ones. None where no recipe can ask for the same."""
-    return AGAIN + dump(shortest(run.recipe, run.vision, model_options(run))) if nameable(run) else None
+    return AGAIN + dump(shortest(run.recipe, run.vision, model_options(run)) | _target(run)) if nameable(run) else None
 
 
 def arguments(run: Run) -> list[list[str]] | None:

@@ -42,6 +42,12 @@ def mapping(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def scarce(found: dict[str, Any]) -> bool:
+    """Whether the data of a result, by its grail.json, are too little to choose alpha and ridge by, so that without a
+    target every site is repaired on its own."""
+    return any(mapping(found.get(name)).get("scarce") is True for name in ("calibration", "calibration_text"))
+
+
 def numbers(value: Any) -> dict[str, float]:
     """The entries of an object that are numbers."""
     return {str(key): n for key, entry in mapping(value).items() if (n := number(entry)) is not None}

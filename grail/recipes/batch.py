@@ -15,7 +15,7 @@ from ..checkpoint.writer import JOURNAL
 from ..documents import read_json
 from ..errors import Circumstance, GrailError, Interrupted, circumstance, verdict
 from ..page.command import flags
-from ..page.run import GRAIL, RAN, mapping, read_run
+from ..page.run import GRAIL, RAN, mapping, read_run, scarce
 from ..progress import Progress
 from ..recipe import Recipe
 from ..request import Request
@@ -90,20 +90,19 @@ def finished_result(asked: Request) -> dict[str, Any] | None:
         return None
     found = read_json(folder / GRAIL)
     options = mapping(mapping(found.get("source")).get("options"))
-    if found.get("recipe") not in _results_of(asked.recipe, found) or options != asked.model_options:
+    if found.get("recipe") != _recipe_of_result(asked.recipe, found) or options != asked.model_options:
         return None
     if asked.recipe.strict:
         _refuse_raised(folder, found.get("sites"))
     return found | ({"run": read_json(folder / RAN)} if (folder / RAN).is_file() else {})
 
 
-def _results_of(recipe: Recipe, found: dict[str, Any]) -> list[Any]:
-    """The recipes that a result of this one may name: its own, and that of every site on its own where no target was
-    asked for and the data, as `found` says, could spare nothing to choose by."""
-    scarce = any(mapping(found.get(name)).get("scarce") is True for name in ("calibration", "calibration_text"))
-    left_open = recipe.chooses and not recipe.wants_target
-    recipes = [recipe, recipe.site_by_site()] if scarce and left_open else [recipe]
-    return [json.loads(json.dumps(each.to_json())) for each in recipes]
+def _recipe_of_result(recipe: Recipe, found: dict[str, Any]) -> Any:
+    """What a result of this recipe names: every site on its own where no target was asked for and the data, as `found`
+    says, are too little to choose by."""
+    if scarce(found) and recipe.chooses and not recipe.wants_target:
+        recipe = recipe.site_by_site()
+    return json.loads(json.dumps(recipe.to_json()))
 
 
 def _refuse_raised(folder: Path, sites: Any) -> None:

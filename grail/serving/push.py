@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,8 @@ def _goes(folder: Path, file: Path) -> bool:
     hidden = any(part.startswith(".") or part.endswith((".partial", ".tmp")) for part in parts)
     if hidden or parts[0] in WORKING or file.name in LEFT_OUT:
         return False
-    try:
-        inside = file.resolve().is_relative_to(folder.resolve())
-    except RuntimeError as error:  # what Python 3.11 makes of a loop
-        raise GrailError(f"{file} is a link that leads back to itself; take it away") from error
-    if not inside:
+    real = Path(os.path.realpath(file))  # unlike resolve, without an error where a link leads back to itself
+    if not real.is_relative_to(folder.resolve()):
         raise GrailError(f"{file} is a link out of the folder; put the file itself there, or take the link away")
     return file.is_file()
 
