@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grail.checkpoint.writer import OutputFolder, Piece
+from grail.checkpoint.pieces import Piece
+from grail.checkpoint.writer import OutputFolder
 from grail.errors import GrailError
 
 BANK = 2**22

@@ -136,7 +136,12 @@ def compress(
         ),
     ] = None,
     alpha: Annotated[
-        str, _repair("--alpha", help="With --target stream, the share that is made up for, 0 to 1, or auto.")
+        str,
+        _repair(
+            "--alpha",
+            help="With --target stream, the share that is made up for, 0 to 1, or auto (by site); search: five whole "
+            "runs, perplexity decides.",
+        ),
     ] = "auto",
     sweeps: Annotated[
         int, _repair("--sweeps", help="With --target stream, how often a site is solved, each time for what is left.")

@@ -15,8 +15,9 @@ from torch import Tensor
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint import reopen
 from .checkpoint.locate import locate
+from .checkpoint.pieces import Piece
 from .checkpoint.reader import read_json
-from .checkpoint.writer import OutputFolder, Piece
+from .checkpoint.writer import OutputFolder
 from .errors import GrailError
 from .evaluation.perplexity import logits
 from .families import open_family

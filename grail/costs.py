@@ -43,7 +43,8 @@ class Costs:
     the evaluation text and of one of its windows (0, 0 without); chunk_tokens, spill: as in Workspace; surveyed: the
     dense network is scored in a pass of its own; pruned_too: the pruned network is made and evaluated beside; trial:
     windows of calibration text that only decide between candidates; deciding: tokens that go on through the dense
-    layers after each site that is compressed alone, for an allocation by errors."""
+    layers after each site that is compressed alone, for an allocation by errors; candidates: whole runs that are made,
+    of which one is kept."""
 
     job: Job
     windows: int
@@ -56,6 +57,7 @@ class Costs:
     evaluated_length: int = 0
     trial: int = 0
     deciding: int = 0
+    candidates: int = 1
 
     @property
     def tokens(self) -> int:
@@ -107,9 +109,10 @@ class Costs:
 
     @property
     def evaluation_chunk(self) -> int:
-        """Tokens of the largest chunk of evaluation text; 0 without."""
+        """Tokens of the largest chunk of text that is evaluated; 0 without."""
         length = self.evaluated_length
-        return self._chunk(self.evaluated // length, length) if length else 0
+        judged = self._chunk(self.trial, self.length) if self.candidates > 1 else 0
+        return max(self._chunk(self.evaluated // length, length) if length else 0, judged)
 
     def _chunk(self, windows: int, length: int) -> int:
         return min(max(self.chunk_tokens // max(length, 1), 1), windows) * length
@@ -166,7 +169,7 @@ class Costs:
             if self.job.selector.regional_options() or BLOCK_GRADIENTS in self.job.selector.needs:
                 at_least("regional training", self._training(layer))
         at_least("head", self._head())
-        if self.evaluated:
+        if self.evaluated or self.candidates > 1:
             at_least("evaluation", self._evaluation())
         return dict(found)
 
@@ -232,26 +235,31 @@ class Costs:
         """Floating-point operations: float32 (or the compute dtype's) and, for solves, float64."""
         job, config = self.job, self.job.model.config
         token = self._token_flops(self.length)
-        gradients = BLOCK_GRADIENTS in job.selector.needs
-        runs = 1 + self.surveyed + self.pruned_too + BACKWARD * gradients * (1 + self.pruned_too)
+        backward = BACKWARD * (BLOCK_GRADIENTS in job.selector.needs)
         last = max((site.layer + 1 for site in job.sites if job.touches(site)), default=0)
+        through = token * last / job.model.layer_count
         found = {
-            "forward": token * (self.streamed + (runs - 1) * self.tokens) * last / job.model.layer_count,
+            "forward": through * (self.streamed + backward * self.tokens),
             "gram": self.tokens * sum(s.units.width**2 for s in job.sites if self._grams(s)) * 1.0,
             "solve": sum(map(self._solve_flops, job.sites)),
             "training": self._training_flops(token),
         }
-        if self.deciding:  # a copy for each site, through half of the layers on the average; a solve for each width
-            found["forward"] += token / 2 * self.deciding * len(job.sites)
-            found["solve"] *= 1 + len(SHARES)
+        solved_once = found["solve"]
         if job.streams:  # the dense network beside, the cross moment, and moments of the held-out windows
-            found["forward"] += token * self.streamed * last / job.model.layer_count
+            found["forward"] += through * self.streamed
             for site in filter(job.touches, job.sites):
                 consumer, kept = self._part(site)[1], self._kept(site)
                 found["gram"] += 2.0 * consumer * self.tokens
                 found["gram"] += self.trial * self.length * kept * (kept + 2.0 * consumer / site.units.width)
+        found = {name: flops * self.candidates for name, flops in found.items()}
+        found["forward"] += through * self.tokens * (self.surveyed + self.pruned_too * (1 + backward))
+        if self.deciding:  # a copy for each site, through half of the layers on the average; a solve for each width
+            found["forward"] += token / 2 * self.deciding * len(job.sites)
+            found["solve"] += solved_once * len(SHARES)
         head = 2.0 * config.vocab_size * config.hidden_size
         found["evaluation"] = self.evaluated * (2 + self.pruned_too) * (self._token_flops(self.evaluated_length) + head)
+        if self.candidates > 1:
+            found["evaluation"] += self.candidates * self.trial * self.length * (token + head)
         return found
 
     def _token_flops(self, length: int) -> float:
@@ -306,7 +314,7 @@ class Costs:
         """Bytes written into the store and read from it again, over the whole run."""
         hidden, layers = self.job.model.config.hidden_size, self.job.model.layer_count
         widths = sum(site.units.width for site in self.job.sites if self.job.changes(site)) * self.spill
-        passes = 1 + self.surveyed + self.pruned_too + self.job.streams
+        passes = self.candidates * (1 + self.job.streams) + self.surveyed + self.pruned_too
         return self._item * (
             self.tokens * passes * (7 * hidden * layers + 2 * widths)
             + 2 * self.evaluated * (2 + self.pruned_too) * hidden * layers

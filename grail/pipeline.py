@@ -18,7 +18,8 @@ from grail_kernels.inputs import all_finite
 
 from .checkpoint.background import Background
 from .checkpoint.journal import understood
-from .checkpoint.writer import SHARD, OutputFolder, Piece
+from .checkpoint.pieces import Piece
+from .checkpoint.writer import SHARD, OutputFolder
 from .chunks import Chunks, Texts
 from .errors import Circumstance, GrailError
 from .job import Job
@@ -145,6 +146,11 @@ def _compress_layer(run: LayerPass, streamed: Streamed, background: Background) 
         sites=[result.to_json() for result in results],
         trained=training and vars(training.outcome),
     )
+
+
+def tell_sites(streamed: Streamed, tell: Tell) -> None:
+    """Say what became of all sites."""
+    _tell(streamed, {result.site.layer for result in streamed.results}, tell)
 
 
 def _tell(streamed: Streamed, layers: Iterable[int], tell: Tell) -> None:

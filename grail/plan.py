@@ -12,6 +12,7 @@ import torch
 from .costs import Costs
 from .errors import GrailError
 from .machine import available_memory, disk_rate, free_space, gemm_rate, resident_memory
+from .recipe import ALPHAS, AUTO
 from .session import Session
 
 PROCESS_GROWTH = 160 * 10**6
@@ -63,14 +64,14 @@ class Plan:
             "trial_tokens": self.costs.streamed - self.costs.tokens,
             "target": session.recipe.target if session.recipe.compensate else None,
             "evaluation_tokens": self.costs.evaluated,
-            "passes": 1 + self.costs.surveyed,
+            "passes": self.costs.candidates + self.costs.surveyed,
             "chunk_tokens": self.costs.chunk,
             "processes": session.group.size,
             "store": self.store,
             "hidden_states": "spilled" if self.costs.spill else "recomputed",
             "flops": self.costs.flops(),
             "bytes_read": _bytes_read(session, self.costs),
-            "bytes_written": _bytes_after(session),
+            "bytes_written": _bytes_after(session) * self.costs.candidates,
             "store_traffic_bytes": self.costs.store_traffic(),
             "disk_bytes": self.disk,
             "memory_bytes": self.memory | {"peak": self.peak},
@@ -86,8 +87,10 @@ def make_plan(session: Session) -> Plan:
     Raises GrailError when the budget of --memory cannot be kept.
     """
     windows = session.windows.ids.shape if session.windows else (0, 0)
+    # of candidates the one that costs most
+    job = replace(session.job, recipe=replace(session.recipe, alpha=AUTO)) if session.searches else session.job
     costs = Costs(
-        session.job,
+        job,
         *(-(-windows[0] // session.group.size), windows[1]),
         -(-(session.evaluated.tokens if session.evaluated else 0) // session.group.size),
         session.chunk_tokens,
@@ -97,12 +100,13 @@ def make_plan(session: Session) -> Plan:
         session.evaluated.ids.shape[1] if session.evaluated else 0,
         -(-session.trial_windows // session.group.size),
         session.deciding_windows.numel() if session.widths.measures_errors and session.windows else 0,
+        len(ALPHAS) if session.searches else 1,
     )
     base = resident_memory() + PROCESS_GROWTH
     store, kept = _store(session, costs, base)
     costs = _within_budget(session, costs, base + kept)
     memory = {"process": base + kept} | {name: base + kept + bytes for name, bytes in costs.memory().items()}
-    disk = _bytes_after(session) * (2 if costs.pruned_too else 1)
+    disk = _bytes_after(session) * (2 if costs.pruned_too or costs.candidates > 1 else 1)
     disk += costs.store_bytes() * session.group.size if store != "memory" else 0
     return Plan(session, costs, memory, _seconds(session, costs, store), store, disk)
 
@@ -178,14 +182,16 @@ def _seconds(session: Session, costs: Costs, store: str) -> dict[str, float]:
     found["solve"] = flops["solve"] / wide
     disk = disk_rate(session.out.path.parent)
     found["store"] = costs.store_traffic() / disk if store == "disk" else 0.0
-    found["read and write"] = (_bytes_read(session, costs) + _bytes_after(session)) / disk
+    found["read and write"] = (_bytes_read(session, costs) + _bytes_after(session) * costs.candidates) / disk
     found["reopen"] = REOPENING
     return {name: seconds for name, seconds in found.items() if seconds}
 
 
 def _bytes_read(session: Session, costs: Costs) -> int:
-    """The source once for its hash, once for each pass and each evaluation."""
-    passes = 2 + costs.surveyed + costs.pruned_too + (2 + costs.pruned_too if costs.evaluated else 0)
+    """The source once for its hash, once for each pass and each evaluation; candidates are read again to be judged."""
+    judged = costs.candidates if costs.candidates > 1 else 0
+    passes = 1 + costs.candidates + judged + costs.surveyed + costs.pruned_too
+    passes += 2 + costs.pruned_too if costs.evaluated else 0
     return session.source_bytes * passes
 
 

@@ -13,8 +13,10 @@ from .errors import GrailError
 
 FILE = "recipe.yaml"
 """What `grail run` takes; in every output."""
-AUTO, HIDDEN, STREAM = "auto", "hidden", "stream"
+AUTO, SEARCH, HIDDEN, STREAM = "auto", "search", "hidden", "stream"
 RIDGE = 1e-3
+ALPHAS: tuple[str | float, ...] = (AUTO, 0.0, 0.25, 0.5, 1.0)
+"""What --alpha search tries (alpha_search.py). By site first: with equals the first is kept."""
 FEWEST_TRIALS = 2
 """Windows that only decide between candidates, at least."""
 TRIAL_SHARE = 5
@@ -41,7 +43,8 @@ class Recipe:
     """The options of CONTRACTS, with underscores. `None` means "the default for this model and data".
 
     target: what a repaired consumer should add to the residual stream: what it did before ("hidden"), or also what the
-    sites before it got wrong ("stream"), of which alpha is the share. Not given: `default_target`, and ALONE where the
+    sites before it got wrong ("stream"), of which alpha is the share, "search": that of whole runs with which the
+    network is best (alpha_search.py). Not given: `default_target`, and ALONE where the
     calibration data can spare no windows to choose alpha and ridge by (of a vision network: has fewer than 16 inputs).
     sweeps: how often a consumer is solved for at most, with target "stream": each time towards what is left.
     strict: a λ that would have to be raised ends the run."""
@@ -139,8 +142,8 @@ class Recipe:
             raise GrailError("--alpha is for --target stream")
         if not streams and self.sweeps != 1:
             raise GrailError("--sweeps is for --target stream: a repair of its own has nothing left to make up for")
-        if self.alpha != AUTO and not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
-            raise GrailError(f"--alpha must be a number from 0 to 1, or auto; got {self.alpha}")
+        if self.alpha not in (AUTO, SEARCH) and not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
+            raise GrailError(f"--alpha must be a number from 0 to 1, auto or search; got {self.alpha}")
 
     @property
     def default_target(self) -> str:
@@ -155,7 +158,12 @@ class Recipe:
     @property
     def chooses(self) -> bool:
         """Whether windows are needed that only decide between candidates."""
-        return self.streams and AUTO in (self.alpha, self.ridge)
+        return self.streams and (AUTO in (self.alpha, self.ridge) or self.searches)
+
+    @property
+    def searches(self) -> bool:
+        """Whether whole runs are candidates."""
+        return self.streams and self.alpha == SEARCH
 
     @property
     def trial_windows(self) -> int:
@@ -187,6 +195,11 @@ class Recipe:
         if not isinstance(self.calibration, str):
             known["calibration"] = "given in Python"
         return known
+
+
+def alpha_name(alpha: str | float) -> str:
+    """An α for people, or that each site has its own."""
+    return "by site" if alpha == AUTO else f"{alpha:g}"
 
 
 def _is_number(value: Any) -> bool:

@@ -27,7 +27,8 @@ PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
 @dataclass(repr=False)
 class Report(Readable):
     """The result of one compression. `output` is the folder written; `model` the narrower module when a module was
-    given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name. At a prompt it is a
+    given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name; `candidates`
+    those of --alpha search (AlphaSearch.to_json). At a prompt it is a
     few lines (`summary`), in a notebook a table with plots."""
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Report(Readable):
     format: OutputFormat
     trained: list[Training] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
+    candidates: list[dict[str, Any]] | None = None
     reopened: dict[str, Any] | None = None
     output: str | None = None
     model: Any = None
@@ -108,6 +110,7 @@ class Report(Readable):
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes": {"before": self.bytes[0], "after": self.bytes[1]},
             "evaluation": self.evaluation,
+            "alpha_search": self.candidates,
             "regional": [vars(training) for training in self.trained],
             "format": self.format.name,
             "tensor_parallel": self.format.tensor_parallel,

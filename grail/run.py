@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Unpack, overload
 
 import torch
 
+from .alpha_search import AlphaSearch
 from .begun import workspace_of
 from .checkpoint.writer import OutputFolder
 from .distributed import Group
@@ -252,9 +253,13 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     session.settle_widths(work)
     job = session.job
     assert job.format is not None, "settled with the widths"
+    search = AlphaSearch(session, work, out) if session.searches else None
     with session.phase("compress"):
         progress = session.progress
-        streamed = stream(job, work, session.texts, out, progress.layers("compressing"), tell=progress.site)
+        if search is not None:
+            streamed = search.run()
+        else:
+            streamed = stream(job, work, session.texts, out, progress.layers("compressing"), tell=progress.site)
     if session.group.main:
         write_rest(session, job, out)
         with session.phase("reopen"):
@@ -274,6 +279,7 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
         parameters=(session.parameters, out.total_parameters),
         bytes=(session.source_bytes, out.total_bytes),
         evaluation=evaluation,
+        candidates=None if search is None else search.to_json(),
         reopened=reopened,
         phases=session.phases,
         profile=work.profile,

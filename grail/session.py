@@ -28,7 +28,7 @@ from .families.decoder import Decoder
 from .job import Job
 from .machine import usable_device
 from .progress import Progress
-from .recipe import Recipe
+from .recipe import ALPHAS, Recipe
 from .report import versions
 from .selectors import selector_class
 from .statistics import MOMENTS
@@ -156,6 +156,11 @@ class Session:
         return Texts(windows.ids, windows.trial, self.probe, windows.weights, windows.trial_weights)
 
     @property
+    def searches(self) -> bool:
+        """Whether whole runs are candidates; not where nothing is removed, and all would be the same."""
+        return self.recipe.searches and self.windows is not None
+
+    @property
     def spill(self) -> bool:
         """Whether inputs of consumers are stored rather than computed twice."""
         return self.model.device.type == "cpu"
@@ -182,6 +187,8 @@ class Session:
         said = []
         if self.widths.needs_scores:
             said.append("two passes over the model: one to score the dense network, one to compress it")
+        if self.searches:
+            said.append(f"{len(ALPHAS)} whole runs, with alpha by site and with one for all sites: perplexity decides")
         differs = self.widths.needs_scores or (self.job.format and self.job.format.name == "grail")
         if differs and self.recipe.format != "padded":
             plain = "--allocation uniform --no-bias" if self.job.affine else "--allocation uniform"

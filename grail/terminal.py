@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from .progress import Progress
-from .recipe import FILE
+from .recipe import FILE, alpha_name
 
 if TYPE_CHECKING:
     from .report import Report
@@ -102,6 +102,11 @@ def show_report(report: Report, console: Console) -> None:
         errors = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}{of}"
         lines["stream error" if streams else "output error"] = errors
     lines |= raised(report.sites)
+    if report.candidates:
+        lines["alpha search"] = ", ".join(
+            f"{alpha_name(one['alpha'])} {one['perplexity']:.3f}{' (taken)' if one['taken'] else ''}"
+            for one in report.candidates
+        )
     if report.evaluation:
         found = report.evaluation
         names = {"dense": "dense", "pruned": "pruned only", "compressed": "compressed"}

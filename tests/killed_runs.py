@@ -46,7 +46,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fold": {"eval": "held_out", "store": "disk"},
     "wanda-pp-sp": {"set": {"passes": "1", "windows": "4", "learning_rate": "1e-3"}},
     "slimgpt": {"store": "disk", "overwrite": True},
+    "search": {"method": "wanda-sp", "alpha": "search", "eval": "held_out"},
 }
+MORE_WINDOWS = {"search": 12}
+"""With six no window can be spared to choose by."""
 Kill = tuple[int, bool] | float
 """An event's number and whether half of it is done; or a share of the time that an undisturbed run takes."""
 
@@ -72,7 +75,7 @@ class Events:
         with ExitStack() as stack:
             for module in (journal, store, writer):
                 stack.enter_context(mock.patch.object(module, "open", self._open, create=True))
-            for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
+            for name in ("replace", "fsync", "unlink", "rmdir", "mkdir", "link"):
                 stack.enter_context(mock.patch.object(os, name, self._whole(name, getattr(os, name))))
             stack.enter_context(mock.patch.object(shutil, "copyfile", self._copyfile))
             yield
@@ -182,7 +185,8 @@ class Case:
         for name in ("LICENSE", "NOTICE", "generation_config.json"):
             (self.source / name).write_text('{"max_length": 8}')
         self.flags = {"method": method, **METHODS[method]}
-        self.flags["calibration"] = str(tiny_calibration(work / "calibration.safetensors", **WINDOWS))
+        text = WINDOWS | {"windows": MORE_WINDOWS.get(method, WINDOWS["windows"])}
+        self.flags["calibration"] = str(tiny_calibration(work / "calibration.safetensors", **text))
         if "eval" in self.flags:
             self.flags["eval"] = str(tiny_calibration(work / "held_out.safetensors", **WINDOWS))
 

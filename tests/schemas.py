@@ -41,6 +41,7 @@ COMMON = {
     "sites": [SITE], "allocation": TEXT, "bias": SWITCH, "parameters": BEFORE_AFTER, "format": TEXT, "loads_with": TEXT,
     "output": TEXT,
 }  # fmt: skip
+CANDIDATE = {"alpha": ANY, "perplexity": NUMBER, "taken": SWITCH}
 SOURCE = {"id": TEXT, "revision": Maybe(TEXT), "sha256": TEXT}
 PERPLEXITY = {
     "data": TEXT, "sha256": TEXT, "windows": COUNT, "seq_len": COUNT, "held_out": SWITCH, "dtype": TEXT,
@@ -49,8 +50,8 @@ PERPLEXITY = {
 TOP = {"top1": NUMBER, "top5?": NUMBER, "count": COUNT}
 LANGUAGE = COMMON | {
     "source": SOURCE | {"hub": Maybe(TEXT)}, "ratio": Each({"asked": Maybe(NUMBER), "reached": NUMBER}),
-    "bytes": BEFORE_AFTER, "evaluation": Maybe(PERPLEXITY), "regional": [Each(ANY)], "tensor_parallel": COUNT,
-    "original_widths": ANY, "class_changed": Maybe(TEXT),
+    "bytes": BEFORE_AFTER, "evaluation": Maybe(PERPLEXITY), "alpha_search": Maybe([CANDIDATE]),
+    "regional": [Each(ANY)], "tensor_parallel": COUNT, "original_widths": ANY, "class_changed": Maybe(TEXT),
     "run": RUN | {"profile": Each(Each(ANY)), "planned": Each(ANY), "reopened": Each(ANY)},
 }  # fmt: skip
 VISION = COMMON | {

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grail import modeling_grail
 from grail.checkpoint import reopen
-from grail.checkpoint.writer import OutputFolder, Piece
+from grail.checkpoint.pieces import Piece
+from grail.checkpoint.writer import OutputFolder
 from grail.errors import GrailError
 from grail.evaluation.perplexity import logits
 from grail.families import open_family, register

@@ -13,7 +13,8 @@ import torch
 
 from grail.checkpoint.background import Background
 from grail.checkpoint.journal import START, Journal
-from grail.checkpoint.writer import JOURNAL, LOCK, STORE, OutputFolder, Piece
+from grail.checkpoint.pieces import Piece
+from grail.checkpoint.writer import JOURNAL, LOCK, STORE, OutputFolder
 from grail.distributed import Group
 from grail.errors import Circumstance, GrailError
 from grail.profile import Profile

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from grail.checkpoint.pieces import Piece
 from grail.checkpoint.reader import DTYPES, INDEX, SafetensorsFolder
-from grail.checkpoint.writer import OutputFolder, Piece
+from grail.checkpoint.writer import OutputFolder
 from grail.errors import Circumstance, GrailError
 
 SHARD = "model-00001-of-00001.safetensors"

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.carried import TOKENIZER_CONFIG, data_files, without_code
 from ..checkpoint.reader import read_json
-from ..checkpoint.writer import TOKENIZER_CONFIG, data_files, without_code
 from ..errors import GrailError
 
 TRIED = "one, two"

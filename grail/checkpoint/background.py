@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from ..distributed import Group
 from ..profile import Profile
+from .pieces import Piece
 from .reader import SafetensorsFolder
-from .writer import OutputFolder, Piece
+from .writer import OutputFolder
 
 THREADS = 2
 ROOM = 2**25

@@ -12,61 +12,22 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
-from torch import Tensor
 
 from ..errors import Circumstance, GrailError, naming
+from .carried import TOKENIZER_CONFIG, data_files, without_code
 from .journal import Journal
+from .pieces import DTYPE_NAMES, Piece, serialised
 from .reader import DTYPES, INDEX, read_json
 
-LOCK, JOURNAL, STORE, REPLACED = "lock", "journal.jsonl", "store", "replaced"
+LOCK, JOURNAL, STORE, CANDIDATES, REPLACED = "lock", "journal.jsonl", "store", "candidates", "replaced"
 SHARD = "shard"
 REMOVALS = 10
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CARRIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json",
-)  # fmt: skip
-CARRIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
-LICENCES, LICENCE_SUFFIXES = ("LICENSE*", "NOTICE*"), {"", ".txt", ".md", ".rst", ".html", ".pdf"}
-TOKENIZER_CONFIG = "tokenizer_config.json"
-CODE_FIELDS = (
-    "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "experts_implementation",
-    "_experts_implementation",
-)  # fmt: skip
-"""Fields of config.json and tokenizer_config.json that name Python code to be run under trust_remote_code, or kernels
-to be fetched from the hub."""
-
-
-def without_code(config: dict) -> dict:
-    """A configuration without the fields that name code, of its own folder or of another repository."""
-    return {key: value for key, value in config.items() if key not in CODE_FIELDS}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor to write: its name, dtype, shape and a source of raw uint8 chunks in order."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: Iterable[Tensor]
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Piece:
-        flat = tensor.detach().cpu().contiguous()
-        raw = flat.reshape(-1).view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
-        return cls(name, tensor.dtype, tuple(tensor.shape), (raw,))
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class OutputFolder:
@@ -151,8 +112,8 @@ class OutputFolder:
         self._entered = True
         self.journal = Journal(self.partial / JOURNAL)
         goes_on = self.resume and self.journal.committed
-        committed = {step.get("file") for step in self.journal.find(SHARD)} | {JOURNAL, STORE} if goes_on else set()
-        self._clear(but=committed | {LOCK})
+        committed = {step.get("file") for step in self.journal.find(SHARD)} if goes_on else set()
+        self._clear(but=committed | ({LOCK, JOURNAL, STORE, CANDIDATES} if goes_on else {LOCK}))
         return self
 
     @property
@@ -187,7 +148,7 @@ class OutputFolder:
         with suppress(OSError):
             self._put_back()
         if self.partial.exists() and (refused or not self.kept):
-            _remove(self.partial)
+            remove(self.partial)
             self._unmake()
         self._lock.close()
 
@@ -213,7 +174,7 @@ class OutputFolder:
         nothing until it is committed."""
         checksum = 0
         with self._replacing(file) as handle:
-            for block in _serialise(pieces):
+            for block in serialised(pieces):
                 checksum = zlib.crc32(block, checksum)
                 handle.write(block)
         return checksum
@@ -234,6 +195,16 @@ class OutputFolder:
         step = {"step": SHARD, "file": file, "crc32": checksum, "tensors": tensors, **said}
         self.journal.append(step)
         self._count(step)
+
+    def adopt(self, other: OutputFolder) -> None:
+        """Take over the shards that another working folder has committed, as far as an earlier run has not."""
+        if not all(self.recall(step) for step in self.journal.find(SHARD)):
+            self.start_over(lambda step: step["step"] != SHARD)
+        for step in other.journal.find(SHARD):
+            if step["file"] not in self.weight_map.values():
+                _link(other.partial / step["file"], self.partial / step["file"])
+                self.journal.append(step)
+                self._count(step)
 
     def recall(self, step: dict) -> bool:
         """Take a shard that an earlier run committed for written; False when the file is not what it was."""
@@ -292,7 +263,7 @@ class OutputFolder:
         if self.path.exists():
             os.replace(self.path, self.partial / REPLACED)
         os.replace(self.partial, self.path)
-        for name in (REPLACED, STORE):
+        for name in (REPLACED, STORE, CANDIDATES):
             shutil.rmtree(self.path / name, ignore_errors=True)
             if (self.path / name).exists():
                 raise Circumstance(f"{self.path} is finished, but {self.path / name} cannot be taken away")
@@ -314,40 +285,22 @@ def _locked(path: Path) -> IO | None:
     return None
 
 
-def _remove(folder: Path) -> None:
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the file system has none."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with naming(target):
+            shutil.copyfile(source, target)
+            with open(target, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def remove(folder: Path) -> None:
     """Remove a working folder, while another process of a run that failed may still put a last chunk there."""
     for _ in range(REMOVALS):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
         time.sleep(0.2)
-
-
-def data_files(source: Path) -> Iterator[Path]:
-    """The files beside the weights that a result needs too."""
-    kinds = (
-        (CARRIED, CARRIED_SUFFIXES),
-        (LICENCES, LICENCE_SUFFIXES),
-        (("additional_chat_templates/*",), {".jinja"}),
-    )
-    for patterns, suffixes in kinds:
-        for pattern in patterns:
-            yield from (f for f in sorted(source.glob(pattern)) if f.is_file() and f.suffix.lower() in suffixes)
-
-
-def _serialise(pieces: list[Piece]) -> Iterator[bytes | memoryview]:
-    """The safetensors format: header length, header padded to 8 bytes, data without gaps."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for piece in pieces:
-        end = offset + piece.nbytes
-        entry = {"dtype": DTYPE_NAMES[piece.dtype], "shape": list(piece.shape), "data_offsets": [offset, end]}
-        header[piece.name] = entry
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for piece in pieces:
-        for chunk in piece.chunks:
-            yield memoryview(chunk.numpy())

@@ -25,10 +25,11 @@ def perplexity(
     windows_NL: Tensor,
     work: Workspace | None = None,
     *,
+    weights_NL: Tensor | None = None,
     track: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers,
 ) -> float:
-    """exp of the mean negative log-likelihood, over the windows of all processes. `track` may wrap the loop over
-    layers, to show progress.
+    """exp of the mean negative log-likelihood, over the windows of all processes. weights_NL: how much each token
+    counts as a target, float32. `track` may wrap the loop over layers, to show progress.
 
     Raises GrailError when it is not finite.
     """
@@ -45,27 +46,42 @@ def perplexity(
         for number in mine:
             work.store.put(SERIES, number, block.run(work.store.get(SERIES, number, model.device)))
     del block
-    found = _losses(model, work, batches, mine)
+    found = _losses(model, work, batches, None if weights_NL is None else work.split(weights_NL), mine)
     work.store.drop(SERIES, mine)
     # added up in the order of the windows, whoever computed them
-    mean = sum(loss for part in work.group.gather(found) for loss in part) / (windows_NL.numel() - len(windows_NL))
+    total = sum(loss for part in work.group.gather(found) for loss in part)
+    targets = windows_NL.numel() - len(windows_NL) if weights_NL is None else weights_NL[:, 1:].double().sum().item()
+    if not targets:
+        raise GrailError("no token of the evaluation windows counts as one to predict; give longer ones")
+    mean = total / targets
     if not math.isfinite(mean):
         raise GrailError(f"{model.source.path}: the evaluation loss is not finite; try --dtype float32")
     return math.exp(min(mean, 700.0))
 
 
 @torch.no_grad()
-def _losses(model: Decoder, work: Workspace, batches: list[Tensor], mine: list[int]) -> list[float]:
-    """Summed negative log-likelihood of each of this process's chunks."""
+def _losses(
+    model: Decoder, work: Workspace, batches: list[Tensor], weights: list[Tensor] | None, mine: list[int]
+) -> list[float]:
+    """Summed negative log-likelihood of each of this process's chunks, each token times its weight."""
     tail, losses = model.tail(), []
     for number in mine:
         x_BLD = work.store.get(SERIES, number, model.device)
-        targets = batches[number][:, 1:].reshape(-1).to(x_BLD.device)
-        rows = x_BLD[:, :-1].reshape(-1, x_BLD.shape[-1])
+        rows = x_BLD[:, :-1].reshape(-1, x_BLD.shape[-1]).split(LOGIT_ROWS)
+        targets = _targets(batches[number]).to(x_BLD.device).split(LOGIT_ROWS)
+        counts = None if weights is None else _targets(weights[number]).to(x_BLD.device).split(LOGIT_ROWS)
         losses.append(0.0)
-        for rows_TD, targets_T in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            losses[-1] += cross_entropy(tail(rows_TD), targets_T, reduction="sum").item()
+        for part, (rows_TD, targets_T) in enumerate(zip(rows, targets, strict=True)):
+            if counts is None:
+                losses[-1] += cross_entropy(tail(rows_TD), targets_T, reduction="sum").item()
+            else:
+                losses[-1] += (cross_entropy(tail(rows_TD), targets_T, reduction="none") @ counts[part]).item()
     return losses
+
+
+def _targets(windows_BL: Tensor) -> Tensor:
+    """Of all tokens that are predicted, [B (L - 1)]."""
+    return windows_BL[:, 1:].reshape(-1)
 
 
 def logits(model: Decoder, ids_BL: Tensor) -> Tensor:

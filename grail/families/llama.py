@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..calibration.tokenizer import has_tokenizer, load_tokenizer
+from ..checkpoint.carried import TOKENIZER_CONFIG, without_code
 from ..checkpoint.reader import SafetensorsFolder, read_json
-from ..checkpoint.writer import TOKENIZER_CONFIG, without_code
 from ..documents import check_counts
 from ..errors import GrailError
 from ..modeling_grail import BASES, PREFIX

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..calibration.preprocessing import Preprocessing
+from ..checkpoint.pieces import Piece
 from ..checkpoint.reader import SafetensorsFolder, read_json
-from ..checkpoint.writer import OutputFolder, Piece
+from ..checkpoint.writer import OutputFolder
 from ..children import python
 from ..documents import about
 from ..errors import GrailError, naming

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import GrailError
-from ..recipe import STREAM, Recipe
+from ..recipe import SEARCH, STREAM, Recipe
 
 DENSE, OWN = "dense", "own"
 ELSEWHERE = (
@@ -52,6 +52,8 @@ class ModuleRecipe(Recipe):
             raise GrailError(
                 "--target stream compares streams of one width, and --residual-ratio narrows them: take one"
             )
+        if self.alpha == SEARCH:
+            raise GrailError("--alpha search judges by perplexity: it is for language models; give a number, or auto")
         plain = Recipe(model=None)
         for option in ELSEWHERE:
             if getattr(self, option) != getattr(plain, option):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.writer import REPLACED, STORE
+from ..checkpoint.writer import CANDIDATES, REPLACED, STORE
 from ..errors import GrailError, first_line
 from ..page.card import card
 from ..page.run import RAN, read_run
@@ -14,7 +14,7 @@ from ..page.source_card import HUB_ID, README, source_card
 
 LEFT_OUT = (RAN, "lock", "journal.jsonl")
 """run.json tells of the machine; the others are there while a run works."""
-WORKING = (STORE, REPLACED)
+WORKING = (STORE, CANDIDATES, REPLACED)
 """Folders left by a run that was cut off as it finished: hidden states of the calibration data, an older result."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grail_kernels.inputs import all_finite
 
-from ..checkpoint.writer import Piece
+from ..checkpoint.pieces import Piece
 from ..errors import GrailError
 from .inputs import Ingredient
 

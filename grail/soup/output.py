@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..checkpoint.carried import without_code
 from ..checkpoint.reader import SINGLE
-from ..checkpoint.writer import OutputFolder, without_code
+from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from .average import averaged
 from .inputs import SUFFIX, Ingredient

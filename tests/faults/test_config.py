@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grail.checkpoint.writer import without_code
+from grail.checkpoint.carried import without_code
 from grail.evaluation.perplexity import logits
 from grail.families import open_family
 from grail.progress import Progress

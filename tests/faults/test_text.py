@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from grail.calibration import evaluation_windows, load_calibration
 from grail.calibration.tokenizer import load_tokenizer
-from grail.checkpoint.writer import TOKENIZER_CONFIG, OutputFolder, without_code
+from grail.checkpoint.carried import TOKENIZER_CONFIG, without_code
+from grail.checkpoint.writer import OutputFolder
 from grail.documents import read_json
 from grail.families import open_family
 from tests.faults.mutators import HOSTILE, damaged, mangled, misencoded, rendered
