@@ -223,7 +223,11 @@ class Group:
             self._carriers["cuda"] = dist.new_group(backend="nccl", timeout=TRANSFER_LIMIT)
 
     def _leave(self, *, abort: bool = False) -> None:
-        """Destroy the groups. A gloo connection closes with the last reference to its group, whoever holds it."""
+        """Destroy the groups. A gloo connection closes with the last reference to its group, whoever holds it.
+
+        Freeing a group waits for threads that may still have a tensor to free, for which they need the interpreter's
+        lock. torch 2.6 does not give that up while a group goes, but does while a backend goes: so that is held longer.
+        """
         import torch.distributed as dist
 
         carriers, self._carriers = self._carriers, {}
@@ -231,7 +235,11 @@ class Group:
             if abort and "cuda" in carriers:
                 carriers["cuda"].abort()  # destroying waits for transfers that cannot end
             while carriers:
-                dist.destroy_process_group(carriers.popitem()[1])
+                kind, group = carriers.popitem()
+                backend = group._get_backend(torch.device(kind))
+                dist.destroy_process_group(group)
+                del group
+                del backend
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
