@@ -97,7 +97,12 @@ vision_only = {
     "residual_ratio": shares, "calibration_text": st.none() | words,
 }  # fmt: skip
 streams = st.fixed_dictionaries(
-    {}, optional={"alpha": st.sampled_from(["auto", "search"]) | st.floats(0, 1), "ridge": st.just("auto"), "sweeps": st.integers(1, 9)}
+    {},
+    optional={
+        "alpha": st.sampled_from(["auto", "search"]) | st.floats(0, 1),
+        "ridge": st.just("auto"),
+        "sweeps": st.integers(1, 9),
+    },
 )
 
 
