@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.journal import START
+from .checkpoint.journal import START, understood
 from .checkpoint.writer import CANDIDATES, SHARD, OutputFolder, remove
 from .evaluation.perplexity import perplexity
 from .finish import write_rest
@@ -39,7 +39,8 @@ class AlphaSearch:
     def run(self) -> Streamed:
         """Make and judge those that an earlier run has not, and take the best into the output folder."""
         steps = self.group.broadcast(self.out.journal.find(JUDGED) if self.group.main else None)
-        self.found = {step["alpha"]: step["perplexity"] for step in steps}
+        with understood(self.out.journal.path):
+            self.found = {ALPHAS[ALPHAS.index(step["alpha"])]: float(step["perplexity"]) for step in steps}
         if self.group.main and not self.out.journal.find(BEGUN):
             self.out.journal.append({"step": BEGUN})  # from here on there may be layers to go on with
         for alpha in ALPHAS:

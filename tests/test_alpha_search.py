@@ -12,9 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import grail
-from grail.checkpoint.writer import CANDIDATES
+from grail.checkpoint.journal import Journal
+from grail.checkpoint.writer import CANDIDATES, JOURNAL
 from grail.cli import app
-from grail.errors import GrailError
+from grail.errors import Circumstance, GrailError
 from grail.evaluation.perplexity import logits, perplexity
 from grail.families import open_family
 from grail.recipe import ALPHAS, AUTO, Recipe
@@ -130,6 +131,15 @@ def test_a_search_that_goes_on_makes_no_candidate_again(tmp_path, monkeypatch):
     )
     case.compress(tmp_path / "out", resume=True)
     assert 0 < len(made) < 3 * len(ALPHAS) - 6
+
+
+@pytest.mark.parametrize("step", [{"alpha": 0.3, "perplexity": 7.0}, {"alpha": "auto", "perplexity": [1]}, {}])
+def test_a_journal_that_says_what_no_search_says_is_refused(tmp_path, step):
+    case = Case("search", tmp_path / "case")
+    interrupted(case, tmp_path / "out", 9)
+    Journal(tmp_path / "out.partial" / JOURNAL).append({"step": "candidate", **step})
+    with pytest.raises(Circumstance, match="what no run of grail says"):
+        case.compress(tmp_path / "out", resume=True)
 
 
 def test_two_processes_search_like_one(tmp_path):
