@@ -7,6 +7,7 @@ and on text of another.
     python benchmarks/quality.py acceptance           # against plain GRAIL, with 64 windows and more
     python benchmarks/quality.py headline             # the README's rows: three of these cells
     python benchmarks/quality.py alphas               # α for all sites, against the choice by site
+    python benchmarks/quality.py searches             # --alpha search: whole runs judged by perplexity
     python benchmarks/quality.py few                  # wanda-sp and slimgpt at 0.3: 2 to 16 windows, and larger λ
     python benchmarks/quality.py mixtures             # calibration on one text, on another, on both
     python benchmarks/quality.py --render             # tables and figures from what is stored
@@ -97,6 +98,13 @@ def alphas() -> Iterator[dict]:
     yield cell("slimgpt", 0.3, "stream", samples=64, alpha=0.5)
 
 
+def searches() -> Iterator[dict]:
+    """Whole runs as candidates: what the deciding windows say of each, in "candidates" of a row."""
+    yield from (
+        cell(method, ratio, "stream", alpha="search") for method, ratio in (("wanda-sp", 0.3), ("slimgpt", 0.5))
+    )
+
+
 def headline() -> Iterator[dict]:
     """The README's rows."""
     yield cell("wanda-sp", 0.3, "hidden", samples=128, ridge=1e-3)
@@ -125,7 +133,7 @@ def mixtures() -> Iterator[dict]:
         yield cell("wanda-sp", 0.3, "stream", samples=64, calibration=text)
 
 
-STUDIES = {f.__name__: f for f in (headline, acceptance, mixtures, ridges, grid, seeds, alphas, few)}
+STUDIES = {f.__name__: f for f in (headline, acceptance, mixtures, ridges, grid, seeds, alphas, searches, few)}
 
 
 def measure(asked: dict, work: Path) -> dict:
@@ -148,6 +156,7 @@ def measure(asked: dict, work: Path) -> dict:
         "alphas": [site["alpha"] for site in report.sites],
         "alphas_of_sweeps": [[one["alpha"] for one in site["sweeps"] or ()] for site in report.sites],
         "lambdas": [site["lambda"] for site in report.sites],
+        "candidates": report.candidates,
         "raised_sites": sum(site["retries"] > 0 for site in report.sites),
         "seconds": {name: round(seconds, 1) for name, seconds in report.phases.items()},
         "versions": versions(),
