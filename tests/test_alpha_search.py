@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import grail
+from grail.alpha_search import AlphaSearch
 from grail.checkpoint.journal import Journal
 from grail.checkpoint.writer import CANDIDATES, JOURNAL
 from grail.cli import app
-from grail.errors import Circumstance, GrailError
+from grail.errors import Circumstance, GrailError, Interrupted
 from grail.evaluation.perplexity import logits, perplexity
 from grail.families import open_family
 from grail.recipe import ALPHAS, AUTO, Recipe
@@ -122,6 +124,80 @@ def test_a_stopped_search_goes_on_with_what_is_done(tmp_path, lines):
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("stops", [1, 2, 3])
+def test_stopped_again_and_again_after_the_choice_it_makes_nothing_again(tmp_path, monkeypatch, stops):
+    case = Case("search", tmp_path / "case")
+    case.compress(tmp_path / "whole")
+    evaluate, layer, made = grail.run.evaluate, grail.pipeline._compress_layer, []
+
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grail.run, "evaluate", cut_off)
+    for number in range(stops):
+        with pytest.raises(Interrupted):
+            case.compress(tmp_path / "out", resume=number > 0)
+    monkeypatch.setattr(grail.run, "evaluate", evaluate)
+    monkeypatch.setattr(grail.pipeline, "_compress_layer", lambda *run: made.append(1) or layer(*run))
+    case.compress(tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole") and not made
+
+
+def test_stopped_before_its_first_layer_is_done_it_leaves_nothing(tmp_path, monkeypatch):
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grail.pipeline, "_compress_layer", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        Case("search", tmp_path / "case").compress(tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["case"]
+
+
+def test_a_loser_is_not_there_beside_two_others_after_a_stop(tmp_path, monkeypatch):
+    """Stopped between the line that says how good the second one is, and taking away the worse of the two."""
+    case, there = Case("search", tmp_path / "case"), []
+    drop = AlphaSearch._drop_losers
+
+    def cut_off(search):
+        if len(search.found) == 2:
+            raise KeyboardInterrupt
+        drop(search)
+
+    monkeypatch.setattr(AlphaSearch, "_drop_losers", cut_off)
+    with pytest.raises(Interrupted):
+        case.compress(tmp_path / "out")
+    monkeypatch.setattr(AlphaSearch, "_drop_losers", drop)
+    make = AlphaSearch._make
+
+    def counted(search, alpha, *where):
+        there.append(len(list((tmp_path / "out.partial" / CANDIDATES).iterdir())))
+        return make(search, alpha, *where)
+
+    monkeypatch.setattr(AlphaSearch, "_make", counted)
+    case.compress(tmp_path / "out", resume=True)
+    assert there == [1, 1, 1]
+
+
+def test_what_ends_a_candidate_says_whose_it_was(source, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise GrailError("the evaluation loss is not finite")
+
+    monkeypatch.setattr("grail.alpha_search.perplexity", refuse)
+    with pytest.raises(GrailError, match=r"^--alpha search, alpha by site: the evaluation loss"):
+        compress(source, tmp_path / "out", alpha="search")
+
+
+def test_times_add_up_and_the_page_shows_the_candidates(source, tmp_path):
+    found = compress(source, tmp_path / "out", alpha="search")
+    begun = time.perf_counter()
+    assert set(found.phases) >= {"compress", "judging"}
+    compress(source, tmp_path / "out", alpha="search", overwrite=True)
+    ran = json.loads((tmp_path / "out" / "run.json").read_text())["seconds"]
+    assert sum(ran.values()) <= time.perf_counter() - begun
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "perplexity on the deciding windows: by site" in page and "(taken)" in page
+
+
 def test_a_search_that_goes_on_makes_no_candidate_again(tmp_path, monkeypatch):
     case, made = Case("search", tmp_path / "case"), []
     interrupted(case, tmp_path / "out", 20)
@@ -133,7 +209,8 @@ def test_a_search_that_goes_on_makes_no_candidate_again(tmp_path, monkeypatch):
     assert 0 < len(made) < 3 * len(ALPHAS) - 6
 
 
-@pytest.mark.parametrize("step", [{"alpha": 0.3, "perplexity": 7.0}, {"alpha": "auto", "perplexity": [1]}, {}])
+@pytest.mark.parametrize("step", [{"alpha": 0.3, "perplexity": 7.0}, {"alpha": "auto", "perplexity": [1]},
+                                  {"alpha": "auto", "perplexity": float("nan")}, {}])  # fmt: skip
 def test_a_journal_that_says_what_no_search_says_is_refused(tmp_path, step):
     case = Case("search", tmp_path / "case")
     interrupted(case, tmp_path / "out", 9)

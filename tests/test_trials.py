@@ -156,7 +156,7 @@ BAD = {
     "--memory 9999999999.*expected a size": {"memory": "9" * 400},
     "--memory 0: expected a size": {"memory": 0},
     "--sweeps must be a whole number, 1 or more; got 0": {"target": "stream", "sweeps": 0},
-    "from 0 to 1, or auto; got 1.01": {"target": "stream", "alpha": 1.01},
+    "from 0 to 1, auto or search; got 1.01": {"target": "stream", "alpha": 1.01},
     "got nan": {"target": "stream", "alpha": float("nan")},
     "0 or more, or auto; got much": {"target": "stream", "ridge": "much"},
     "--ridge must be a finite number, 0 or more; got auto": {"target": "hidden", "ridge": "auto"},

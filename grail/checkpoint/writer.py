@@ -198,9 +198,10 @@ class OutputFolder:
 
     def adopt(self, other: OutputFolder) -> None:
         """Take over the shards that another working folder has committed, as far as an earlier run has not."""
-        if not all(self.recall(step) for step in self.journal.find(SHARD)):
+        there = {step["file"]: step for step in self.journal.find(SHARD)}  # a file may have been committed twice
+        if not all(map(self.recall, there.values())):
             self.start_over(lambda step: step["step"] != SHARD)
-        for step in other.journal.find(SHARD):
+        for step in {step["file"]: step for step in other.journal.find(SHARD)}.values():
             if step["file"] not in self.weight_map.values():
                 _link(other.partial / step["file"], self.partial / step["file"])
                 self.journal.append(step)

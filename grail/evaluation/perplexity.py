@@ -52,7 +52,7 @@ def perplexity(
     total = sum(loss for part in work.group.gather(found) for loss in part)
     targets = windows_NL.numel() - len(windows_NL) if weights_NL is None else weights_NL[:, 1:].double().sum().item()
     if not targets:
-        raise GrailError("no token of the evaluation windows counts as one to predict; give longer ones")
+        raise GrailError("no token of the windows that are judged counts as one to predict; give other windows")
     mean = total / targets
     if not math.isfinite(mean):
         raise GrailError(f"{model.source.path}: the evaluation loss is not finite; try --dtype float32")

@@ -89,9 +89,22 @@ def _asked(run: Run) -> dict[str, object]:
         else None,
         "seed": whole(number(recipe.get("seed"))) if "seed" in recipe else None,
         "ridge": _ridge(recipe) if run.repaired else "no repair was asked for",
-        "α": recipe.get("alpha") if run.repaired and recipe.get("target") == "stream" else None,
+        "α": _alpha(run) if run.repaired and recipe.get("target") == "stream" else None,
         "sweeps": recipe.get("sweeps") if recipe.get("sweeps") != 1 else None,
     }
+
+
+def _alpha(run: Run) -> str | None:
+    """As asked for; of a search the candidates too, each with its perplexity."""
+    found, told = run.grail.get("alpha_search"), []
+    for one in map(mapping, found if isinstance(found, list) else ()):
+        alpha, judged = number(one.get("alpha")), number(one.get("perplexity"))
+        name = "by site" if alpha is None else short(alpha, 2)
+        told.append(
+            f"{name} {'' if judged is None else short(judged, 4)}{' (taken)' if one.get('taken') is True else ''}"
+        )
+    asked = run.recipe.get("alpha")
+    return f"{asked}, perplexity on the deciding windows: {', '.join(told)}" if told else asked
 
 
 def _with_hash(name: str, entry: dict) -> Markup:
