@@ -81,7 +81,8 @@ class AlphaSearch:
         except Circumstance:
             raise
         except GrailError as error:
-            raise GrailError(f"--alpha search, alpha {alpha_name(alpha)}: {error}") from error
+            # what caused it says whether the input was bad, or only its disk went (run.py)
+            raise GrailError(f"--alpha search, alpha {alpha_name(alpha)}: {error}") from error.__cause__ or error
         if self.group.main:
             self.out.journal.append({"step": JUDGED, "alpha": alpha, "perplexity": self.found[alpha]})
 

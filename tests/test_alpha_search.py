@@ -187,6 +187,16 @@ def test_what_ends_a_candidate_says_whose_it_was(source, tmp_path, monkeypatch):
         compress(source, tmp_path / "out", alpha="search")
 
 
+def test_input_that_cannot_be_read_any_more_leaves_what_is_done(source, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise GrailError("model.safetensors cannot be read") from OSError("the disk is gone")
+
+    monkeypatch.setattr("grail.alpha_search.perplexity", refuse)
+    with pytest.raises(Circumstance, match=r"alpha by site: model\.safetensors cannot be read; what is done is kept"):
+        compress(source, tmp_path / "out", alpha="search")
+    assert (tmp_path / "out.partial").exists()
+
+
 def test_times_add_up_and_the_page_shows_the_candidates(source, tmp_path):
     found = compress(source, tmp_path / "out", alpha="search")
     begun = time.perf_counter()
