@@ -71,6 +71,9 @@ def seeds() -> Iterator[dict]:
         for target in TARGETS:
             yield from (cell(method, 0.3, target, seed=seed) for seed in (1, 2))
             yield from (cell(method, 0.3, target, samples=samples) for samples in (64, 128))
+        for seed in (1, 2):
+            yield cell(method, 0.3, "hidden", samples=64, ridge=1e-3, seed=seed)
+            yield cell(method, 0.3, "stream", samples=64, seed=seed)
 
 
 def few() -> Iterator[dict]:
@@ -116,12 +119,13 @@ def acceptance() -> Iterator[dict]:
     """Both masks at every ratio with little and much text, plain GRAIL's λ at its best of three; a second sweep; and
     the best."""
     much = [(512, *which) for which in (("wanda-sp", 0.3), ("slimgpt", 0.3), ("wanda-sp", 0.2))]
-    for samples, method, ratio in [*itertools.product((64, 256), ("wanda-sp", "slimgpt"), (0.3, 0.2, 0.5)), *much]:
+    asked = [*itertools.product((64, 256), ("wanda-sp", "slimgpt"), (0.3, 0.2, 0.5)), *much]
+    for samples, method, ratio in [*asked, (512, "slimgpt", 0.5)]:
         yield cell(method, ratio, "hidden", samples=samples, ridge=1e-3)
         yield cell(method, ratio, "stream", samples=samples)
     yield cell("wanda-sp", 0.3, "stream", samples=256, sweeps=2)
-    ways = itertools.product((256, 64), ("wanda-sp", "slimgpt"), (0.3, 0.2, 0.5), (1e-2, 1e-4))
-    yield from (cell(method, ratio, "hidden", samples=samples, ridge=ridge) for samples, method, ratio, ridge in ways)
+    for (samples, method, ratio), ridge in itertools.product(asked, (1e-2, 1e-4)):
+        yield cell(method, ratio, "hidden", samples=samples, ridge=ridge)
     for ratio in (0.2, 0.5):
         yield cell("gram", ratio, "stream", samples=64, allocation="error")
 

@@ -15,7 +15,7 @@ def render(rows: list[dict], folder: Path) -> None:
     dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
     every = [row for row in rows if row["method"] != "dense"]
     cells = [row for row in every if row.get("calibration", "builtin") == "builtin"]
-    parts = [_head(dense), _targets(cells, dense), _alphas(cells), _ridges(cells), _mixtures(every)]
+    parts = [_head(dense), _targets(cells, dense), _alone(cells), _alphas(cells), _ridges(cells), _mixtures(every)]
     (folder / "quality.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     _figures(cells, dense, folder)
 
@@ -53,6 +53,13 @@ def _targets(cells: list[dict], dense: dict) -> str:
                 f"| {_both(plain)} | {_both(cell)} | {share:.2f} | {other:.2f} |"
             )
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _alone(cells: list[dict]) -> str:
+    """What was measured towards the stream alone: where the budget is shared out by errors."""
+    found = sorted((c for c in cells if c["allocation"]), key=lambda c: (c["ratio"], c["samples"]))
+    told = [f"* {c['method']} ({c['allocation']}) {c['ratio']}, {c['samples']} windows, {c['target']}" for c in found]
+    return "\n".join(f"{name}: {_both(c)}" for name, c in zip(told, found, strict=True))
 
 
 def sweeps(cell: dict) -> int:

@@ -18,10 +18,10 @@ from . import gram_triton
 from .configs import GRAM, INTERPRETER, MEASURED_TMA, TMA, GramConfig, tma_config
 from .dispatch import device_target
 from .operands import ELEMENTWISE_BLOCK, column_sums, is_aligned, one_below_the_other, parts_of, phases_of, round_up
+from .splits import choose_splits
 
 KERNEL_ENVIRONMENT = "GRAIL_KERNELS_GRAM"
 KERNELS = ("pointer", "tma")
-LEAST_SPLIT_ROWS = 512
 ROWS_AS_THEY_ARE, ROWS_COPIED = 131072, 8192
 """Rows of one launch: without a copy of the operand, and with one, which so many rows bound."""
 MOST_BYTES = 2**31 - 1
@@ -106,7 +106,7 @@ def gram_add(
     target = _target(x_STH.device)
     config = tma_config(target, width) if tma else GRAM[target]
     parts = parts_of(x_STH, mask_ST, shift_SH, config.block_k)
-    splits = splits or _splits(_tile_count(width, config) * sites, rows, x_STH.device)
+    splits = splits or _splits(_tile_count(width, config) * sites, rows, parts)
     out = data if splits == 1 else data.new_empty(sites, splits, data.shape[1])
     launch = _gram_by_tma if tma else _gram_by_pointers
     launch(config, parts, rows, width, out, splits, precise)
@@ -155,7 +155,7 @@ def cross_add(
     mask_1T = None if mask_T is None else mask_T[None]
     x, y = (parts_of(v[None], mask_1T, None, config.block_k) for v in (x_TH, y_TO))
     programs = -(-width // config.block_m) * -(-columns // config.tile)
-    splits = splits or _splits(programs, rows, x_TH.device)
+    splits = splits or _splits(programs, rows, x)
     out = out_HO if splits == 1 else out_HO.new_empty(splits, width, columns)
     launch = _cross_by_tma if tma else _cross_by_pointers
     launch(config, x, y, rows, width, columns, out, (programs, splits), precise)
@@ -227,9 +227,9 @@ def _split_rows(rows: int, splits: int, config: GramConfig) -> int:
     return round_up(-(-rows // splits), config.block_k)
 
 
-def _splits(tiles: int, rows: int, device: torch.device) -> int:
-    """Splits of the rows that fill the device once, none shorter than LEAST_SPLIT_ROWS."""
-    if device.type != "cuda":
+def _splits(tiles: int, rows: int, parts: Tensor) -> int:
+    """Into how many parts the rows go on the device of the operand."""
+    if parts.device.type != "cuda":
         return 1
-    wanted = -(-torch.cuda.get_device_properties(device).multi_processor_count // tiles)
-    return max(min(wanted, rows // LEAST_SPLIT_ROWS), 1)
+    units = torch.cuda.get_device_properties(parts.device).multi_processor_count
+    return choose_splits(tiles, rows, units, phases_of(parts))
