@@ -19,7 +19,8 @@ def tiles_of(width, tile=128):
 
 
 @pytest.mark.parametrize(
-    ("width", "rows", "splits"), [(1536, 65536, 5), (576, 65536, 8), (768, 65536, 6), (4096, 32768, 1), (11008, 8192, 1)]
+    ("width", "rows", "splits"),
+    [(1536, 65536, 5), (576, 65536, 8), (768, 65536, 6), (4096, 32768, 1), (11008, 8192, 1)],
 )
 def test_waves_of_known_widths_are_full(width, rows, splits):
     """4096 columns are 528 tiles, four waves of 132; 576 are 15, of which nine parts would need a second wave."""
