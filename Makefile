@@ -29,7 +29,7 @@ demo-vision: install
 test: install
 	@echo "grail test: lint, then the whole test suite (about 30 minutes, 2 cores)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest -q --durations=10
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-gpu: install
 	@echo "grail test-gpu: the kernels on this machine's GPU"

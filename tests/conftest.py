@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.faults import tally
+
 INTERPRETED = ("centred", "cross", "gram_triton", "packed_triton", "ridge_small")
 collect_ignore = [f"test_{name}.py" for name in INTERPRETED] if os.environ["TRITON_INTERPRET"] == "0" else []
 
@@ -23,6 +25,25 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), 2))
+
+
+FAULTS = "faults"
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[FAULTS] = tally.counted()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    tally.add(getattr(node, "workeroutput", {}).get(FAULTS, []))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line at the end: what tests/faults tried, in all processes that pytest started (pytest -n)."""
+    if told := tally.line():
+        terminalreporter.write_line(told)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import platform
+import re
 import resource
 import signal
 import sys
@@ -207,6 +208,12 @@ def _complaints(sentence: str, names: Collection[str | Path]) -> list[str]:
     if not any(str(name) in sentence for name in names):
         said.append("the sentence names neither the file nor its folder, option or field")
     return said
+
+
+def blames_what_was_asked(sentence: str, asked: dict[str, Any]) -> bool:
+    """Whether the first option that a refusal names is one that the run was given."""
+    named = re.search(r"--([a-z][a-z-]*)", sentence)
+    return named is not None and named[1].replace("-", "_") in asked
 
 
 @contextmanager

@@ -15,6 +15,17 @@ def count(kind: str, outcome: str) -> None:
     _seen[kind, outcome] += 1
 
 
+def counted() -> list[tuple[str, str, int]]:
+    """(kind, outcome, cases) so far, in what one process can tell another."""
+    return [(*key, number) for key, number in _seen.items()]
+
+
+def add(others: list[tuple[str, str, int]]) -> None:
+    """What another process counted."""
+    for kind, outcome, number in others:
+        _seen[kind, outcome] += number
+
+
 def times(number: int) -> int:
     """So many cases, multiplied by GRAIL_FAULTS."""
     return max(1, round(number * MANY))

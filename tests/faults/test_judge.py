@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from grail.errors import GrailError
 from tests.faults import judge as judges
 from tests.faults import tally
-from tests.faults.judge import CANARY, Misjudged, judge
+from tests.faults.judge import CANARY, Misjudged, blames_what_was_asked, judge
 
 KIND = "the judge itself"
 
@@ -140,3 +140,15 @@ def test_the_line_says_what_was_tried(monkeypatch):
         for _ in range(number):
             tally.count(kind, outcome)
     assert tally.line() == "faults: 1,202 cases: config 1,200, gguf 2, refused 1,200, accepted and right 2"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "right"),
+    [
+        ("--head-multiple 2: no such number; leave out --format", True),
+        ("--format uniform: add --head-multiple 1", False),
+        ("o_proj: the numbers cannot be computed", False),
+    ],
+)
+def test_a_refusal_blames_an_option_that_was_asked_for(sentence, right):
+    assert blames_what_was_asked(sentence, {"head_multiple": 2}) == right
