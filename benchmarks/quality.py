@@ -103,9 +103,7 @@ def alphas() -> Iterator[dict]:
 
 def searches() -> Iterator[dict]:
     """Whole runs as candidates: what the deciding windows say of each, in "candidates" of a row."""
-    yield from (
-        cell(method, ratio, "stream", alpha="search") for method, ratio in (("wanda-sp", 0.3), ("slimgpt", 0.5))
-    )
+    yield from (cell("wanda-sp", ratio, "stream", alpha="search") for ratio in (0.3, 0.5))
 
 
 def headline() -> Iterator[dict]:
