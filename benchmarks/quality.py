@@ -177,8 +177,8 @@ def key_of(row: dict) -> str:
 
 
 def run(cells: list[dict]) -> None:
-    """Measure those that are not stored, or were measured with an earlier choice of α."""
-    done = {key_of(row) for row in stored(STORE) if "choice" not in row}
+    """Measure those that are not stored."""
+    done = {key_of(row) for row in stored(STORE)}
     if not any(row["method"] == "dense" for row in stored(STORE)):
         folder = multi_head_form(locate(SMOLLM2).folder)
         found = {text: perplexity_of(folder, text) for text in TEXTS}

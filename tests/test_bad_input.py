@@ -191,7 +191,7 @@ class TestNames:
     def test_hub_name_without_network(self, bench, no_network, name):
         start = time.perf_counter()
         message = bench.refuse(model=name)
-        assert time.perf_counter() - start < 10
+        assert time.perf_counter() - start < 60
         assert {"llama-2-7b": "meta-llama/Llama-2-7b-hf"}.get(name, name) in message and "--model PATH" in message
 
     def test_gated_model(self, bench, monkeypatch):

@@ -28,7 +28,7 @@ FLOAT32, FLOAT64 = 1e-6, 1e-12  # relative error in norm
 MEANS = ("mean", "mean_square", "variance")
 CANCELLED = 5e-6  # of a cross moment about the mean of z alone, whose products are here 18 times as large as their sum
 LOST = r"process {} of {} cannot go on because another one ended \([^)]+\).*--resume"
-SOON = 20.0
+SOON = 60.0
 
 
 @contextmanager

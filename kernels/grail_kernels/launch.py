@@ -106,7 +106,7 @@ def gram_add(
     target = _target(x_STH.device)
     config = tma_config(target, width) if tma else GRAM[target]
     parts = parts_of(x_STH, mask_ST, shift_SH, config.block_k)
-    splits = splits or _splits(_tile_count(width, config) * sites, rows, parts)
+    splits = splits or _splits(_tile_count(width, config) * sites, rows, parts, config)
     out = data if splits == 1 else data.new_empty(sites, splits, data.shape[1])
     launch = _gram_by_tma if tma else _gram_by_pointers
     launch(config, parts, rows, width, out, splits, precise)
@@ -155,7 +155,7 @@ def cross_add(
     mask_1T = None if mask_T is None else mask_T[None]
     x, y = (parts_of(v[None], mask_1T, None, config.block_k) for v in (x_TH, y_TO))
     programs = -(-width // config.block_m) * -(-columns // config.tile)
-    splits = splits or _splits(programs, rows, x)
+    splits = splits or _splits(programs, rows, x, config)
     out = out_HO if splits == 1 else out_HO.new_empty(splits, width, columns)
     launch = _cross_by_tma if tma else _cross_by_pointers
     launch(config, x, y, rows, width, columns, out, (programs, splits), precise)
@@ -227,9 +227,10 @@ def _split_rows(rows: int, splits: int, config: GramConfig) -> int:
     return round_up(-(-rows // splits), config.block_k)
 
 
-def _splits(tiles: int, rows: int, parts: Tensor) -> int:
-    """Into how many parts the rows go on the device of the operand."""
+def _splits(tiles: int, rows: int, parts: Tensor, config: GramConfig) -> int:
+    """Into how many parts the rows go on the device of the operand, none of them without a row."""
     if parts.device.type != "cuda":
         return 1
     units = torch.cuda.get_device_properties(parts.device).multi_processor_count
-    return choose_splits(tiles, rows, units, phases_of(parts))
+    splits = choose_splits(tiles, rows, units, phases_of(parts))
+    return -(-rows // _split_rows(rows, splits, config))

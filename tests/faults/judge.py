@@ -25,7 +25,7 @@ from typing import Any
 from grail.errors import verdict
 from tests.faults.tally import count
 
-SECONDS = 20.0
+SECONDS = 60.0
 MEMORY = 600 * 2**20
 """Bytes of address space beyond what the process has: torch and transformers map a few hundred MB in a small run."""
 CANARY = "grail_canary"
@@ -211,9 +211,9 @@ def _complaints(sentence: str, names: Collection[str | Path]) -> list[str]:
 
 
 def blames_what_was_asked(sentence: str, asked: dict[str, Any]) -> bool:
-    """Whether the first option that a refusal names is one that the run was given."""
+    """Whether the first option that a refusal names is one that the run was given beside --method and --ratio."""
     named = re.search(r"--([a-z][a-z-]*)", sentence)
-    return named is not None and named[1].replace("-", "_") in asked
+    return named is not None and named[1].replace("-", "_") in asked.keys() - {"method", "ratio"}
 
 
 @contextmanager

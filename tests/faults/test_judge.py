@@ -148,7 +148,8 @@ def test_the_line_says_what_was_tried(monkeypatch):
         ("--head-multiple 2: no such number; leave out --format", True),
         ("--format uniform: add --head-multiple 1", False),
         ("o_proj: the numbers cannot be computed", False),
+        ("--method flap: no such method", False),
     ],
 )
 def test_a_refusal_blames_an_option_that_was_asked_for(sentence, right):
-    assert blames_what_was_asked(sentence, {"head_multiple": 2}) == right
+    assert blames_what_was_asked(sentence, {"head_multiple": 2, "method": "flap"}) == right
