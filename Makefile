@@ -27,7 +27,7 @@ demo-vision: install
 	@$(BIN)/python benchmarks/demo_vision.py
 
 test: install
-	@echo "grail test: lint, then the whole test suite (about 30 minutes, 2 cores)"
+	@echo "grail test: lint, then the whole test suite (about 35 minutes, 2 cores)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 

@@ -1,4 +1,5 @@
-"""Two threads at most, no network, and a reopening check that does not start a process for every tiny model."""
+"""No network, two threads at most (one where pytest -n starts several processes: Makefile), and a reopening check that
+does not start a process for every tiny model."""
 
 from __future__ import annotations
 
@@ -33,6 +34,12 @@ FAULTS = "faults"
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[FAULTS] = tally.counted()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of several processes none is left with the longest files at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.hookimpl(optionalhook=True)
