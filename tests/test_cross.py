@@ -45,9 +45,9 @@ def test_cross_moment_of_several_sites(backend):
 @pytest.mark.parametrize("backend", ["reference", "torch", "pointer", "tma"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_moment(poisoned, monkeypatch, backend, masked, dtype):
+def test_cross_moment(poisoned, fetch_by, backend, masked, dtype):
     if backend in ("pointer", "tma"):
-        monkeypatch.setenv("GRAIL_KERNELS_GRAM", backend)
+        fetch_by(backend)
         backend = "triton"
     x, y = rows(150, 70, DTYPES[dtype]), rows(150, 45, DTYPES[dtype], seed=3)
     mask = torch.arange(150) % 4 != 2

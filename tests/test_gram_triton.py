@@ -75,8 +75,8 @@ VIEWS = {
 
 @pytest.mark.parametrize("kernel", ["pointer", "tma"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_strided_views(poisoned, monkeypatch, view, kernel):
-    monkeypatch.setenv("GRAIL_KERNELS_GRAM", kernel)
+def test_strided_views(poisoned, fetch_by, view, kernel):
+    fetch_by(kernel)
     x = VIEWS[view]()
     found = GramAccumulator(x.shape[-1], backend="triton").update(x)
     assert error(found.to_dense(), gram_reference(x.reshape(-1, x.shape[-1]))) <= bound(x)
@@ -103,7 +103,9 @@ def test_splits_agree_and_repeat_to_the_bit(poisoned, splits):
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "width"), [(1, 8), (100, 136), (257, 96), (130, 33)])
-def test_the_descriptor_kernel_gives_the_same_bits(poisoned, monkeypatch, dtype, count, width, masked, splits):
+def test_the_descriptor_kernel_gives_the_same_bits(
+    poisoned, monkeypatch, fetch_by, dtype, count, width, masked, splits
+):
     from grail_kernels import launch
 
     x = rows(count, width, DTYPES[dtype])
@@ -111,7 +113,7 @@ def test_the_descriptor_kernel_gives_the_same_bits(poisoned, monkeypatch, dtype,
     monkeypatch.setattr(launch, "_splits", lambda *_: splits)
     found = []
     for kernel in launch.KERNELS:
-        monkeypatch.setenv("GRAIL_KERNELS_GRAM", kernel)
+        fetch_by(kernel)
         assert launch.uses_tma(x.device, 1) == (kernel == "tma")
         found.append(GramAccumulator(width, backend="triton").update(x, mask))
     assert torch.equal(found[0].packed.data, found[1].packed.data) and torch.equal(found[0].sum, found[1].sum)
@@ -124,6 +126,7 @@ def test_which_kernel_runs(monkeypatch):
     from grail_kernels.configs import MEASURED_TMA, TMA
 
     device = torch.device("cpu")
+    monkeypatch.setattr(launch, "_has_descriptors", lambda: True)
     for target in GRAM:
         monkeypatch.setattr(launch, "_target", lambda device, target=target: target)
         monkeypatch.delenv("GRAIL_KERNELS_GRAM", raising=False)
@@ -164,7 +167,8 @@ def test_the_accumulator_of_the_matrix_units_is_emptied(monkeypatch):
     monkeypatch.setattr(gram_triton.gram_kernel, "run", lambda *a, **k: asked.append(k["EVERY"]) or real(*a, **k))
     for precise in (False, True):
         GramAccumulator(20, backend="triton", precise=precise).update(rows(100, 20))
-    assert [every * config.block_k for every in asked] == [512, 128]
+    # the interpreter of Triton 3.2 goes through `run` twice
+    assert [every * config.block_k for every in dict.fromkeys(asked)] == [512, 128]
 
 
 def test_many_updates_and_a_long_one(poisoned):
