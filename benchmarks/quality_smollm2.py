@@ -53,10 +53,17 @@ def multi_head_form(folder: Path) -> Path:
             projection.weight = torch.nn.Parameter(heads.repeat_interleave(repeat, 0).flatten(0, 1))
     config.num_key_value_heads = config.num_attention_heads
     work = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
-    model.save_pretrained(work)
-    for file in folder.glob("*token*"):
-        shutil.copy(file, work)
-    os.replace(work, target)
+    try:
+        model.save_pretrained(work)
+        for file in folder.glob("*token*"):
+            shutil.copy(file, work)
+        try:
+            os.replace(work, target)
+        except OSError:  # another process was first
+            if not (target / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return target
 
 
