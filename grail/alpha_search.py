@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.disk import remove
 from .checkpoint.journal import START, understood
-from .checkpoint.writer import CANDIDATES, SHARD, OutputFolder, remove
+from .checkpoint.writer import CANDIDATES, SHARD, OutputFolder
 from .errors import Circumstance, GrailError
 from .evaluation.perplexity import perplexity
 from .finish import write_rest

@@ -18,6 +18,7 @@ from grail.cli import app
 from grail.errors import GrailError
 from grail.evaluate import evaluate
 from grail.evaluation.footprint import footprint
+from grail.evaluation.tasks import Tasks
 from tests.tiny import VOCABULARY, tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 runner = CliRunner()
@@ -143,6 +144,12 @@ class TestTasks:
         monkeypatch.setattr("grail.evaluate.perplexity", lambda *_, **__: pytest.fail("measured"))
         with pytest.raises(GrailError, match=r"--tasks piqa.*cannot be fetched"):
             evaluate(str(folder), tasks="piqa")
+
+    @pytest.mark.filterwarnings("error:.*deprecated")
+    def test_nothing_that_lm_eval_will_drop_is_called(self, folder, questions):
+        tasks = Tasks("three_choices", folder=questions)
+        tasks.fetch()
+        assert tasks.names == ["three_choices"]
 
     def test_a_broken_description_is_told(self, folder, questions, tmp_path):
         broken = (questions / "choices.yaml").read_text().replace("{{answer}}", "{{nothing.there}}")

@@ -283,12 +283,12 @@ def test_a_second_run_is_told_that_the_first_works(tmp_path):
 
 
 def test_where_no_file_can_be_made_no_folder_is_left(tmp_path, monkeypatch):
-    from grail.checkpoint import writer
+    from grail.checkpoint import disk
 
     def refuse(path, mode="r", **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(writer, "open", refuse, raising=False)
+    monkeypatch.setattr(disk, "open", refuse, raising=False)
     with pytest.raises(GrailError, match="No space left"), OutputFolder(tmp_path / "deep" / "out"):
         pytest.fail("began")
     assert not list(tmp_path.iterdir())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,13 +158,37 @@ def test_what_was_replaced_and_cannot_be_taken_away_is_told(tmp_path, monkeypatc
     from grail.checkpoint import writer
 
     old = written(tmp_path / "out", {"x": torch.ones(1)})
-    monkeypatch.setattr(writer.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     told = r"is finished, but .*replaced cannot be taken away"
     with pytest.raises(Circumstance, match=told), OutputFolder(old, overwrite=True) as out:
         out.write_shard(SHARD, [Piece.of("x", torch.zeros(1))])
         out.finish()
     assert load_file(old / SHARD)["x"].item() == 0
     assert load_file(old / writer.REPLACED / SHARD)["x"].item() == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_output_that_cannot_be_given_its_place_again_is_kept_and_told(tmp_path, monkeypatch, keep):
+    """The disk allows no rename any more between the two of finish()."""
+    from grail.checkpoint import writer
+
+    rename = os.replace
+
+    def refused(source, target):
+        if Path(target) == tmp_path / "out":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(source))
+        rename(source, target)
+
+    old = written(tmp_path / "out", {"x": torch.ones(1)})
+    monkeypatch.setattr(writer.os, "replace", refused)
+    told = r"what was in .*out lies in .*out\.partial/replaced until"
+    with pytest.raises(Circumstance, match=told), OutputFolder(old, overwrite=True, keep=keep) as out:
+        out.write_shard(SHARD, [Piece.of("x", torch.zeros(1))])
+        out.finish()
+    assert load_file(tmp_path / "out.partial" / writer.REPLACED / SHARD)["x"].item() == 1
+    monkeypatch.setattr(writer.os, "replace", rename)
+    with OutputFolder(old, overwrite=True, resume=True):
+        assert load_file(old / SHARD)["x"].item() == 1
 
 
 def test_a_shard_whose_data_cannot_be_had_is_not_committed(tmp_path):

@@ -6,11 +6,9 @@ committed outlives an error or a kill, and the next run can go on from it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,15 +17,15 @@ from typing import IO
 
 import torch
 
-from ..errors import Circumstance, GrailError, naming
+from ..errors import Circumstance, GrailError, naming, sentence_of
 from .carried import TOKENIZER_CONFIG, data_files, without_code
+from .disk import link, locked, remove
 from .journal import Journal
 from .pieces import DTYPE_NAMES, Piece, serialised
 from .reader import DTYPES, INDEX, read_json
 
 LOCK, JOURNAL, STORE, CANDIDATES, REPLACED = "lock", "journal.jsonl", "store", "candidates", "replaced"
 SHARD = "shard"
-REMOVALS = 10
 
 
 class OutputFolder:
@@ -75,7 +73,7 @@ class OutputFolder:
                 f"{self.partial} is in the way and was not made by grail; move it or choose another output"
             )
         if Journal(self.partial / JOURNAL).committed and not (self.resume or self.overwrite):
-            lock = _locked(self.partial / LOCK)
+            lock = locked(self.partial / LOCK)
             if lock is None:
                 raise GrailError(self._occupied)
             lock.close()
@@ -99,7 +97,7 @@ class OutputFolder:
         home = self.path if self._cut_off_while_finishing() else self.partial
         try:
             home.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(home / LOCK)
+            self._lock = locked(home / LOCK)
         except OSError as error:
             self._unmake()
             raise GrailError(f"--output {self.path} cannot be written: {error.strerror}") from error
@@ -147,7 +145,8 @@ class OutputFolder:
         refused = isinstance(error, GrailError) and not isinstance(error, Circumstance)
         with suppress(OSError):
             self._put_back()
-        if self.partial.exists() and (refused or not self.kept):
+        held = (self.partial / REPLACED).exists()  # the old output could not be given its place again
+        if self.partial.exists() and not held and (refused or not self.kept):
             remove(self.partial)
             self._unmake()
         self._lock.close()
@@ -203,7 +202,7 @@ class OutputFolder:
             self.start_over(lambda step: step["step"] != SHARD)
         for step in {step["file"]: step for step in other.journal.find(SHARD)}.values():
             if step["file"] not in self.weight_map.values():
-                _link(other.partial / step["file"], self.partial / step["file"])
+                link(other.partial / step["file"], self.partial / step["file"])
                 self.journal.append(step)
                 self._count(step)
 
@@ -263,7 +262,7 @@ class OutputFolder:
         self.journal.append({"step": "finished"})
         if self.path.exists():
             os.replace(self.path, self.partial / REPLACED)
-        os.replace(self.partial, self.path)
+        self._take_place()
         for name in (REPLACED, STORE, CANDIDATES):
             shutil.rmtree(self.path / name, ignore_errors=True)
             if (self.path / name).exists():
@@ -272,36 +271,16 @@ class OutputFolder:
             (self.path / name).unlink(missing_ok=True)
         return self.path
 
-
-def _locked(path: Path) -> IO | None:
-    """The lock file, locked until it is closed; None where another run has it, or took it away at this moment."""
-    file = open(path, "a")  # noqa: SIM115 - held until the run ends
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
-    except OSError:
-        pass
-    file.close()
-    return None
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where the file system has none."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        with naming(target):
-            shutil.copyfile(source, target)
-            with open(target, "rb") as file:
-                os.fsync(file.fileno())
-
-
-def remove(folder: Path) -> None:
-    """Remove a working folder, while another process of a run that failed may still put a last chunk there."""
-    for _ in range(REMOVALS):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.2)
+    def _take_place(self) -> None:
+        """Raises Circumstance where neither the new output nor the old one can be put there any more."""
+        try:
+            os.replace(self.partial, self.path)
+        except OSError as error:
+            try:
+                self._put_back()
+            except OSError:
+                raise Circumstance(
+                    f"{sentence_of(error)}; what was in {self.path} lies in {self.partial / REPLACED} until the next "
+                    f"command with that output puts it back"
+                ) from error
+            raise

@@ -50,9 +50,9 @@ class Tasks:
 
     def fetch(self) -> None:
         """Get the tasks' data, before anything is measured. Raises GrailError where it cannot be had."""
-        with _imported() as lm_eval:
+        with _imported():
             try:
-                lm_eval.tasks.get_task_dict(self.names, self._manager)
+                self._manager.load(self.names)
             except Exception as error:
                 raise GrailError(f"--tasks {','.join(self.names)}: {_sentence(error)}") from error
 
