@@ -9,11 +9,21 @@ from pathlib import Path
 
 from .errors import GrailError, naming
 
+NO_FILE = "is a device, a pipe or a socket, which would be replaced; choose another"
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder: a rename would put one in its place."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
 
 @contextmanager
 def replacing(file: Path, suffix: str = "") -> Iterator[Path]:
     """A name beside `file`, ending in `suffix`, whose content takes the file's place when the block ends. Folders that
-    are missing are made. After an error or an interruption all is as it was."""
+    are missing are made. After an error or an interruption all is as it was. Raises GrailError for a device.
+    """
+    if is_special(file):
+        raise GrailError(f"--output {file} {NO_FILE}")
     made = [folder for folder in file.parents if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from typing import IO
 import torch
 
 from ..errors import Circumstance, GrailError, naming, sentence_of
+from ..replacing import NO_FILE, is_special
 from .carried import TOKENIZER_CONFIG, data_files, without_code
 from .disk import link, locked, remove
 from .journal import Journal
@@ -57,6 +58,8 @@ class OutputFolder:
         for source in inputs:
             if Path(os.path.realpath(source)).is_relative_to(self.path):
                 raise GrailError(f"--output {self.path} holds the input {source}; choose another folder")
+        if is_special(self.path):
+            raise GrailError(f"--output {self.path} {NO_FILE}")
         if self.path.is_file():
             raise GrailError(f"--output {self.path} is a file; name a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not self._cut_off_while_finishing():

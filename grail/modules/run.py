@@ -38,7 +38,7 @@ from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
 from .towers import Tokenizer, Tower, spare, towers_of
-from .verify import verify
+from .verify import check_numbers, verify
 
 
 @undisturbed()
@@ -151,6 +151,7 @@ def _compressed(
     module: nn.Module, recipe: ModuleRecipe, progress: Progress, tell: Callable[[dict], None], **inputs: Any
 ) -> ModuleReport:
     selector = selector_class(recipe.method).from_options(recipe.set)
+    check_numbers(module)
     towers = towers_of(module, recipe, progress, **inputs)
     recipe = spare(towers, recipe, progress)
     dense = towers[0].dense.module

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import GrailError
 from ..families.network import OUTPUT, ModuleSite, Network
-from .verify import answer
+from .verify import answer, unlike
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ def in_order(network: Network, example: Tensor) -> None:
     handles = [network.layer(name).register_forward_pre_hook(note(name)) for name in names]
     try:
         answer(network.run, example)
+    except GrailError as error:
+        raise GrailError(f"{error}{unlike(network.module)}") from error
     finally:
         for handle in handles:
             handle.remove()

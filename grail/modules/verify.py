@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GrailError
-from ..families.network import RESIDUAL, ModuleSite, Network
+from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
 from .narrow import permute, prune, silence
 
 TOLERANCE = 1e-3
@@ -29,7 +30,11 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
         network.module.float()
     example = example.float() if example.is_floating_point() else example
     if not answer(network.run, example).isfinite().all():
-        raise GrailError(f"the network answers calibration {network.reads} with NaN or infinity: check the checkpoint")
+        option = "--calibration-text" if network.reads == TEXT else "--calibration"
+        raise GrailError(
+            f"the network answers calibration {network.reads} with NaN or infinity, though its weights hold none: "
+            f"numbers of theirs or of {option} are too large"
+        )
     for wrong, why in (
         (_order_matters, "the order of its units changes the network's output, so something else reads or makes them"),
         (_removal_matters, "units that are removed are missed by something that mixes units or computes its weight"),
@@ -44,6 +49,27 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
                 )
                 raise GrailError(f"{site.name}: {why}, beside {layers}; {way}")
         raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
+
+
+def _read(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a forward computes with, by name: parameters and running statistics. (A mask may hold infinity.)"""
+    yield from module.named_parameters()
+    yield from ((name, t) for name, t in module.named_buffers() if name.endswith(("running_mean", "running_var")))
+
+
+def check_numbers(module: nn.Module) -> None:
+    """Raises GrailError naming the first tensor that holds NaN or infinity: an attention kernel may hide them."""
+    for name, tensor in _read(module):
+        if not tensor.isfinite().all():
+            raise GrailError(f"the network's tensor {name} holds NaN or infinity; give sound weights")
+
+
+def unlike(module: nn.Module) -> str:
+    """What to say of a network that fails where one of its tensors is of another dtype than most; else nothing."""
+    dtypes = {name: tensor.dtype for name, tensor in _read(module)}
+    most = Counter(dtypes.values()).most_common(1)[0][0]  # a network without any is refused before
+    odd = next((name for name, dtype in dtypes.items() if dtype != most), None)
+    return "" if odd is None else f"; its tensor {odd} is {dtypes[odd]}, and most are {most}"
 
 
 def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:

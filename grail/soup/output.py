@@ -9,6 +9,7 @@ from ..checkpoint.carried import without_code
 from ..checkpoint.reader import SINGLE
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
+from ..replacing import NO_FILE, is_special
 from .average import averaged
 from .inputs import SUFFIX, Ingredient
 
@@ -23,6 +24,8 @@ class OutputFile(OutputFolder):
         for source in inputs:
             if Path(os.path.realpath(source)) == self.path:
                 raise GrailError(f"--output {self.path} is the input {source}; choose another file")
+        if is_special(self.path):
+            raise GrailError(f"--output {self.path} {NO_FILE}")
         if self.path.is_dir():
             raise GrailError(f"--output {self.path} is a folder; name a {SUFFIX} file")
         if self.path.exists() and not self.overwrite:

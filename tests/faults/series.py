@@ -27,7 +27,8 @@ class Series:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None and self.wrong:
-            raise Misjudged(f"{len(self.wrong)} of {self.tried} cases\n" + "\n".join(self.wrong[:SHOWN]))
+            told = f"{len(self.wrong)} of {self.tried} cases\n" + "\n".join(self.wrong[:SHOWN])
+            raise Misjudged(told.encode(errors="backslashreplace").decode())  # half characters cannot be sent on
 
     def seeds(self, number: int) -> Iterator[Random]:
         """A source of random choices for each of so many cases, multiplied by GRAIL_FAULTS."""

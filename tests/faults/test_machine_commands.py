@@ -4,7 +4,9 @@ it was, and afterwards the same command works."""
 from __future__ import annotations
 
 import errno
+import os
 import resource
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -151,3 +153,21 @@ def test_every_event_may_fail(place):
         place.fails(events.watching(), f"event {number}, {kind}, {errno.errorcode[error]}", late=late)
     place.command(place.out)
     assert listing(place.folder) == place.files
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_output_that_is_neither_file_nor_folder_stays(commands, tmp_path, monkeypatch, name, kind):
+    """Renamed to /dev/null, an output would take the device's place."""
+    called, command = commands[name]
+    out = tmp_path / called
+    with socket.socket(socket.AF_UNIX) as made:
+        if kind == "pipe":
+            os.mkfifo(out)
+        else:
+            monkeypatch.chdir(tmp_path)  # the name of a socket is short
+            made.bind(called)
+        code, said = spoken(lambda: command(out))
+    assert code == 2 and f"--output {out} is a device, a pipe or a socket" in said[0]
+    assert list(tmp_path.iterdir()) == [out] and not (out.is_file() or out.is_dir())
+    count("machine", "refused")
