@@ -22,11 +22,12 @@ TINY = 1e-12
 class ErrorCurve:
     """What a site can spare. errors: relative output errors after repair, by units kept per group (empty: nothing is to
     go there); cost: what the error at `settled` kept units alone costs the network (for small errors proportional to
-    their size)."""
+    their size); raised: λ as asked and as used where measuring them took more."""
 
     errors: dict[int, float]
     settled: int
     cost: float
+    raised: tuple[float, float] | None = None
 
     def cost_at(self, kept: int, per_group: int) -> float:
         """The cost of keeping so many units: between the measured widths the error is a power of the share r that

@@ -28,8 +28,8 @@ PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
 class Report(Readable):
     """The result of one compression. `output` is the folder written; `model` the narrower module when a module was
     given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name; `candidates`
-    those of --alpha search (AlphaSearch.to_json). At a prompt it is a
-    few lines (`summary`), in a notebook a table with plots."""
+    those of --alpha search (AlphaSearch.to_json); `raised` the λ that were raised to measure what sites can spare. At a
+    prompt it is a few lines (`summary`), in a notebook a table with plots."""
 
     recipe: Recipe
     source: dict[str, Any]
@@ -43,6 +43,7 @@ class Report(Readable):
     trained: list[Training] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     candidates: list[dict[str, Any]] | None = None
+    raised: dict[str, list[float]] = field(default_factory=dict)
     reopened: dict[str, Any] | None = None
     output: str | None = None
     model: Any = None
@@ -105,6 +106,7 @@ class Report(Readable):
             "calibration": self.calibration,
             "sites": self.sites,
             "allocation": self.widths.allocation,
+            "allocation_raised": self.raised,
             "bias": self.affine,
             "ratio": self.ratio,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},

@@ -61,6 +61,12 @@ class SiteResult:
                 f"use more calibration text or more --ridge, or leave out --strict"
             )
 
+    @property
+    def raised(self) -> tuple[float, float] | None:
+        """λ as asked and as used of the repair, or else of the selection, where it had to be raised."""
+        repair = self.compensation and self.compensation.raised
+        return repair or (self.damping and self.damping.raised)
+
     def without_tensors(self) -> SiteResult:
         """What the report needs: the new weights are on disk by then."""
         compensation = self.compensation and replace(self.compensation, weight=None, bias=None)

@@ -280,6 +280,7 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
         bytes=(session.source_bytes, out.total_bytes),
         evaluation=evaluation,
         candidates=None if search is None else search.to_json(),
+        raised=session.raised,
         reopened=reopened,
         phases=session.phases,
         profile=work.profile,

@@ -18,11 +18,12 @@ import grail_kernels
 
 from .calibration.mixture import absolute, parts_of
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
+from .checkpoint.journal import understood
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
 from .chunks import Texts
 from .distributed import Group
-from .errors import GrailError
+from .errors import Circumstance, GrailError
 from .families import open_family
 from .families.decoder import Decoder
 from .job import Job
@@ -66,6 +67,7 @@ class Session:
         self.located: Located = locate(self.recipe.model)
         self.out.check(self.located.folder, *self._local_texts())
         self.phases: dict[str, float] = {}
+        self.raised: dict[str, list[float]] = {}
         written_as = self.recipe.output_dtype and getattr(torch, self.recipe.output_dtype)
         self.model = self.open(self.located.folder, written_as=written_as)
         sites = self.model.sites(self.recipe.gqa)
@@ -108,7 +110,12 @@ class Session:
         if self.widths.needs_scores:
             done = self.group.broadcast(self.out.journal.find(WIDTHS) if self.group.main else None)
             if any(map(self.job.changes, self.job.sites)):
-                self.job.kept = done[0]["kept"] if done else self._survey(work)
+                step = done[0] if done else self._survey(work)
+                with understood(self.out.journal.path):
+                    self.job.kept, self.raised = self.widths.understood(step)
+                if self.raised and self.recipe.strict:
+                    refuse = f"{next(iter(self.raised))}: λ had to be raised to measure what the site can spare"
+                    raise Circumstance(f"{refuse}; use more calibration text or more --ridge, or leave out --strict")
             self._decide_format()
         asked, reached = self.widths.wanted(), self.widths.reached(self.job.kept)
         if abs(asked - reached) > FAR_OFF:
@@ -124,18 +131,19 @@ class Session:
         found = self.windows.ids if self.windows.trial is None else self.windows.trial
         return found[: max(DECIDING_TOKENS // found.shape[1], 1)]
 
-    def _survey(self, work: Workspace) -> dict[str, int]:
+    def _survey(self, work: Workspace) -> dict[str, Any]:
+        """The step of the journal that says what was found."""
         widths, windows = self.widths, self.windows
         texts = Texts(windows and windows.ids, self.deciding_windows, weights=windows and windows.weights)
         survey, settle = (
             (error_survey, widths.from_curves) if widths.measures_errors else (score_survey, widths.from_scores)
         )
         with self.phase("survey"):
-            found = survey(self.job, work, texts, self.progress.layers("scoring the dense network"))
-        kept = self.group.broadcast(settle(found) if self.group.main else None)
+            found, raised = survey(self.job, work, texts, self.progress.layers("scoring the dense network"))
+        step = {"step": WIDTHS, "kept": settle(found), "raised": raised} if self.group.main else None
         if self.group.main:
-            self.out.journal.append({"step": WIDTHS, "kept": kept})
-        return kept
+            self.out.journal.append(step)
+        return self.group.broadcast(step)
 
     @property
     def uses_means(self) -> bool:

@@ -26,6 +26,8 @@ from .statistics import GRAM, SiteStatistics
 from .workspace import Workspace
 
 Track = Callable[[Iterable[int]], Iterable[int]]
+Raised = dict[str, tuple[float, float]]
+"""By site, λ as asked and as used, where what was measured took more."""
 SHARES = (0.1, 0.2, 0.35, 0.55, 0.8)
 """Shares of a site's channels (and of its heads, where there are many) at which its error is measured."""
 HARMFUL = 1e-4
@@ -34,9 +36,11 @@ FEW = 16
 """With so many units per group or fewer the error is measured at every number of them."""
 
 
-def score_survey(job: Job, work: Workspace, texts: Texts, track: Track = lambda layers: layers) -> dict[str, Tensor]:
+def score_survey(
+    job: Job, work: Workspace, texts: Texts, track: Track = lambda layers: layers
+) -> tuple[dict[str, Tensor], Raised]:
     """Comparable unit scores [U] of every site of the dense network, by site name."""
-    selector, scores = job.selector, {}
+    selector, scores, raised = job.selector, {}, {}
     needed = any(selector.needs_of(site.kind) - {PRODUCERS} for site in job.sites)
     chunks = Chunks.of(work, "survey", Texts(texts.windows, weights=texts.weights) if needed else Texts())
     _embed(job, chunks)
@@ -49,17 +53,19 @@ def score_survey(job: Job, work: Workspace, texts: Texts, track: Track = lambda 
                 run.pass_through(site, statistics)
             view = view_of(run, site, statistics)
             scores[site.name] = selector.global_scores(view).cpu()
-            if job.recipe.strict and view.damping is not None:
-                view.damping.refuse_raised(site.name)
+            if view.damping is not None and view.damping.raised is not None:
+                raised[site.name] = view.damping.raised
+                if job.recipe.strict:
+                    view.damping.refuse_raised(site.name)
         run.end()
         work.store.drop(chunks.series(layer), chunks.all)
     work.store.drop(chunks.series(job.model.layer_count), chunks.all)
-    return scores
+    return scores, raised
 
 
 def error_survey(
     job: Job, work: Workspace, texts: Texts, track: Track = lambda layers: layers
-) -> dict[str, ErrorCurve]:
+) -> tuple[dict[str, ErrorCurve], Raised]:
     """What compressing each site alone costs, by site name.
 
     The error that selection and repair leave (`compensation`) is measured at several widths. What it means for the
@@ -108,7 +114,8 @@ def error_survey(
     for part in (chunks, alone):
         work.store.drop(part.series(job.model.layer_count), part.all)
     spared = {s.name: ErrorCurve({}, job.kept[s.name], 0.0) for s in job.sites if s.name not in curves}
-    return spared | {name: replace(curve, cost=found[name]) for name, curve in curves.items()}
+    raised = {name: curve.raised for name, curve in curves.items() if curve.raised is not None}
+    return spared | {name: replace(curve, cost=found[name]) for name, curve in curves.items()}, raised
 
 
 def _embed(job: Job, chunks: Chunks) -> None:
@@ -123,6 +130,8 @@ def _measured(run: LayerPass, site: Site, statistics: SiteStatistics) -> tuple[E
 
     def at(kept: int) -> tuple[float, SiteResult]:
         result = select_and_repair(run, site, replace(view, kept=kept))
+        result.check(strict=run.job.recipe.strict)
+        raised.extend([result.raised] if result.raised else [])
         done = result.compensation
         if done is not None:
             return done.error_after, result
@@ -132,10 +141,11 @@ def _measured(run: LayerPass, site: Site, statistics: SiteStatistics) -> tuple[E
         error, result = at(settled)
         errors = {kept: at(kept)[0] for kept in _widths(per_group) if kept != settled} | {settled: error}
         harmful = max((kept for kept, e in errors.items() if kept <= settled and e >= HARMFUL), default=min(errors))
-        curve.append(ErrorCurve(errors, harmful, 0.0))
+        curve.append(ErrorCurve(errors, harmful, 0.0, max(raised, key=lambda pair: pair[1], default=None)))
         return result if harmful == settled else at(harmful)[1]
 
     curve: list[ErrorCurve] = []
+    raised: list[tuple[float, float]] = []
     result = from_main(run.work.group, site, chosen)
     return run.work.group.broadcast(curve)[0], result
 

@@ -101,7 +101,7 @@ def show_report(report: Report, console: Console) -> None:
         of = " of what is missing to the dense stream" if streams else ""
         errors = f"mean of {len(compensated)} sites: pruned {pruned:.4f}, repaired {repaired:.4f}{of}"
         lines["stream error" if streams else "output error"] = errors
-    lines |= raised(report.sites)
+    lines |= raised(report.sites, report.raised)
     if report.candidates:
         lines["alpha search"] = ", ".join(
             f"{alpha_name(one['alpha'])} {one['perplexity']:.3f}{' (taken)' if one['taken'] else ''}"
@@ -220,11 +220,13 @@ def before_after(before: int, after: int, unit: float, name: str) -> str:
     return f"{before / unit:.1f} {name} -> {after / unit:.1f} {name} ({(after - before) / before:+.1%})"
 
 
-def raised(sites: list[dict]) -> dict[str, str]:
-    """Lines on how many sites had a λ raised: that of their repair, and that of the method's own selection."""
+def raised(sites: list[dict], measured: dict[str, list[float]] | None = None) -> dict[str, str]:
+    """Lines on how many sites had a λ raised: that of their repair, that of the method's own selection, and to measure
+    what they can spare (`measured`, by site)."""
     counts = {
         "ridge raised": sum(site["retries"] > 0 for site in sites),
         "damping raised": sum((site["damping"] or {"retries": 0})["retries"] > 0 for site in sites),
+        "raised to measure": len(measured or ()),
     }
     why = "where the Gram matrix is singular (see grail.json)"
     return {key: f"at {count} {'sites' if count > 1 else 'site'}, {why}" for key, count in counts.items() if count}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -60,6 +62,16 @@ class WidthPlan:
                 if ratio:
                     kept[site.name] = max(min(kept[site.name], site.units.per_group - 1), 1)
         return kept
+
+    def understood(self, step: dict[str, Any]) -> tuple[dict[str, int], dict[str, list[float]]]:
+        """Of a journal's line, the kept units and the λ that were raised to measure them, both by site. Raises an error
+        of Python's for what no run says."""
+        sizes = {site.name: site.units.per_group for site in self.sites}
+        kept = {name: operator.index(step["kept"][name]) for name in sizes}
+        raised = {name: [float(asked), float(taken)] for name, (asked, taken) in step["raised"].items()}
+        if not all(0 < kept[name] <= sizes[name] for name in sizes) or not raised.keys() <= sizes.keys():
+            raise ValueError("widths of another network")
+        return kept, raised
 
     def reached(self, kept: dict[str, int]) -> float:
         """The share of the sites' parameters that goes."""

@@ -51,6 +51,7 @@ TOP = {"top1": NUMBER, "top5?": NUMBER, "count": COUNT}
 LANGUAGE = COMMON | {
     "source": SOURCE | {"hub": Maybe(TEXT)}, "ratio": Each({"asked": Maybe(NUMBER), "reached": NUMBER}),
     "bytes": BEFORE_AFTER, "evaluation": Maybe(PERPLEXITY), "alpha_search": Maybe([CANDIDATE]),
+    "allocation_raised": Each([NUMBER]),
     "regional": [Each(ANY)], "tensor_parallel": COUNT, "original_widths": ANY, "class_changed": Maybe(TEXT),
     "run": RUN | {"profile": Each(Each(ANY)), "planned": Each(ANY), "reopened": Each(ANY)},
 }  # fmt: skip

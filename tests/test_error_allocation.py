@@ -143,7 +143,7 @@ def surveyed(source, ids, store, group=None, **options):
     session = grail.session.Session(recipe, Progress(), Group())
     work = grail.workspace.Workspace(store, group or Group(), 64)
     texts = grail.chunks.Texts(session.windows.ids, session.deciding_windows)
-    return session, grail.survey.error_survey(session.job, work, texts)
+    return session, grail.survey.error_survey(session.job, work, texts)[0]
 
 
 WIRINGS = {

@@ -165,7 +165,7 @@ def _compressed(
             in_order(tower.dense, tower.batches[0][:2])
     images = [tower for tower in towers if tower.dense.reads == IMAGES]
     if recipe.repair and not images:
-        raise GrailError("--repair estimates statistics from images: give --calibration")
+        raise GrailError("--repair estimates statistics from images: give --calibration, or leave it out for text")
     plan = WidthPlan.of(every, recipe, selector, _Shapes(dense))
     kept = plan.before_work()
     for site in streams:

@@ -173,7 +173,9 @@ class Run:
     def method(self) -> str:
         """The method and what else sets a run apart, in a few words."""
         parts = [string(self.recipe.get("method")) or "unknown method"]
-        if self.repaired and self.recipe.get("target") in (("dense", "own") if self.vision else ("hidden",)):
+        if self.vision and self.recipe.get("one_shot") is True:
+            parts.append("one-shot")
+        if self.repaired and self.recipe.get("target") in self._unusual_targets:
             parts.append(f"target {self.recipe['target']}")
         if (allocation := string(self.grail.get("allocation"))) not in (None, "uniform"):
             parts.append(f"allocation {allocation}")
@@ -184,6 +186,14 @@ class Run:
         if not self.repaired:
             parts.append("not repaired")
         return ", ".join(parts)
+
+    @property
+    def _unusual_targets(self) -> set[str]:
+        """Targets that are not what the other options lead to by themselves."""
+        if not self.vision:
+            return {"hidden"}
+        follows = self.recipe.get("one_shot") is not True and not number(self.recipe.get("residual_ratio"))
+        return {"dense", "own", "stream"} - {"stream" if follows else "dense"}
 
     @property
     def sites(self) -> list[SiteRow]:

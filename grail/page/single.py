@@ -139,6 +139,7 @@ def _ratio(run: Run) -> str:
 def _reached(run: Run) -> dict[str, object]:
     sites = run.sites
     raised, damped = (sum((getattr(site, of) or 0) > 0 for site in sites) for of in ("retries", "damping_retries"))
+    measured = len(mapping(run.grail.get("allocation_raised")))
     conditions = [site.condition for site in sites if site.condition is not None]
     regional = run.grail.get("regional")
     norms = number(run.grail.get("repaired_norms"))
@@ -148,6 +149,7 @@ def _reached(run: Run) -> dict[str, object]:
         "worst condition": power(max(conditions), 2) if conditions else None,
         "ridge raised": f"at {raised} of {len(sites)} sites, where the Gram matrix is singular" if raised else None,
         "damping raised": f"at {damped} of {len(sites)} sites, to select by a singular matrix" if damped else None,
+        "raised to measure": f"at {measured} of {len(sites)} sites, the ridge or the damping" if measured else None,
         "trained afterwards": f"{len(regional)} layers" if isinstance(regional, list) and regional else None,
         "BatchNorms": f"{norms:.0f} estimated anew" if norms else None,
         "format": string(run.grail.get("format")),

@@ -29,6 +29,11 @@ class Damping(NamedTuple):
     lam: float
     retries: int
 
+    @property
+    def raised(self) -> tuple[float, float] | None:
+        """λ as asked and as used, where that is another."""
+        return (self.asked, self.lam) if self.retries else None
+
     def refuse_raised(self, name: str) -> None:
         """Raises GrailError naming the site where λ had to be raised: what --strict asks for."""
         if self.retries:

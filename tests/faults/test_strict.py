@@ -94,12 +94,63 @@ def test_a_selection_by_a_singular_matrix_is_told_and_refused_when_strict(runs, 
     damped = [site for site in report.sites if site["damping"] and site["damping"]["retries"]]
     assert damped and all(site["damping"]["lambda"] > 0 for site in damped)
     assert not raised_at({"sites": report.sites})
+    assert bool(report.to_json()["allocation_raised"]) == ("allocation" in options)
     with pytest.raises(grail.GrailError, match=r"damping=.*--strict") as refusal:
         grail.compress(**flags, output=tmp_path / "strict", strict=True)
     assert str(refusal.value).startswith("model.layers.0")
     with (tmp_path / "shown").open("w") as file:
         show_report(report, Console(file=file, width=200))
     assert f"damping raised at {len(damped)} site" in (tmp_path / "shown").read_text()
+
+
+def test_what_is_only_measured_is_told_and_refused_too(runs, tmp_path, monkeypatch):
+    flags = runs | {"allocation": "error"}
+    report = grail.compress(**flags, output=tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "grail.json").read_text())
+    raised = record["allocation_raised"]
+    assert raised and all(asked == 0.0 and taken > 0 for asked, taken in raised.values())
+    with (tmp_path / "shown").open("w") as file:
+        show_report(report, Console(file=file, width=200))
+    assert f"raised to measure at {len(raised)} site" in (tmp_path / "shown").read_text()
+    assert f"at {len(raised)} of {len(record['sites'])} sites, the ridge or" in page(Run("out", record))
+    assert grail.compress(**flags | {"ridge": 0.1}, output=tmp_path / "sound").to_json()["allocation_raised"] == {}
+    monkeypatch.setattr("grail.run.stream", lambda *args, **options: pytest.fail("went on to compress"))
+    with pytest.raises(grail.GrailError, match=r"^model\.layers\.0.*--strict"):
+        grail.compress(**flags, output=tmp_path / "strict", strict=True)
+
+
+def test_what_an_earlier_run_raised_to_measure_is_refused_and_its_work_kept(runs, tmp_path, monkeypatch):
+    flags = runs | {"allocation": "error"}
+    with monkeypatch.context() as stopped:
+        stopped.setattr("grail.run.stream", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            grail.compress(**flags, output=tmp_path / "out")
+    journal = Journal(tmp_path / "out.partial" / JOURNAL)
+    with pytest.raises(grail.GrailError, match=r"^model\.layers\.0.*to measure.*--strict"):
+        grail.compress(**flags, output=tmp_path / "out", resume=True, strict=True)
+    assert Journal(journal.path).steps == journal.steps
+    assert grail.compress(**flags, output=tmp_path / "out", resume=True).to_json()["allocation_raised"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("kept", {}), ("kept", None), ("kept", 0), ("kept", 10**9), ("raised", {"x": [0, 1]}), ("raised", [1])],
+    ids=str,
+)
+def test_widths_that_no_run_says_are_refused(runs, tmp_path, monkeypatch, key, value):
+    flags = runs | {"allocation": "error"}
+    with monkeypatch.context() as stopped:
+        stopped.setattr("grail.run.stream", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            grail.compress(**flags, output=tmp_path / "out")
+    journal = Journal(tmp_path / "out.partial" / JOURNAL)
+    [*before, widths] = journal.steps
+    journal.rewind(lambda step: step["step"] != "widths")
+    of_each = dict.fromkeys(widths["kept"], value) if isinstance(value, int) else value
+    journal.append(widths | {key: of_each})
+    with pytest.raises(grail.GrailError, match="says what no run of grail says"):
+        grail.compress(**flags, output=tmp_path / "out", resume=True)
+    assert before and Journal(journal.path).steps[-1][key] == of_each
 
 
 def test_forward_selection_is_told_too(runs, tmp_path):
