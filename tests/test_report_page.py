@@ -232,6 +232,34 @@ RECIPES = [
 ]
 
 
+class TestTheMethod:
+    """What sets a run apart, in a few words."""
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ({"target": "stream"}, "wanda"),
+            ({"target": "dense"}, "wanda, target dense"),
+            ({"target": "own", "one_shot": True}, "wanda, one-shot, target own"),
+            ({"target": "dense", "one_shot": True}, "wanda, one-shot"),
+            ({"target": "dense", "residual_ratio": 0.5}, "wanda"),
+            ({"target": "dense", "one_shot": True, "compensate": False}, "wanda, one-shot, not repaired"),
+            ({"target": ["dense"], "one_shot": {}}, "wanda"),
+        ],
+        ids=str,
+    )
+    def test_of_a_vision_network(self, options, told):
+        recipe = {"method": "wanda", "compensate": True} | options
+        assert Run("out", variant(recipe=recipe, format="module")).method == told
+
+    @pytest.mark.parametrize("options", [{"set": "x"}, {"set": 3}, {"seed": {"a": 1}}, {"target": {"x": 1}}], ids=str)
+    @pytest.mark.parametrize("form", ["uniform", "module"])
+    def test_options_that_no_run_has_are_left_out(self, options, form):
+        document = variant(recipe=example()["recipe"] | options, format=form)
+        assert not {"--set", "--seed"} & {part for option in arguments(Run("out", document)) for part in option}
+        read(page(Run("out", document)))
+
+
 class TestTheCommand:
     @pytest.mark.parametrize("options", RECIPES, ids=range(len(RECIPES)))
     def test_parsed_again_it_is_the_recipe(self, options, monkeypatch):

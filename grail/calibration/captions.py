@@ -93,4 +93,4 @@ def _field(file: Path, number: int, line: str) -> str:
         raise GrailError(f"--calibration-text {file}, line {number}: half a character")
     if not found or not found.strip():
         raise GrailError(f'--calibration-text {file}, line {number}: no field "text" or "caption"')
-    return found
+    return found.strip()

@@ -175,7 +175,7 @@ class Run:
         parts = [string(self.recipe.get("method")) or "unknown method"]
         if self.vision and self.recipe.get("one_shot") is True:
             parts.append("one-shot")
-        if self.repaired and self.recipe.get("target") in self._unusual_targets:
+        if self.repaired and string(self.recipe.get("target")) in self._unusual_targets:
             parts.append(f"target {self.recipe['target']}")
         if (allocation := string(self.grail.get("allocation"))) not in (None, "uniform"):
             parts.append(f"allocation {allocation}")

@@ -104,8 +104,9 @@ def differing(recipe: dict[str, Any], vision: bool) -> dict[str, Any]:
     target = given.get("target") or kind.TARGETS[0]
     defaults = {name: default(f) for name, f in known.items()}
     defaults |= {"target": kind.TARGETS[0], "ridge": AUTO if target == STREAM else RIDGE, "model": None}
-    plain = (str, int, float, bool, dict)
-    return {name: v for name, v in given.items() if isinstance(v, plain) and v != defaults[name]}
+    plain = (str, int, float, bool)
+    sound = {name: v for name, v in given.items() if isinstance(v, dict if name == SET else plain)}
+    return {name: v for name, v in sound.items() if v != defaults[name]}
 
 
 def default(field: Field) -> Any:

@@ -163,6 +163,11 @@ class TestText:
         with pytest.raises(GrailError, match=r"x\.jsonl, line 1"):
             read(tmp_path / "x.jsonl")
 
+    def test_captions_are_stripped_in_either_kind_of_file(self, tmp_path):
+        (tmp_path / "c.txt").write_text(" a drawing \n")
+        (tmp_path / "c.jsonl").write_text('{"text": " a drawing "}\n')
+        assert _read(tmp_path / "c.txt") == _read(tmp_path / "c.jsonl") == ["a drawing"]
+
     @pytest.mark.parametrize("name", ["captions.txt", "captions.jsonl"])
     def test_captions_without_an_end(self, tmp_path, name):
         os.mkfifo(tmp_path / name)

@@ -41,7 +41,7 @@ def windows(file: Path, tokenizer: Any) -> torch.Tensor:
     chosen = {"seq_len": 16, "samples": 4}
     found = load_calibration(str(file), lambda: tokenizer, VOCABULARY, seed=0, trial=1, **chosen)
     held_out = evaluation_windows(str(file), lambda: tokenizer, VOCABULARY, **chosen)
-    ids = torch.cat([found.ids, found.trial, *([held_out.ids] if held_out else [])])
+    ids = torch.cat([part for part in (found.ids, found.trial, held_out and held_out.ids) if part is not None])
     assert ids.dtype == torch.int64 and int(ids.min()) >= 0 and int(ids.max()) < VOCABULARY
     return ids
 
