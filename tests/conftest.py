@@ -47,6 +47,20 @@ def pytest_testnodedown(node):
     tally.add(getattr(node, "workeroutput", {}).get(FAULTS, []))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """A failure that quotes half a character would end the process that sends it, untold."""
+    return _whole((yield))
+
+
+def _whole(told):
+    if isinstance(told, str):
+        return told.encode(errors="backslashreplace").decode()
+    if isinstance(told, dict):
+        return {key: _whole(entry) for key, entry in told.items()}
+    return type(told)(map(_whole, told)) if isinstance(told, (list, tuple)) else told
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line at the end: what tests/faults tried, in all processes that pytest started (pytest -n)."""
     if told := tally.line():
