@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import random
 import resource
 import signal
 import tempfile
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import grail
-from grail.checkpoint import reopen
+from grail.checkpoint import reader, reopen
 from grail.checkpoint.reader import SafetensorsFolder
 from grail.checkpoint.writer import OutputFolder
 from grail.convert import convert
@@ -231,6 +232,24 @@ def test_reading_the_model_fails_somewhere(case, tmp_path, error):  # noqa: F811
         assert code == 2 and len(said) == 1 and os.strerror(error) in said[0] and "the/model" in said[0], (at, said)
         goes_on(case, home / "out")
         count("machine", "input unreadable")
+
+
+def test_a_slow_input_gives_the_same(case, tmp_path, monkeypatch):  # noqa: F811
+    """As of a network's disk: each read waits for a while, and gives little at a time."""
+    fill, chance = reader._fill, random.Random(0)
+
+    class Slow:
+        def __init__(self, file):
+            self.file = file
+
+        def readinto(self, target):
+            time.sleep(chance.choice((0, 0, 0.001, 0.004)))
+            return self.file.readinto(memoryview(target)[: max(len(target) // 2, 1)])
+
+    monkeypatch.setattr(reader, "_fill", lambda file, target, path: fill(Slow(file), target, path))
+    case.compress(tmp_path / "out")
+    assert files_of(tmp_path / "out") == case.files
+    count("machine", "input slow")
 
 
 def test_the_clock_goes_back(case, tmp_path, monkeypatch):  # noqa: F811
