@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .checkpoint.journal import START, understood
 from .checkpoint.writer import STORE, OutputFolder
-from .errors import Circumstance
+from .errors import Circumstance, GrailError
 from .plan import Plan
 from .profile import Profile
+from .session import Session
 from .store import CachedStore, DiskStore, MemoryStore
 from .workspace import Workspace
 
 HASHED = ("model", "calibration", "evaluation")
 MOST = {"chunk_tokens": 2**20, "threads": 2**12}
 """More than any run begins with."""
+EVERYWHERE = ("output", "overwrite", "resume", "store", "memory", "strict")
+"""Options that decide no result, and that all processes of a run have to share."""
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
@@ -64,12 +68,34 @@ def _check_kinds(started: dict[str, Any]) -> None:
 
 def _check_same(begun: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises Circumstance, which leaves the work as it is, naming the first thing that is not as it was."""
-    flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**begun}, {**asked})]
+    for what, was, now in _differing(begun, asked):
+        raise Circumstance(
+            f"--resume: the run was begun with {what} {was}, this command has {what} {now} (to start over, give "
+            f"--overwrite and not --resume)"
+        )
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What is not the same in the identities of two runs: (what, that of one, that of the other)."""
+    flat = [{**run.pop("recipe"), **run.pop("versions"), **run} for run in ({**one}, {**other})]
     for key in sorted(set(flat[0]) | set(flat[1])):
         was, now = (found.get(key) for found in flat)
         if was != now:
-            what = f"{key} sha256" if key in HASHED else key
-            raise Circumstance(
-                f"--resume: the run was begun with {what} {was}, this command has {what} {now} (to start over, give "
-                f"--overwrite and not --resume)"
+            yield f"{key} sha256" if key in HASHED else key, was, now
+
+
+def check_same_everywhere(session: Session) -> None:
+    """Raises GrailError, on every process of a run, where one was started with other options, text, weights or versions
+    than the main one: their statistics would be added up, or they would wait for each other for ever."""
+    if session.group.size == 1:
+        return
+    recipe = session.recipe
+    here = session.identity()
+    here["recipe"] |= {name: getattr(recipe, name) for name in EVERYWHERE}
+    main, *others = session.group.gather(here)
+    for rank, other in enumerate(others, 1):
+        for what, of_main, its_own in _differing(main, other):
+            raise GrailError(
+                f"process {rank} of {session.group.size} was started with {what} {its_own}, and process 0 with {what} "
+                f"{of_main}; start all with the same command, model and text"
             )

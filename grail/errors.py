@@ -11,7 +11,7 @@ from pathlib import Path
 CIRCUMSTANCES = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG,
     errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN,
-    errno.ETIMEDOUT, errno.ENOMEM,
+    errno.ETIMEDOUT, errno.ENOMEM, errno.EBUSY, errno.EXDEV,
 }  # fmt: skip
 """Errors of the system that the user can mend: a full or broken disk, a folder that vanished."""
 FROM_RUST = re.compile(r"\(os error (\d+)\)")

@@ -68,6 +68,8 @@ def share_of(energy: float, total: float) -> float:
 
 def solve(a: MatrixRows, rhs_KM: Tensor, lam: float, name: str) -> RidgeSolution:
     """The solution is written over the right-hand side."""
+    if not math.isfinite(lam):
+        raise GrailError(f"{name}: --ridge times the mean square of its channels is beyond all numbers; give less")
     trim_memory(a.size**2)  # what making the right-hand side left free would lie beside A, the largest block of all
     try:
         return ridge_solve_(a, rhs_KM, lam)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Unpack, overload
 import torch
 
 from .alpha_search import AlphaSearch
-from .begun import workspace_of
+from .begun import check_same_everywhere, workspace_of
 from .checkpoint.writer import OutputFolder
 from .distributed import Group
 from .errors import Circumstance, GrailError, Interrupted, Lost, circumstance
@@ -196,8 +196,10 @@ def run(recipe: Recipe, progress: Progress) -> Report | None:
     group = Group.from_environment(recipe.device)
     with group.guard():
         progress = progress if group.main else Progress()
-        plan = make_plan(Session(recipe, progress, group))
-        out = plan.session.out
+        session = Session(recipe, progress, group)
+        check_same_everywhere(session)
+        plan = make_plan(session)
+        out = session.out
         out.keep = plan.store != "memory"  # nobody could go on with activations that died with this process
         check_disk(plan)
         for line in (headline(plan), *plan.session.notes()):

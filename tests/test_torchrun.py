@@ -148,3 +148,23 @@ def test_a_death_ends_all_and_the_run_goes_on_with_any_number_of_processes(work,
     one, three = (json.loads((path / "grail.json").read_text()) for path in (undisturbed, other))
     for name, value in one["evaluation"]["perplexity"].items():
         assert three["evaluation"]["perplexity"][name] == pytest.approx(value, rel=1e-3)
+
+
+DIFFERENCES = {
+    "no repair": ({"compensate": False}, "compensate False"),
+    "text": ({"calibration": "held"}, "calibration sha256"),
+    "other layers": ({"model": "deeper"}, "model sha256"),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_processes_that_were_started_differently_are_told_apart(work, difference):
+    """Else their statistics would be added up, or they would wait for each other for ever."""
+    tiny_checkpoint(work / "deeper", num_hidden_layers=4)
+    changed, what = DIFFERENCES[difference]
+    changed = {k: str(work / "held.safetensors") if k == "calibration" else v for k, v in changed.items()}
+    case = CASES["wanda-sp"] | {"output": "told-apart", "of rank 1": changed}
+    ended = by_hand(2, "tests.torchrun_script", str(work), json.dumps([case]))
+    for code, said in ended:
+        assert code != 0 and "GrailError: process 1 of 2 was started with" in said and what in said, said[-3000:]
+    assert not (work / "told-apart").exists() and not (work / "told-apart.partial").exists()

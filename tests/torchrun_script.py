@@ -4,7 +4,8 @@
 
 Each writes WORK/out-RANKS-NUMBER, or `output` of its entry. The reopening check runs in the main process itself,
 without the seconds of imports. An entry with "die": [rank, layer] has that process killed before it does that layer;
-"chunks" are the tokens of a chunk that each process would choose for itself. cut-RANKS-NUMBER.json beside the outputs
+"chunks" are the tokens of a chunk that each process would choose for itself; "of rank 1" what is different there. Then
+cut-RANKS-NUMBER.json beside the outputs
 holds, by site, the units' scores and which of them stayed.
 """
 
@@ -40,9 +41,12 @@ def main() -> None:
         if rank_and_layer := case.pop("die", None):
             die_before(*rank_and_layer)
         options = {"calibration": str(work / "ids.safetensors"), "eval": str(work / "held.safetensors")}
+        different = case.pop("of rank 1", {})
+        case |= different if os.environ.get("RANK") == "1" else {}
+        source = work / case.pop("model", "source")
         output = work / case.pop("output", f"out-{ranks}-{number}")
         cuts = note_cuts()
-        report = grail.compress(str(work / "source"), output=str(output), seq_len=32, **options | case)
+        report = grail.compress(str(source), output=str(output), seq_len=32, **options | case)
         assert (report is None) == (os.environ.get("RANK", "0") != "0")
         if report is not None:
             (work / output.name.replace("out", "cut")).with_suffix(".json").write_text(json.dumps(cuts))

@@ -11,14 +11,16 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from ..documents import check_regular, read_json
-from ..errors import GrailError, naming
+from ..errors import Circumstance, GrailError, naming
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -56,8 +58,9 @@ class SafetensorsFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self._info: dict[str, TensorInfo] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         for file, wanted in _shards(self.path):
-            held = read_header(file)
+            held, self._stamps[file] = read_header(file), _stamp(file)
             for name in held if wanted is None else wanted:
                 if name not in held:
                     raise GrailError(f"{self.path / INDEX} says that {name} is in {file.name}, but it is not there")
@@ -79,7 +82,7 @@ class SafetensorsFolder:
     def get(self, name: str) -> Tensor:
         """The whole tensor, in its stored dtype."""
         info = self.info(name)
-        return _read(info, info.start, info.nbytes).view(info.dtype).view(info.shape)
+        return self._read(info, info.start, info.nbytes).view(info.dtype).view(info.shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows `index` (int64 [R]) of a matrix, read row by row; raises GrailError for a row that is not there."""
@@ -89,7 +92,7 @@ class SafetensorsFolder:
             raise GrailError(f"{info.file}: {name} has {info.shape[0]} rows, there is no row {outside}")
         width = info.nbytes // info.shape[0]
         out = torch.empty(len(index), width, dtype=torch.uint8)
-        with naming(info.file), open(info.file, "rb", buffering=0) as file:
+        with self._opened(info.file) as file:
             for target, row in zip(out, index.tolist(), strict=True):
                 file.seek(info.start + row * width)
                 _fill(file, target, info.file)
@@ -99,7 +102,23 @@ class SafetensorsFolder:
         """The tensor's raw bytes, uint8, at most `size` at a time."""
         info = self.info(name)
         for start in range(info.start, info.end, size):
-            yield _read(info, start, min(size, info.end - start))
+            yield self._read(info, start, min(size, info.end - start))
+
+    def _read(self, info: TensorInfo, start: int, count: int) -> Tensor:
+        out = torch.empty(count, dtype=torch.uint8)
+        with self._opened(info.file) as file:
+            file.seek(start)
+            _fill(file, out, info.file)
+        return out
+
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[IO[bytes]]:
+        """For reading. Raises Circumstance where it is not what it was when its header was read."""
+        with naming(file):
+            if _stamp(file) != self._stamps[file]:
+                raise Circumstance(f"{file} was changed while it was in use; put back what it was")
+            with open(file, "rb", buffering=0) as opened:
+                yield opened
 
     def sha256(self) -> str:
         """Hash over the names, sizes and bytes of all shards."""
@@ -205,12 +224,9 @@ def _shards(path: Path) -> list[tuple[Path, list[str] | None]]:
     return [(path / shard, names) for shard, names in sorted(wanted.items())]
 
 
-def _read(info: TensorInfo, start: int, count: int) -> Tensor:
-    out = torch.empty(count, dtype=torch.uint8)
-    with naming(info.file), open(info.file, "rb", buffering=0) as file:
-        file.seek(start)
-        _fill(file, out, info.file)
-    return out
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _fill(file, target: Tensor, path: Path) -> None:
@@ -218,5 +234,5 @@ def _fill(file, target: Tensor, path: Path) -> None:
     while view:
         got = file.readinto(view[: 2**30])
         if not got:
-            raise GrailError(f"{path} ended early while it was read ({os.path.getsize(path)} bytes)")
+            raise Circumstance(f"{path} ended early while it was read ({os.path.getsize(path)} bytes)")
         view = view[got:]

@@ -39,6 +39,8 @@ class OutputFolder:
 
     def __init__(self, path: Path | str, *, overwrite: bool = False, keep: bool = False, resume: bool = False):
         self.path = Path(os.path.realpath(path))
+        if not self.path.name:
+            raise GrailError(f"--output {path}: name a folder")
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.overwrite, self.keep, self.resume = overwrite, keep, resume
         self.journal = Journal(self.partial / JOURNAL)
@@ -56,21 +58,10 @@ class OutputFolder:
         if str(self.path) != os.fsencode(self.path).decode(errors="replace"):
             raise GrailError(f"--output {self.path}: its name is no UTF-8, which safetensors asks for")
         for source in inputs:
-            if Path(os.path.realpath(source)).is_relative_to(self.path):
-                raise GrailError(f"--output {self.path} holds the input {source}; choose another folder")
-        if is_special(self.path):
-            raise GrailError(f"--output {self.path} {NO_FILE}")
-        if self.path.is_file():
-            raise GrailError(f"--output {self.path} is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self._cut_off_while_finishing():
-            if not self.overwrite:
-                raise GrailError(f"--output {self.path} exists and is not empty; choose another, or add --overwrite")
-            if not any(any(self.path.glob(kind)) for kind in ("grail.json", "config.json", "*.safetensors")):
-                raise GrailError(
-                    f"--output {self.path} holds no model: --overwrite would delete other files; choose another folder"
-                )
-            if Path.cwd().is_relative_to(self.path):
-                raise GrailError(f"--output {self.path} holds the current folder; choose another")
+            for place in (self.path, self.partial):
+                if Path(os.path.realpath(source)).is_relative_to(place):
+                    raise GrailError(f"--output {self.path}: {place} holds the input {source}; choose another folder")
+        self._refuse_occupied()
         if self.partial.exists() and not self._is_ours():
             raise GrailError(
                 f"{self.partial} is in the way and was not made by grail; move it or choose another output"
@@ -84,6 +75,24 @@ class OutputFolder:
                 f"{self.partial} holds the work of a run that was interrupted: add --resume to go on with it, or "
                 f"--overwrite to start over"
             )
+
+    def _refuse_occupied(self) -> None:
+        """Raises GrailError where the place of the output is taken, and may not be made free."""
+        if is_special(self.path):
+            raise GrailError(f"--output {self.path} {NO_FILE}")
+        if os.path.ismount(self.path):
+            raise GrailError(f"--output {self.path} is a mount point, which cannot be replaced; name a folder in it")
+        if self.path.is_file():
+            raise GrailError(f"--output {self.path} is a file; name a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self._cut_off_while_finishing():
+            if not self.overwrite:
+                raise GrailError(f"--output {self.path} exists and is not empty; choose another, or add --overwrite")
+            if not any(any(self.path.glob(kind)) for kind in ("grail.json", "config.json", "*.safetensors")):
+                raise GrailError(
+                    f"--output {self.path} holds no model: --overwrite would delete other files; choose another folder"
+                )
+            if Path.cwd().is_relative_to(self.path):
+                raise GrailError(f"--output {self.path} holds the current folder; choose another")
 
     def _cut_off_while_finishing(self) -> bool:
         """Whether all that was left to do in OUT was to take away the working files."""
@@ -261,7 +270,12 @@ class OutputFolder:
         self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))})
 
     def finish(self) -> Path:
-        """Put the folder in its place and drop the working files. Cut off anywhere within, it can be done again."""
+        """Put the folder in its place and drop the working files. Cut off anywhere within, it can be done again. Raises
+        Circumstance where something has come to that place meanwhile."""
+        try:
+            self._refuse_occupied()
+        except GrailError as error:
+            raise Circumstance(f"{error}; it came while the run worked") from error
         self.journal.append({"step": "finished"})
         if self.path.exists():
             os.replace(self.path, self.partial / REPLACED)

@@ -16,6 +16,8 @@ from .plain import width_fields
 if TYPE_CHECKING:
     from .llama import LlamaFamily
 
+MOST_HEADS, MOST_CHANNELS = 2**14, 2**20
+"""More than any model has: a record is data from anywhere, and says how much is allocated."""
 SITE_KINDS = {"o_proj": "heads", "down_proj": "channels"}
 
 
@@ -109,9 +111,19 @@ def original_widths(model: LlamaFamily, record: dict, to: str) -> LayerWidths:
         return model.original
     if not record and to == PADDED:
         raise GrailError(f"{model.source.path} has no grail.json that says how wide the model was; it cannot be padded")
-    named = record.get("original_widths")
-    if isinstance(named, dict) and all(isinstance(named.get(key), int) for key in width_fields(model.original)):
-        return LayerWidths(*(named[key] for key in width_fields(model.original)))
+    now, named = model.original, record.get("original_widths")
+    if isinstance(named, dict) and all(type(named.get(key)) is int for key in width_fields(now)):
+        found = LayerWidths(*(named[key] for key in width_fields(now)))
+    else:
+        found = _by_sites(model, record)
+    likely = 0 < found.kv_heads <= found.heads <= MOST_HEADS and found.channels <= MOST_CHANNELS
+    if not likely or found.heads % found.kv_heads or LayerWidths.largest([found, now]) != found:
+        raise GrailError(f"{model.source.path / 'grail.json'} records widths that do not fit the model beside it")
+    return found
+
+
+def _by_sites(model: LlamaFamily, record: dict) -> LayerWidths:
+    """The widest that its sites were, by a record without the original widths."""
     before = {"o_proj": 0, "down_proj": 0}
     for site in record.get("sites") or []:
         kind = str(site.get("name")).rpartition(".")[2]
@@ -120,7 +132,4 @@ def original_widths(model: LlamaFamily, record: dict, to: str) -> LayerWidths:
     now = model.original
     heads = before["o_proj"] // model.head_dim or now.heads
     whole = now.shared == 1 or (record.get("recipe") or {}).get("gqa") == "group"
-    found = LayerWidths(heads, heads // now.shared if whole else now.kv_heads, before["down_proj"] or now.channels)
-    if found.heads % found.kv_heads or LayerWidths.largest([found, now]) != found:
-        raise GrailError(f"{model.source.path / 'grail.json'} records widths that do not fit the model beside it")
-    return found
+    return LayerWidths(heads, heads // now.shared if whole else now.kv_heads, before["down_proj"] or now.channels)

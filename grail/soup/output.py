@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.carried import without_code
 from ..checkpoint.reader import SINGLE
 from ..checkpoint.writer import OutputFolder
-from ..errors import GrailError
+from ..errors import Circumstance, GrailError
 from ..replacing import NO_FILE, is_special
 from .average import averaged
 from .inputs import SUFFIX, Ingredient
@@ -24,6 +24,8 @@ class OutputFile(OutputFolder):
         for source in inputs:
             if Path(os.path.realpath(source)) == self.path:
                 raise GrailError(f"--output {self.path} is the input {source}; choose another file")
+            if Path(os.path.realpath(source)).is_relative_to(self.partial):
+                raise GrailError(f"--output {self.path}: {self.partial} holds the input {source}; choose another file")
         if is_special(self.path):
             raise GrailError(f"--output {self.path} {NO_FILE}")
         if self.path.is_dir():
@@ -42,6 +44,10 @@ class OutputFile(OutputFolder):
 
     def finish(self) -> Path:
         """Put the file in its place; the working folder goes when the context ends."""
+        try:
+            self.check()
+        except GrailError as error:
+            raise Circumstance(f"{error}; it came while the run worked") from error
         os.replace(self.content, self.path)
         return self.path
 
