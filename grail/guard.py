@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import select
 import signal
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from .errors import verdict
+from .errors import GrailError, verdict
 from .terminal import NORMAL, TerminalProgress, set_logging
 
 ISSUES = "please report it with this output and the command"
@@ -44,6 +45,7 @@ def guarded(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _refuse_empty(command, kwargs)
             command(*args, **kwargs)
             sys.stdout.flush()
         except typer.Exit:
@@ -59,6 +61,18 @@ def guarded(command: Callable) -> Callable:
                 fail(*known)
 
     return run
+
+
+def _refuse_empty(command: Callable, options: dict[str, Any]) -> None:
+    """Raises GrailError for a value without a character, as an unset variable of a shell leaves it: some would be taken
+    for the current folder, some for not given."""
+    for name, value in options.items():
+        if value == "" or (isinstance(value, (list, tuple)) and "" in value):
+            parameter = inspect.signature(command, eval_str=True).parameters[name]
+            told = parameter.annotation.__metadata__[0]
+            is_option = isinstance(told, typer.models.OptionInfo)
+            called = f"--{name.replace('_', '-')}" if is_option else name.upper()
+            raise GrailError(f"{called} is empty: give it a value" + (", or leave it out" if is_option else ""))
 
 
 def _nobody_reads() -> bool:
@@ -90,6 +104,8 @@ def start(quiet: bool, verbose: int) -> TerminalProgress:
     """Set up logging and signals as asked, and give the progress that the command reports to."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is treated like Ctrl-C
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, signal.default_int_handler)  # the terminal went away
     if int(os.environ.get("RANK", "0")):
         quiet = True  # of several processes one speaks
     verbosity = 0 if quiet else NORMAL + verbose
