@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .errors import INTERRUPTED
+
 
 def main() -> None:
     """The command line, of which an interruption is told in one sentence also while it is only being imported."""
@@ -12,8 +14,9 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        sys.stderr.write("grail: interrupted; nothing new was kept\n")
-        sys.exit(130)
+        sentence, code = INTERRUPTED
+        sys.stderr.write(f"grail: {sentence}\n")
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from .errors import GrailError, verdict
+from .errors import INTERRUPTED, GrailError, verdict
 from .terminal import NORMAL, TerminalProgress, set_logging
 
+JUDGED = ("method", "set")
+"""Options that are refused with what they can be, empty or not."""
 ISSUES = "please report it with this output and the command"
 UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
@@ -37,6 +39,8 @@ class OneSentence(typer.core.TyperGroup):
             return super().invoke(ctx)
         except UsageError as error:
             fail(f"{error.format_message()} (see grail {ctx.invoked_subcommand or ''} --help)", 2)
+        except KeyboardInterrupt:  # before the command itself: typer would end without a word
+            fail(*INTERRUPTED)
 
 
 def guarded(command: Callable) -> Callable:
@@ -67,7 +71,7 @@ def _refuse_empty(command: Callable, options: dict[str, Any]) -> None:
     """Raises GrailError for a value without a character, as an unset variable of a shell leaves it: some would be taken
     for the current folder, some for not given."""
     for name, value in options.items():
-        if value == "" or (isinstance(value, (list, tuple)) and "" in value):
+        if name not in JUDGED and (value == "" or (isinstance(value, list) and "" in value)):
             parameter = inspect.signature(command, eval_str=True).parameters[name]
             told = parameter.annotation.__metadata__[0]
             is_option = isinstance(told, typer.models.OptionInfo)

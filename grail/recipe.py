@@ -127,10 +127,10 @@ class Recipe:
 
     def _refuse_no_names(self) -> None:
         """Raises GrailError for text that is nothing or that no file's name can hold: an empty path would be taken for
-        the current folder."""
+        the current folder. An empty method is refused with the list of those that there are."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, str) and (not value or "\0" in value):
+            if f.name != "method" and isinstance(value, str) and (not value or "\0" in value):
                 wrong = "has a NUL character in it" if value else "is empty"
                 raise GrailError(f"{_flag(f.name)} {wrong}: give it a value, or leave it out")
 

@@ -15,6 +15,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import typer
 from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner
@@ -31,7 +32,7 @@ from grail.documents import about
 from grail.errors import GrailError
 from grail.evaluation.zero_shot import read_lines
 from grail.families import open_family
-from grail.guard import start
+from grail.guard import OneSentence, start
 from grail.modules import run as of_run
 from grail.modules.architecture import Architecture, open_network
 from grail.recipe import Recipe
@@ -488,6 +489,17 @@ class TestSignals:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         start(True, 0)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+    def test_an_interruption_before_the_command_begins(self):
+        app = typer.Typer(cls=OneSentence)
+
+        @app.command()
+        def stops() -> None:
+            raise KeyboardInterrupt
+
+        app.command("other")(stops)
+        done = CliRunner().invoke(app, ["stops"])
+        assert (done.exit_code, done.stderr) == (130, "grail: interrupted; nothing new was kept\n")
 
     def test_an_interruption_while_it_is_imported(self):
         code = (
