@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import GrailError
 
@@ -44,6 +46,24 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def check_writable(value: Any, where: str | Path) -> None:
+    """Raises GrailError naming the field of what no JSON file can hold, though Python reads it from one: numbers that
+    are none, and text with half a character."""
+    left = [("", value)]
+    while left:
+        field, value = left.pop()
+        if isinstance(value, (dict, list)):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, entry in inner:
+                left += [(f"a name in {field or 'it'}", str(key)), (f"{field}.{key}" if field else str(key), entry)]
+        elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, str) and _is_broken(value)):
+            raise GrailError(f"{where}: {field} is {value!a}, which cannot be written as JSON; correct it")
+
+
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def check_counts(config: dict, where: str | Path, tensors: int) -> None:
     """Raises GrailError for a number of layers or of labels for which transformers would make lists beyond all memory
     before it sees that they are wrong. tensors: how many the weights hold; a layer has one at least."""
@@ -56,13 +76,19 @@ def check_counts(config: dict, where: str | Path, tensors: int) -> None:
             raise GrailError(f"{where}: {key} is {value:.15g}, and {known}; correct it")
 
 
+def _names(sentence: str, file: Path) -> bool:
+    """Whether the file is told, or another one of its folder; the name of a folder alone may be any word."""
+    folder = str(file.parent)
+    beside = rf"(?<![\w./-]){re.escape(folder)}/" + "?" * ("/" in folder)
+    return str(file) in sentence or (file.parent != Path() and re.search(beside, sentence) is not None)
+
+
 @contextmanager
 def about(file: Path) -> Iterator[None]:
     """What is wrong within is told with the file's name."""
     try:
         yield
     except GrailError as error:
-        named = (file, file.parent) if file.parent != Path() else (file,)
-        if any(str(name) in str(error) for name in named):
+        if _names(str(error), file):
             raise
         raise type(error)(f"{file}: {error}") from error

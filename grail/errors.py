@@ -22,6 +22,8 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "Memory
 """In the text of errors of torch, and of processes that were started, where there is no memory left."""
 
 
+INTERRUPTED = "interrupted; nothing new was kept", 130
+"""Sentence and exit code."""
 LONGEST = 2000
 """Characters of a sentence; what a file says may be quoted in it."""
 
@@ -101,6 +103,6 @@ def verdict(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, Interrupted):
         return str(error), 75
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing new was kept", 130
+        return INTERRUPTED
     told = circumstance(error)
     return None if told is None else (told, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import select
 import signal
@@ -13,9 +14,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from .errors import verdict
+from .errors import INTERRUPTED, GrailError, verdict
 from .terminal import NORMAL, TerminalProgress, set_logging
 
+JUDGED = ("method", "set")
+"""Options that are refused with what they can be, empty or not."""
 ISSUES = "please report it with this output and the command"
 UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
@@ -36,6 +39,8 @@ class OneSentence(typer.core.TyperGroup):
             return super().invoke(ctx)
         except UsageError as error:
             fail(f"{error.format_message()} (see grail {ctx.invoked_subcommand or ''} --help)", 2)
+        except KeyboardInterrupt:  # before the command itself: typer would end without a word
+            fail(*INTERRUPTED)
 
 
 def guarded(command: Callable) -> Callable:
@@ -44,6 +49,7 @@ def guarded(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _refuse_empty(command, kwargs)
             command(*args, **kwargs)
             sys.stdout.flush()
         except typer.Exit:
@@ -59,6 +65,18 @@ def guarded(command: Callable) -> Callable:
                 fail(*known)
 
     return run
+
+
+def _refuse_empty(command: Callable, options: dict[str, Any]) -> None:
+    """Raises GrailError for a value without a character, as an unset variable of a shell leaves it: some would be taken
+    for the current folder, some for not given."""
+    for name, value in options.items():
+        if name not in JUDGED and (value == "" or (isinstance(value, list) and "" in value)):
+            parameter = inspect.signature(command, eval_str=True).parameters[name]
+            told = parameter.annotation.__metadata__[0]
+            is_option = isinstance(told, typer.models.OptionInfo)
+            called = f"--{name.replace('_', '-')}" if is_option else name.upper()
+            raise GrailError(f"{called} is empty: give it a value" + (", or leave it out" if is_option else ""))
 
 
 def _nobody_reads() -> bool:
@@ -90,6 +108,8 @@ def start(quiet: bool, verbose: int) -> TerminalProgress:
     """Set up logging and signals as asked, and give the progress that the command reports to."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is treated like Ctrl-C
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, signal.default_int_handler)  # the terminal went away
     if int(os.environ.get("RANK", "0")):
         quiet = True  # of several processes one speaks
     verbosity = 0 if quiet else NORMAL + verbose

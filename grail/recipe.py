@@ -101,6 +101,7 @@ class Recipe:
             value = getattr(self, option)
             if isinstance(value, os.PathLike):
                 setattr(self, option, os.fspath(value))
+        self._refuse_no_names()
         if not isinstance(self.eval, (str, NoneType)):
             raise GrailError(f"--eval must be the name of a data set or file; got {type(self.eval).__name__}")
         for option in ("ratio", "attn_ratio", "mlp_ratio"):
@@ -123,6 +124,15 @@ class Recipe:
             if getattr(self, option) not in choices:
                 known = ", ".join(c for c in choices if c)
                 raise GrailError(f"{_flag(option)} {getattr(self, option)}: choose one of {known}")
+
+    def _refuse_no_names(self) -> None:
+        """Raises GrailError for text that is nothing or that no file's name can hold: an empty path would be taken for
+        the current folder. An empty method is refused with the list of those that there are."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "method" and isinstance(value, str) and (not value or "\0" in value):
+                wrong = "has a NUL character in it" if value else "is empty"
+                raise GrailError(f"{_flag(f.name)} {wrong}: give it a value, or leave it out")
 
     def _settle_target(self) -> None:
         """The target, and with it the ridge that is not given."""

@@ -87,8 +87,9 @@ SCHEMAS: dict[str, dict] = {
                         "sample?": TEXT}),
     },
     "eval vision": {
-        "schema_version": COUNT, "data": TEXT, "images": COUNT,
-        "models": Each(TOP | {"parameters": COUNT, "macs": COUNT, "milliseconds?": Each(NUMBER), "probe?": Each(ANY)}),
+        "schema_version": COUNT, "data?": TEXT, "images?": COUNT,
+        "models": Each({"top1?": NUMBER, "top5?": NUMBER, "count?": COUNT, "parameters": COUNT, "macs?": COUNT,
+                        "milliseconds?": Each(NUMBER), "probe?": Each(ANY)}),
     },
     "convert": {
         "schema_version": COUNT, "output": TEXT, "format": TEXT, "tensor_parallel": COUNT, "original_widths": ANY,

@@ -78,13 +78,14 @@ def write(file: Path, content: dict | str | bytes) -> Path:
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     ["no", "1e-3", "010", "null", "~", "", "true", "<<", "a: b", "- x", "# x", "'", "2026-11-26", "1:30", "é", "0x1f"]
 )
+given_words = words.filter(bool)
 shares = st.floats(0, 1, exclude_max=True)
 plain = {
     "method": words, "ratio": shares, "attn_ratio": st.none() | shares, "mlp_ratio": st.none() | shares,
-    "calibration": words, "samples": st.integers(1, 10**9), "seed": st.integers(0, 2**31 - 1),
+    "calibration": given_words, "samples": st.integers(1, 10**9), "seed": st.integers(0, 2**31 - 1),
     "compensate": st.booleans(), "ridge": st.none() | st.floats(0, 1e9), "bias": st.none() | st.booleans(),
     "ridge_form": st.sampled_from(CHOICES["ridge_form"]), "allocation": st.sampled_from(CHOICES["allocation"]),
-    "round_to": st.none() | st.integers(1, 4096), "device": words, "eval": st.none() | words,
+    "round_to": st.none() | st.integers(1, 4096), "device": given_words, "eval": st.none() | given_words,
     "compare_pruned": st.booleans(), "set": st.dictionaries(words, words, max_size=3),
 }  # fmt: skip
 text_only = {
@@ -93,8 +94,8 @@ text_only = {
     "dtype": st.sampled_from(CHOICES["dtype"]), "output_dtype": st.sampled_from(CHOICES["output_dtype"]),
 }  # fmt: skip
 vision_only = {
-    "weights": st.none() | words, "repair": st.booleans(), "one_shot": st.booleans(), "batch": st.integers(1, 10**4),
-    "residual_ratio": shares, "calibration_text": st.none() | words,
+    "weights": st.none() | given_words, "repair": st.booleans(), "one_shot": st.booleans(),
+    "batch": st.integers(1, 10**4), "residual_ratio": shares, "calibration_text": st.none() | given_words,
 }  # fmt: skip
 streams = st.fixed_dictionaries(
     {},

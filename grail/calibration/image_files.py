@@ -10,6 +10,7 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """All that PIL may take a file for: it goes by the content, and would have a PostScript file run by Ghostscript."""
 MOST_PIXELS = 2**26
 BLOCK = 2**20
+MOST_NAMES = 16
+"""Of one folder, by links: those of a part or a class to another are few; n that hold each other have about e * n!."""
 PARTS = {"calibration": ("train", "training"), "test": ("test", "t10k", "val", "valid", "validation")}
 """What the parts of a data set are called, the best name first."""
 IDX = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
@@ -38,15 +41,16 @@ NPZ = {
 
 
 class Folder:
-    """Image files by sorted relative name; `labels` and `classes` when each lies in a sub-folder."""
+    """Image files by sorted relative name; `labels` and `classes` when each lies in a sub-folder. others: names of
+    classes that other parts of the data set have, which are numbered as well."""
 
-    def __init__(self, path: Path, files: list[str]):
+    def __init__(self, path: Path, files: list[str], others: set[str] | None = None):
         self.path, self.files = path, files
         self.labels: Tensor | None = None
         self.classes: list[str] | None = None
         if all("/" in file for file in files):
             tops = [file.partition("/")[0] for file in files]
-            self.classes = sorted(set(tops))
+            self.classes = sorted({*tops, *(others or ())})
             number = {name: index for index, name in enumerate(self.classes)}
             self.labels = torch.tensor([number[top] for top in tops])
 
@@ -82,21 +86,28 @@ def open_folder(path: Path, split: str) -> tuple[Folder, bool]:
         raise GrailError(f"{path} holds only {held}, no {PARTS[split][0]}; name the sub-folder to use")
     prefix = f"{part}/"
     inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
-    return Folder(path / part, inside), split == "test"
+    # a class has one number, whichever of the parts lacks another
+    classes = {file.split("/")[1] for file in files if file.count("/") > 1}
+    return Folder(path / part, inside, classes), split == "test"
 
 
 def _image_files(path: Path) -> list[str]:
-    """Relative names, sorted, with "/". Links are followed, but not back up; dot files are left out."""
-    found = []
+    """Relative names, sorted, with "/". Links are followed, but not back up; dot files are left out. Raises GrailError
+    where folders are linked to one another so that there is no end of names."""
+    found: list[str] = []
+    names_of: Counter[str] = Counter()
 
     def unreadable(error: OSError) -> None:
         raise GrailError(f"{sentence_of(error)}; make the folder readable") from error
 
     for folder, inner, names in os.walk(path, followlinks=True, onerror=unreadable):
         above = (parent for parent in Path(folder).parents if parent.is_relative_to(path))
-        if os.path.realpath(folder) in map(os.path.realpath, above):
+        if (real := os.path.realpath(folder)) in map(os.path.realpath, above):
             inner.clear()
             continue
+        names_of[real] += 1
+        if names_of[real] > MOST_NAMES:
+            raise GrailError(f"{path} holds {real} under more than {MOST_NAMES} names; take out links between folders")
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         chosen = (name for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
         found += [(Path(folder) / name).relative_to(path).as_posix() for name in chosen]
@@ -205,7 +216,7 @@ def read_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray | None, boo
                     return _array(archive, key), _array(archive, label) if label else None, part == "test"
             names = ", ".join(archive.files)
     except Exception as error:  # a damaged archive can raise anything, from zipfile's errors to tokenize's
-        if "allow_pickle" in str(error):
+        if str(error).startswith("Object arrays"):  # numpy takes whatever is no archive for pickled, too
             raise GrailError(
                 f"{path} holds pickled objects (images of different sizes?), which GRAIL never opens; "
                 f"save one array of one size"

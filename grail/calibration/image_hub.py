@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..bars import without_bars
 from ..errors import GrailError
+from ..hub import at_once
 from .image_files import PARTS, pixel_content, pixels
 from .preprocessing import imported
 
@@ -49,7 +50,7 @@ def open_hub(name: str, split: str) -> tuple[Rows, Tensor | None, list[str] | No
 
     repository, _, asked = name.removeprefix("hf:").partition(":")
     try:
-        with without_bars(datasets):
+        with without_bars(datasets), at_once(repository, dataset=True):
             offered = datasets.get_dataset_split_names(repository)
             part = next((part for part in ([asked] if asked else PARTS[split]) if part in offered), None)
             rows = datasets.load_dataset(repository, split=part) if part else None

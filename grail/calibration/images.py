@@ -190,15 +190,25 @@ def _given(source: Any, limit: int | None) -> ImageSet:
 def _batch(item: Any) -> Tensor:
     """[B, C, H, W] of one item of an iterable."""
     if isinstance(item, (Tensor, np.ndarray)) and item.ndim in (3, 4):
-        batch = torch.as_tensor(item).detach().cpu()
+        batch = _tensor(item, GIVEN)
         return batch[None] if batch.dim() == 3 else batch
     what = list(item.shape) if hasattr(item, "shape") else f"a {type(item).__name__}"
     raise GrailError(f"{GIVEN}: expected tensors [C, H, W] or [B, C, H, W], or pairs with labels, not {what}")
 
 
+def _tensor(images: Tensor | np.ndarray, name: str) -> Tensor:
+    """On the CPU. torch reads neither numbers in another order of bytes nor an array that is turned around."""
+    if isinstance(images, np.ndarray):
+        if images.dtype.kind not in "uifb":
+            raise GrailError(f"{name}: images must be uint8 or float, not {images.dtype}; convert them")
+        native = np.float32 if images.dtype.kind == "f" else images.dtype.newbyteorder("=")
+        images = images.astype(native, order="C", copy=False)
+    return torch.as_tensor(images).detach().cpu()
+
+
 def _stacked(images: Any, labels: Any, name: str) -> tuple[Stack, Any]:
     """uint8 or float32 [N, C, H, W], checked."""
-    images = torch.as_tensor(images).detach().cpu()
+    images = _tensor(images, name)
     if images.dim() != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
         raise GrailError(f"{name}: images must be [N, C, H, W] with 1 or 3 channels, not {list(images.shape)}")
     if images.is_floating_point():
@@ -212,10 +222,6 @@ def _stacked(images: Any, labels: Any, name: str) -> tuple[Stack, Any]:
 
 def _channels_first(images: np.ndarray, name: str) -> np.ndarray:
     """[N, C, H, W] of [N, H, W], [N, H, W, C] or [N, C, H, W]."""
-    if images.dtype.kind not in "uifb":
-        raise GrailError(f"{name}: images must be uint8 or float, not {images.dtype}; convert them")
-    native = np.float32 if images.dtype.kind == "f" else images.dtype.newbyteorder("=")
-    images = images.astype(native, copy=False)
     if images.ndim == 3:
         return images[:, None]
     if images.ndim == 4 and images.shape[1] not in (1, 3):
@@ -225,6 +231,8 @@ def _channels_first(images: np.ndarray, name: str) -> np.ndarray:
 
 def _checked_labels(labels: Any, count: int, name: str) -> Tensor:
     try:
+        if isinstance(labels, np.ndarray):
+            labels = labels.astype(labels.dtype.newbyteorder("="), order="C", copy=False)
         labels = torch.as_tensor(labels).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise GrailError(f"{name}: labels must be integers, one for each image") from error
@@ -234,9 +242,12 @@ def _checked_labels(labels: Any, count: int, name: str) -> Tensor:
         raise GrailError(f"{name}: labels must be integers [N], not {labels.dtype} {list(labels.shape)}")
     if len(labels) != count:
         raise GrailError(f"{name}: there are {count} images but {len(labels)} labels; give one for each")
-    if int(labels.min()) < 0:
-        raise GrailError(f"{name}: the label {int(labels.min())} is negative; number the classes from 0")
-    return labels.long()
+    numbers = labels.long()  # torch compares no unsigned integers but bytes
+    least = int(numbers.min())
+    if least < 0:
+        wrong = f"{least} is negative" if labels.dtype != torch.uint64 else f"{least + 2**64} is no number of a class"
+        raise GrailError(f"{name}: the label {wrong}; number the classes from 0")
+    return numbers
 
 
 def _builtin(split: str) -> ImageSet:

@@ -13,13 +13,16 @@ from .preprocessing import Preprocessing
 log = logging.getLogger("grail")
 
 FILE, TOGETHER, PART = "preprocessor_config.json", "processor_config.json", "image_processor"
+MOST_SIDE, MOST_TIMES = 4096, 8
+"""Pixels of a side, and of what the network reads at most so many times its image_size."""
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers."""
 
 
-def preprocessing_of(folder: Path, channels: int) -> Preprocessing | None:
+def preprocessing_of(folder: Path, channels: int, image_size: Any = None) -> Preprocessing | None:
     """What preprocessor_config.json (or processor_config.json) of a folder says; None without either. Raises GrailError
-    naming the file where it asks for something else than to resize, crop, scale to 0..1 and normalise."""
+    naming the file where it asks for something else than to resize, crop, scale to 0..1 and normalise, or for images
+    far beyond the network's own image_size (a number or two, as its configuration has it)."""
     file, found = folder / FILE, None
     if file.is_file():
         found = read_json(file)
@@ -29,18 +32,31 @@ def preprocessing_of(folder: Path, channels: int) -> Preprocessing | None:
     if not isinstance(found, dict):
         return None
     try:
-        return _read(found, channels)
+        return _read(found, channels, _most(image_size))
     except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
         reason = str(error) if isinstance(error, GrailError) else f"no size, mean or std that GRAIL reads ({error})"
         raise GrailError(f"{file}: {reason}") from error
 
 
-def _read(found: dict[str, Any], channels: int) -> Preprocessing:
+def _most(image_size: Any) -> int:
+    """Pixels that a side may have."""
+    sides = [side for side in _listed(image_size) if type(side) is int]
+    return min(MOST_SIDE, MOST_TIMES * max(sides)) if sides else MOST_SIDE
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _read(found: dict[str, Any], channels: int, most: int) -> Preprocessing:
     factor = found.get("rescale_factor", 1 / 255)
     if not found.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-3:
         raise GrailError(f"pixels are read as they are or scaled by {factor}; only 1/255 is supported")
     resized = found.get("size")
     cropped = found.get("crop_size") if found.get("do_center_crop", "crop_size" in found) else None
+    for name, value, limit in (("size", resized, most if cropped is None else MOST_SIDE), ("crop_size", cropped, most)):
+        if value is not None and max(_sides(value)) > limit:
+            raise GrailError(f"{name} is {value}, where a side can have {limit} pixels for this network; correct it")
     size = _sides(resized if cropped is None else cropped)
     share = 1.0
     if cropped is not None and found.get("do_resize", True) and resized is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..bars import without_bars
 from ..errors import GrailError
+from ..hub import at_once
 from .builtin import docstrings, topics
 
 BUILTIN = {"builtin": topics, "docstrings": docstrings}
@@ -115,7 +116,7 @@ def _hub(source: str, split: str, option: str) -> Iterator[str]:
     repository, configuration, splits, files = _HUB[source]
     split = "calibration" if split == "calibration" else "evaluation"
     try:
-        with without_bars(datasets):
+        with without_bars(datasets), at_once(repository, dataset=True):
             part = splits[split]
             rows = datasets.load_dataset(
                 repository, configuration, split=part, data_files=files and {part: files[part]}

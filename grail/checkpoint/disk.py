@@ -9,13 +9,20 @@ import time
 from pathlib import Path
 from typing import IO
 
-from ..errors import naming
+from ..errors import GrailError, naming
 
 REMOVALS = 10
 
 
+def check_own(path: Path) -> None:
+    """Raises GrailError where a working file of a run is to lie and there is something else: a pipe is waited for."""
+    if path.exists() and not path.is_file():
+        raise GrailError(f"{path} is in the way and is no file of grail's; move {path.parent} or choose another output")
+
+
 def locked(path: Path) -> IO | None:
     """The lock file, locked until it is closed; None where another run has it, or took it away at this moment."""
+    check_own(path)
     file = open(path, "a")  # noqa: SIM115 - held until the run ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

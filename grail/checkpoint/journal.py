@@ -15,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ..errors import Circumstance, GrailError, naming
+from .disk import check_own
 
 START = "start"
 
@@ -27,6 +28,7 @@ class Journal:
         self.path = path
         self.steps: list[dict] = []
         self._ends = [0]
+        check_own(path)
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             step = _parsed(line)
             if step is None:

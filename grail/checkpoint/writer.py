@@ -17,6 +17,7 @@ from typing import IO
 
 import torch
 
+from ..documents import check_writable
 from ..errors import Circumstance, GrailError, naming, sentence_of
 from ..replacing import NO_FILE, is_special
 from .carried import TOKENIZER_CONFIG, data_files, without_code
@@ -38,6 +39,8 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path | str, *, overwrite: bool = False, keep: bool = False, resume: bool = False):
+        if "\0" in os.fspath(path):
+            raise GrailError("--output has a NUL character in it, which no name can have; choose another")
         self.path = Path(os.path.realpath(path))
         if not self.path.name:
             raise GrailError(f"--output {path}: name a folder")
@@ -78,6 +81,8 @@ class OutputFolder:
 
     def _refuse_occupied(self) -> None:
         """Raises GrailError where the place of the output is taken, and may not be made free."""
+        if self.path.is_symlink():  # though all links were followed
+            raise GrailError(f"--output {self.path} is a link that leads to itself; choose another, or take it away")
         if is_special(self.path):
             raise GrailError(f"--output {self.path} {NO_FILE}")
         if os.path.ismount(self.path):
@@ -134,7 +139,8 @@ class OutputFolder:
         """Take away what an earlier run left, but for what is committed."""
         for left_over in self.partial.iterdir():
             if left_over.name not in but:
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                inside = left_over.is_dir() and not left_over.is_symlink()
+                shutil.rmtree(left_over) if inside else left_over.unlink()
         self.journal = Journal(self.partial / JOURNAL)
 
     def start_over(self, keep: Callable[[dict], bool]) -> None:
@@ -260,6 +266,7 @@ class OutputFolder:
                 continue
             target.parent.mkdir(exist_ok=True)
             if file.name == TOKENIZER_CONFIG and (config := read_json(file)) != without_code(config):
+                check_writable(config, file)
                 self.write_json(file.name, without_code(config))
             else:
                 shutil.copyfile(file, target)

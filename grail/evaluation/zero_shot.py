@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..documents import LARGEST, check_regular
 from ..errors import GrailError
 from .accuracy import evaluating
 
@@ -84,6 +85,7 @@ def read_templates(file: str | Path | None) -> tuple[str, ...]:
 def read_lines(file: str | Path, option: str) -> list[str]:
     """The lines of a UTF-8 text file that are not empty. Raises GrailError naming the file."""
     try:
+        check_regular(Path(file), LARGEST)
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"

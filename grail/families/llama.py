@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..calibration.tokenizer import has_tokenizer, load_tokenizer
 from ..checkpoint.carried import TOKENIZER_CONFIG, without_code
 from ..checkpoint.reader import SafetensorsFolder, read_json
-from ..documents import check_counts
+from ..documents import check_counts, check_writable
 from ..errors import GrailError
 from ..modeling_grail import BASES, PREFIX
 from ..reduction import Reduction, Units
@@ -165,6 +165,7 @@ def open_folder(
         raise GrailError(f"{folder / 'config.json'}: architectures must be a list of class names; correct it")
     source = SafetensorsFolder(folder)
     check_counts(raw, folder / "config.json", len(source.names()))
+    check_writable(raw, folder / "config.json")
     register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

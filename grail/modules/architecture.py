@@ -17,8 +17,9 @@ from ..calibration.processor import preprocessing_of
 from ..checkpoint.reader import SafetensorsFolder
 from ..documents import about, check_counts
 from ..errors import GrailError, first_line
+from ..hub import at_once
 from . import hf
-from .names import LIBRARIES, NAMED, is_hf_folder
+from .names import LIBRARIES, NAMED, is_hf_folder, is_module_folder
 
 OPTIONS = {
     "num_classes": int, "in_chans": int, "img_size": (int, list), "patch_size": int, "global_pool": str,
@@ -84,13 +85,17 @@ class Architecture:
         models = imported("torchvision").models
         return self.library == "torchvision" and self.name in models.list_models(module=models)
 
+    def check_known(self) -> None:
+        """Raises GrailError for a name the library does not know."""
+        if not self._is_known():
+            raise GrailError(f"--model {self.library}/{self.name}: {self.library} has no such network")
+
     def build(self) -> nn.Module:
         """The network with random weights, in evaluation mode. Raises GrailError for a name the library does not
         know."""
         if self.library == hf.LIBRARY:
             return hf.build(self.name, self.options)
-        if not self._is_known():
-            raise GrailError(f"--model {self.library}/{self.name}: {self.library} has no such network")
+        self.check_known()
         try:
             if self.library == "timm":
                 module = imported("timm").create_model(self.name, pretrained=False, **self.options)
@@ -117,8 +122,8 @@ class Architecture:
     def preprocessing(self, module: nn.Module) -> Preprocessing | None:
         """How images become its inputs; None where nothing says it."""
         if self.library == hf.LIBRARY:
-            channels = hf.channels_of(self.options["config"])
-            return self.folder and channels and preprocessing_of(self.folder, channels)
+            channels, size = hf.images_of(self.options["config"])
+            return self.folder and channels and preprocessing_of(self.folder, channels, size)
         if self.library == "timm":
             return Preprocessing.from_timm(module)
         if self.library == "open_clip":
@@ -146,9 +151,10 @@ class Architecture:
 def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tuple[nn.Module, Architecture, dict]:
     """(the network with its weights, what builds it, where they came from). Number of classes and input channels follow
     the weights unless `options` say otherwise. Raises GrailError naming the file and what does not fit."""
-    found = Architecture.parse(model)
+    found = _named(model)
     if found.library == hf.LIBRARY:
         return _open_folder(found, model, weights, options)
+    found.check_known()  # before anything is fetched
     source = SafetensorsFolder(_weights_file(found, weights))
     shapes = {name: source.info(name).shape for name in source.names()}
     found = Architecture(found.library, found.name, _inferred(found, shapes) | options)
@@ -162,6 +168,19 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
             raise GrailError(f"{source.path} {what} {few}: these are not weights of {model}")
     module.load_state_dict({name: source.get(name) for name in shapes}, strict=False, assign=True)
     return module.eval(), found, {"id": model, "revision": None, "sha256": source.sha256()}
+
+
+def _named(model: str) -> Architecture:
+    """What a name or folder says. Raises GrailError for what is_network takes and nothing can be built from."""
+    found = Architecture.parse(model)
+    if found is not None:
+        return found
+    if is_module_folder(Path(model)):
+        raise GrailError(
+            f"--model {model} is compressed already: compress the original with a higher ratio, or open it with "
+            f"grail.load and give the module to grail.compress"
+        )
+    raise GrailError(f"--model {model} names no network: give one with its library, such as timm/resnet18")
 
 
 def _open_folder(
@@ -200,7 +219,8 @@ def _downloaded(found: Architecture) -> Path:
     repository = (tagged.hf_hub_id if tagged and tagged.hf_hub_id else None) or name
     repository = f"{repository}{found.name}" if repository.endswith("/") else repository
     try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
+        with at_once(repository):
+            return Path(hf_hub_download(repository, "model.safetensors"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise GrailError(f"--model {name}: no weights from {repository} ({reason}); name --weights FILE") from error

@@ -18,10 +18,12 @@ from ..evaluation.accuracy import accuracy, dtype_of
 from ..evaluation.linear_probe import features_of, linear_probe
 from ..evaluation.macs import latency, macs
 from ..evaluation.zero_shot import TEMPLATES, ZeroShot, calls_of, features, is_clip, read_lines, read_templates
+from ..families.network import IMAGES
 from ..machine import usable_device
 from ..report import SCHEMA_VERSION
 from ..surroundings import undisturbed
 from .architecture import Architecture, open_network
+from .export import Encoder
 from .folder import load
 from .names import NAMED, is_module_folder
 from .stream import given_to
@@ -39,7 +41,10 @@ def held_out(source: Any, asked: str | None, option: str = "--eval") -> ImageSet
     if asked is None:
         images = open_images(source, split="test") if isinstance(source, (str, Path)) else None
         return images if images is not None and images.held_out and images.labels is not None else None
-    images = open_images(asked, split="test")
+    try:
+        images = open_images(asked, split="test")
+    except GrailError as error:
+        raise type(error)(f"{option} {error}" if str(error).startswith(str(asked)) else f"{option}: {error}") from error
     if images.labels is None:
         raise GrailError(
             f"{option} {asked} has no labels: name a folder with one sub-folder for each class, or idx files"
@@ -74,13 +79,18 @@ def classifier(
     in `classes`, else of those that the images or their labels have. Raises GrailError where those do not fit."""
     if not is_clip(module):
         return module
-    if tokenizer is None:
-        raise GrailError("zero-shot accuracy needs the network's tokenizer: give tokenizer=, or --eval none")
+    check_reads(tokenizer)
     count = int(images.labels.max()) + 1
     names = list(classes or images.classes or map(str, range(count)))
     if len(names) < count:
         raise GrailError(f"{images.name} has {count} classes, {len(names)} names are given; name each, one to a line")
     return ZeroShot(module, tokenizer, names, templates)
+
+
+def check_reads(tokenizer: Tokenizer | None) -> None:
+    """Raises GrailError where a CLIP has no tokenizer for the names of the classes."""
+    if tokenizer is None:
+        raise GrailError("zero-shot accuracy needs the network's tokenizer: give tokenizer=, or --eval none")
 
 
 @undisturbed()
@@ -111,6 +121,8 @@ def evaluate_folders(
     preprocessing = _preprocessing(model, modules[model])
     source = data or _recorded(model) or "builtin"
     images = held_out(None, source, "--data")
+    if images is None:
+        return _without_data(modules, preprocessing, where, speed, probe)
     names = read_lines(classes, "--classes") if classes else None
     judged = {
         label: classifier(module, images, _tokenizer(label), names, read_templates(templates))
@@ -120,16 +132,45 @@ def evaluate_folders(
     told = accuracies(judged, images, preprocessing, where, samples)
     found = {}
     for label, module in modules.items():
-        found[label] = told["accuracy"][label] | {
-            "parameters": sum(p.numel() for p in module.parameters()),
-            "macs": macs(module, example.to(dtype_of(module)), (calls_of(module) or ("",))[0]),
-        }
+        found[label] = told["accuracy"][label] | _sizes(module, example)
         if probe:
             found[label]["probe"] = _probed(module, source, images, preprocessing, where, samples)
     if speed:
-        for label, seconds in latency(judged, example, ROUNDS).items():
-            found[label]["milliseconds"] = {name: round(1e3 * value, 3) for name, value in seconds.items()}
+        _time(found, judged, example)
     return {"schema_version": SCHEMA_VERSION, "data": told["data"], "images": told["images"], "models": found}
+
+
+def _without_data(
+    modules: dict[str, nn.Module], preprocessing: Preprocessing | None, where: torch.device, speed: bool, probe: bool
+) -> dict[str, Any]:
+    """What of evaluate_folders needs no images but one, of which only the size counts. Without preprocessing that size
+    is not known, and parameters are all there is."""
+    if probe:
+        raise GrailError("--probe measures on images: name them with --data, or leave out --data none")
+    if preprocessing is None:
+        if speed:
+            raise GrailError("--speed: of which size the images are is not recorded: name some with --data")
+        return {"schema_version": SCHEMA_VERSION, "models": {label: _sizes(m, None) for label, m in modules.items()}}
+    kind = dtype_of(next(iter(modules.values())))
+    example = torch.zeros(1, preprocessing.channels, *preprocessing.size, device=where, dtype=kind)
+    found = {label: _sizes(module, example) for label, module in modules.items()}
+    if speed:
+        timed = {label: Encoder(module, IMAGES) if is_clip(module) else module for label, module in modules.items()}
+        _time(found, timed, example)
+    return {"schema_version": SCHEMA_VERSION, "models": found}
+
+
+def _sizes(module: nn.Module, example: Tensor | None) -> dict[str, Any]:
+    found = {"parameters": sum(p.numel() for p in module.parameters())}
+    if example is None:
+        return found
+    return found | {"macs": macs(module, example.to(dtype_of(module)), (calls_of(module) or ("",))[0])}
+
+
+def _time(found: dict[str, dict[str, Any]], modules: dict[str, nn.Module], example: Tensor) -> None:
+    """Milliseconds, into what was found of each."""
+    for label, seconds in latency(modules, example, ROUNDS).items():
+        found[label]["milliseconds"] = {name: round(1e3 * value, 3) for name, value in seconds.items()}
 
 
 def _probed(

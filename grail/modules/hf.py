@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..bars import without_bars
 from ..checkpoint.reader import SafetensorsFolder, read_json
-from ..documents import check_counts
+from ..documents import check_counts, check_writable
 from ..errors import GrailError, first_line
 
 LIBRARY = "transformers"
@@ -101,9 +101,16 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """The fields of a configuration object that its class defines, as plain JSON."""
-    found = json.loads(json.dumps(config.to_dict()))
-    return _kept(type(config), found)
+    """The fields of a configuration object that its class defines, as plain JSON. Raises GrailError for a value that
+    none can hold."""
+    kind = type(config)
+    try:
+        told = json.loads(json.dumps(config.to_dict()))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise GrailError(f"{kind.__name__} does not hold together ({first_line(error)}); correct it") from error
+    kept = _kept(kind, told)
+    check_writable(kept, kind.__name__)
+    return kept
 
 
 def _kept(kind: type, found: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +135,7 @@ def _config(name: str, found: dict[str, Any]) -> Any:
     _check_sizes(name, found)
     try:
         return kind(**_kept(kind, found))
-    except (StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise GrailError(f"{LIBRARY}/{name}: its configuration does not hold together ({said})") from error
 
@@ -157,7 +164,7 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
 def _making(name: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({first_line(error)})") from error
 
 
@@ -200,9 +207,10 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def channels_of(config: dict[str, Any]) -> int | None:
-    """Channels of the images that a network reads; None where it reads none."""
-    return config.get("vision_config", config).get("num_channels")
+def images_of(config: dict[str, Any]) -> tuple[int | None, Any]:
+    """(channels, image_size) of the images that a network reads; None where it reads none."""
+    found = config.get("vision_config", config)
+    return found.get("num_channels"), found.get("image_size")
 
 
 def text_length(config: dict[str, Any]) -> int | None:

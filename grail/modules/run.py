@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..allocation import kept_per_group, rounded
+from ..calibration.images import ImageSet
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
@@ -30,7 +31,7 @@ from . import hf
 from .addition import verify_additions
 from .architecture import Architecture, open_network
 from .compress import ModulePass
-from .evaluate import accuracies, classifier, held_out
+from .evaluate import accuracies, check_reads, classifier, held_out
 from .folder import config_of, reopen, reopen_here, write
 from .names import is_hf_module
 from .recipe import ModuleRecipe
@@ -56,20 +57,41 @@ def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Prog
     return compress_module(module, recipe, progress, architecture=architecture, source=source, out=out, **inputs)
 
 
+def _asked_for(module: nn.Module, recipe: ModuleRecipe, tokenizer: Tokenizer | None) -> ImageSet | None:
+    """The labelled images of --eval, opened before there is work that a slip would cost. Raises GrailError where they
+    cannot be had, or a CLIP cannot be judged by them."""
+    images = None if recipe.eval is None else held_out(recipe.calibration, recipe.eval)
+    if images is not None and is_clip(module):
+        check_reads(tokenizer)
+    return images
+
+
+def _at_hand(
+    module: nn.Module, recipe: ModuleRecipe, progress: Progress, tokenizer: Tokenizer | None
+) -> ImageSet | None:
+    """Those that go with the calibration where none are asked for; None where there are none that the network can be
+    judged by."""
+    if recipe.eval is not None or not _gives_classes(module, tokenizer):
+        return None
+    try:
+        return held_out(recipe.calibration, None)
+    except GrailError as error:
+        progress.warn(f"no evaluation: {error}, or images to evaluate on by --eval")
+        return None
+
+
 def _evaluated(
     module: nn.Module,
     report: ModuleReport,
     recipe: ModuleRecipe,
+    images: ImageSet | None,
     pruned: Callable[[], ModuleReport],
     progress: Progress,
     preprocessing: Preprocessing | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> dict | None:
-    """Accuracies of the given network, the result and, with --compare-pruned, the same without repair. None where no
-    labelled images are at hand, or a CLIP's tokenizer is missing and no evaluation was asked for."""
-    if recipe.eval is None and not _gives_classes(module, tokenizer):
-        return None
-    images = held_out(recipe.calibration, recipe.eval)
+    """Accuracies of the given network, the result and, with --compare-pruned, the same without repair. None without
+    images."""
     if images is None:
         return None
     modules = {"dense": module, "compressed": report.model}
@@ -114,11 +136,13 @@ def compress_module(
         out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
     with out or nullcontext():
         inputs = {"sites": sites and list(sites), "preprocessing": preprocessing, "tokenizer": tokenizer}
+        images = _asked_for(module, recipe, tokenizer)
         report = _compressed(module, recipe, progress, progress.site, **inputs)
         report.source = source or report.source
         plain = replace(recipe, compensate=False, bias=False, repair=False)
         pruned = partial(_compressed, module, plain, progress, lambda entry: None, **inputs)
-        report.evaluation = _evaluated(module, report, recipe, pruned, progress, preprocessing, tokenizer)
+        images = images or _at_hand(module, recipe, progress, tokenizer)
+        report.evaluation = _evaluated(module, report, recipe, images, pruned, progress, preprocessing, tokenizer)
         if out is not None:
             _write(out, report, module, architecture, preprocessing, tokenizer)
     return report

@@ -56,5 +56,6 @@ def show_accuracy(found: dict, console: Console) -> None:
     probes = [found["models"][label].get("probe") for label in labels]
     if all(probes):
         table.append(["linear probe", *(f"{probe['top1']:.2%}" for probe in probes)])
-    console.print(f"{found['data']}: {found['images']} images", markup=False)
+    if "data" in found:
+        console.print(f"{found['data']}: {found['images']} images", markup=False)
     show_table(table, console)

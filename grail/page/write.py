@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..recipe import FILE
-from ..replacing import replacing
+from ..replacing import refuse_part_of, replacing
 from .card import card
 from .command import recipe_text
 from .compare import comparable, comparing_page
@@ -46,6 +46,8 @@ def write_report(folders: Sequence[str], output: str | None = None, *, overwrite
     own = single and file.resolve() == (Path(folders[0]) / REPORT).resolve()
     if file.exists() and not (own or overwrite):
         raise GrailError(f"--output {file} exists; choose another, or add --overwrite")
+    for folder in folders:
+        refuse_part_of(Path(folder), file, Path(REPORT).suffix)
     _replace(file, page(runs[0]) if single else comparing_page(runs))
     texts = comparable(runs)
     return {

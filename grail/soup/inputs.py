@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from ..checkpoint.reader import PICKLES, SafetensorsFolder, TensorInfo, read_json
-from ..documents import check_regular
+from ..documents import check_regular, check_writable
 from ..errors import GrailError
 from ..modeling_grail import PREFIX
 from ..modules.names import KEY
@@ -102,6 +102,7 @@ def _config(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(kind, str):
         raise GrailError(f"{file} names no model_type: of a timm network name the {SUFFIX} file instead of its folder")
+    check_writable(config, file)
     return config
 
 

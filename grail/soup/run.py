@@ -18,7 +18,7 @@ from .greedy import Accuracy, Judge, NegativePerplexity, Trial, choose
 from .inputs import Ingredient, open_inputs
 from .output import candidate, open_output, write
 
-RECORD = "soup.json"
+RECORD, NO_DATA = "soup.json", "none"
 
 
 @undisturbed()
@@ -78,7 +78,7 @@ def _fitting(greedy: bool, options: dict[str, Any]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if not greedy and given:
         raise GrailError(f"{given[0]} is for --greedy alone: add it, or leave {given[0]} out")
-    if greedy and options["--data"] is None:
+    if greedy and options["--data"] in (None, NO_DATA):
         raise GrailError("--greedy needs --data: held-out data on which the checkpoints are compared")
     if options["--samples"] is not None and options["--samples"] < 1:
         raise GrailError(f"--samples must be at least 1; got {options['--samples']}")
