@@ -112,8 +112,8 @@ def towers_of(
 
 
 def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> ModuleRecipe:
-    """Set inputs of the towers aside that only decide between candidates. Returns the recipe, which aims at the stream
-    no longer where a tower has too few of them. Raises GrailError where that was asked for and cannot be."""
+    """Returns the recipe, which aims at the stream no longer where a tower has too few inputs to set some aside that
+    only decide between candidates (`Tower.part`). Raises GrailError where that was asked for and cannot be."""
     following = [tower for tower in towers if tower.told is not None and tower.follows]
     scarce = any(tower.inputs < ENOUGH_INPUTS for tower in following)
     needed = FEWEST_INPUTS if recipe.wants_target else ENOUGH_INPUTS
@@ -129,9 +129,8 @@ def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> Modu
             f"calibration holds {few.inputs} inputs, and fewer than {needed} say too little of the residual stream: "
             f"taking --target {recipe.target}"
         )
-    for tower in towers:
-        tower.part(recipe)
-        if tower.told is not None and scarce:
+    for tower in towers if scarce else ():
+        if tower.told is not None:
             tower.told["scarce"] = True
     return recipe
 

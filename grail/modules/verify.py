@@ -25,10 +25,7 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
     """A description is right only if the order of a site's units means nothing, and if to remove some is the same as
     to let the consumer ignore them. Raises GrailError naming the first site of `sites` for which that is not so, or
     where the network answers with NaN. example: one input batch; float32 arithmetic, whatever the network's."""
-    if any(p.dtype != torch.float32 for p in network.module.parameters()):
-        network = network.clone()
-        network.module.float()
-    example = example.float() if example.is_floating_point() else example
+    network, example = in_float32(network, example)
     if not answer(network.run, example).isfinite().all():
         option = "--calibration-text" if network.reads == TEXT else "--calibration"
         raise GrailError(
@@ -49,6 +46,14 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
                 )
                 raise GrailError(f"{site.name}: {why}, beside {layers}; {way}")
         raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
+
+
+def in_float32(network: Network, example: Tensor) -> tuple[Network, Tensor]:
+    """The network and an input in the arithmetic of all proofs; a copy where it computes in another."""
+    if any(p.dtype != torch.float32 for p in network.module.parameters()):
+        network = network.clone()
+        network.module.float()
+    return network, example.float() if example.is_floating_point() else example
 
 
 def _read(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
