@@ -56,6 +56,11 @@ def check_counts(config: dict, where: str | Path, tensors: int) -> None:
             raise GrailError(f"{where}: {key} is {value:.15g}, and {known}; correct it")
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is text that a file can hold; half a character, which JSON can say, is none."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 @contextmanager
 def about(file: Path) -> Iterator[None]:
     """What is wrong within is told with the file's name."""

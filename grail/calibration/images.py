@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrailError
+from .given import readable
 from .image_files import PARTS, idx_in, is_idx, open_folder, pixel_content, read_idx, read_npz
 from .image_hub import open_hub
 from .preprocessing import Preprocessing, imported
@@ -171,9 +172,11 @@ def _given(source: Any, limit: int | None) -> ImageSet:
     except TypeError as error:
         raise GrailError(f"images cannot be read from a {type(source).__name__}; give a path or a tensor") from error
     images, labels, count = [], [], 0
-    for item in items:
+    for number, item in enumerate(items):
         batch, batch_labels = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
         images.append(_batch(batch))
+        if not len(images[-1]):  # a loader of nothing else would never end
+            raise GrailError(f"calibration: batch {number} of the images given in Python is empty; leave it out")
         labels.append(None if batch_labels is None else _checked_labels(batch_labels, len(images[-1]), GIVEN))
         count += len(images[-1])
         if limit is not None and count >= limit:
@@ -190,7 +193,7 @@ def _given(source: Any, limit: int | None) -> ImageSet:
 def _batch(item: Any) -> Tensor:
     """[B, C, H, W] of one item of an iterable."""
     if isinstance(item, (Tensor, np.ndarray)) and item.ndim in (3, 4):
-        batch = torch.as_tensor(item).detach().cpu()
+        batch = readable(item, GIVEN).cpu()
         return batch[None] if batch.dim() == 3 else batch
     what = list(item.shape) if hasattr(item, "shape") else f"a {type(item).__name__}"
     raise GrailError(f"{GIVEN}: expected tensors [C, H, W] or [B, C, H, W], or pairs with labels, not {what}")
@@ -198,7 +201,7 @@ def _batch(item: Any) -> Tensor:
 
 def _stacked(images: Any, labels: Any, name: str) -> tuple[Stack, Any]:
     """uint8 or float32 [N, C, H, W], checked."""
-    images = torch.as_tensor(images).detach().cpu()
+    images = readable(images, name).cpu()
     if images.dim() != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
         raise GrailError(f"{name}: images must be [N, C, H, W] with 1 or 3 channels, not {list(images.shape)}")
     if images.is_floating_point():

@@ -4,7 +4,8 @@ folders."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ OPTIONS = {
 """What a factory may be given: config.json is data from anywhere, and some of timm's options name files to unpickle."""
 MOST_BEFORE, SMALL = 100, 10**7
 """A network had at most so many times the parameters of what was made of it, or so many more."""
+UNBUILT = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, OSError,
+)  # fmt: skip
+"""What factories raise for options that do not fit their network."""
 TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
 
 
@@ -98,8 +103,10 @@ class Architecture:
                 module = imported("open_clip").create_model(self.name, pretrained=None, **self.options)
             else:
                 module = imported("torchvision").models.get_model(self.name, weights=None, **self.options)
-        except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-            raise GrailError(f"--model {self.library}/{self.name}: {first_line(error)}") from error
+        except UNBUILT as error:
+            given = ", ".join(f"{name}={value}" for name, value in self.options.items())
+            asked = f" (with {given})" if given else ""
+            raise GrailError(f"--model {self.library}/{self.name}: {first_line(error)}{asked}") from error
         return module.eval()
 
     def check_size(self, source: SafetensorsFolder) -> None:
@@ -152,6 +159,9 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
     source = SafetensorsFolder(_weights_file(found, weights))
     shapes = {name: source.info(name).shape for name in source.names()}
     found = Architecture(found.library, found.name, _inferred(found, shapes) | options)
+    if options:  # which may ask for more than there is memory; what the weights say fits them
+        with _about_options(options):
+            found.check_size(source)
     module = found.build()
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing = [name for name in wanted if name not in shapes and not name.endswith("num_batches_tracked")]
@@ -162,6 +172,17 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
             raise GrailError(f"{source.path} {what} {few}: these are not weights of {model}")
     module.load_state_dict({name: source.get(name) for name in shapes}, strict=False, assign=True)
     return module.eval(), found, {"id": model, "revision": None, "sha256": source.sha256()}
+
+
+@contextmanager
+def _about_options(options: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except GrailError as error:
+        if "--model" in str(error):
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise GrailError(f"--model-option {given}: {error}") from error
 
 
 def _open_folder(

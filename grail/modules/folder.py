@@ -27,6 +27,7 @@ from ..children import python
 from ..documents import about
 from ..errors import GrailError, naming
 from ..families.attention import replace_attention
+from ..families.fields import whole
 from ..families.network import ModuleSite, Network, check
 from ..report import versions
 from ..result import SiteResult
@@ -110,7 +111,7 @@ def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Mo
         module = architecture.build()
     try:
         sites = [ModuleSite.from_json({k: v for k, v in site.items() if k != "kept"}) for site in config["sites"]]
-        kept = [int(site["kept"]) for site in config["sites"]]
+        kept = [whole(site["name"], "kept", site["kept"]) for site in config["sites"]]
         if not all(1 <= count <= site.units.count for site, count in zip(sites, kept, strict=True)):
             raise ValueError("a site keeps more than it has, or nothing")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -7,6 +7,7 @@ that its class defines, so that nothing in it can name code, a file or a reposit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..bars import without_bars
 from ..checkpoint.reader import SafetensorsFolder, read_json
-from ..documents import check_counts
+from ..documents import check_counts, is_text
 from ..errors import GrailError, first_line
 
 LIBRARY = "transformers"
@@ -40,6 +41,8 @@ SIZES = {
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
     "num_channels", "max_position_embeddings", "vocab_size", "projection_dim",
 }  # fmt: skip
+DROPPED = "drop"
+"""In the name of every share of activations or blocks that training leaves out."""
 MOST_LAYERS = 10**4
 UNREAD = (".position_ids", "mask_token", "pooler.dense.weight", "pooler.dense.bias")
 """Endings of tensors that older or larger classes store and these do not read."""
@@ -125,6 +128,8 @@ def _config(name: str, found: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     check_counts(found, f"{LIBRARY}/{name}", MOST_LAYERS)
+    if not is_text(json.dumps(found, ensure_ascii=False)):
+        raise GrailError(f"{LIBRARY}/{name}: its configuration holds half a character, which no file can")
     _check_sizes(name, found)
     try:
         return kind(**_kept(kind, found))
@@ -134,13 +139,17 @@ def _config(name: str, found: dict[str, Any]) -> Any:
 
 
 def _check_sizes(name: str, found: dict[str, Any]) -> None:
-    """Raises GrailError for a size below 1, of which some show only when the network runs."""
+    """Raises GrailError for a size below 1, a share of what is dropped above it, and what is no number: of which some
+    show only when the network runs."""
     for key, value in found.items():
         if isinstance(value, dict) and key in PARTS:
             _check_sizes(name, value)
         if key in BEYOND and value is not None and type(value) is not BEYOND[key]:
             raise GrailError(f"{LIBRARY}/{name}: {key} is {value!r}, which is no {BEYOND[key].__name__}")
-        if key in SIZES and type(value) is int and value < 1:
+        wrong = isinstance(value, float) and not math.isfinite(value)
+        if DROPPED in key and isinstance(value, (int, float)):
+            wrong = not 0 <= value <= 1
+        if wrong or (key in SIZES and type(value) is int and value < 1):
             raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({key} is {value})")
 
 
@@ -157,7 +166,7 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
 def _making(name: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
         raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({first_line(error)})") from error
 
 

@@ -19,10 +19,11 @@ from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
-from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite
+from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
 from ..machine import usable_device
 from ..page import write_told
 from ..progress import Progress
+from ..recipe import AUTO
 from ..selectors import selector_class
 from ..surroundings import undisturbed
 from ..widths import WidthPlan
@@ -31,6 +32,7 @@ from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, classifier, held_out
 from .folder import config_of, reopen, reopen_here, write
+from .given import check_module, check_preprocessing, check_storable
 from .names import is_hf_module
 from .proof import prove
 from .recipe import ModuleRecipe
@@ -110,13 +112,17 @@ def compress_module(
     else that of the family it belongs to. Calibration inputs that are tensors of floats go into the network as they
     are; captions need the tokenizer (list of texts -> token ids [N, L]) unless they are token ids. Raises GrailError
     for bad input."""
+    check_module(module)
+    check_preprocessing(preprocessing, stored=recipe.output is not None)
+    if recipe.output:
+        check_storable(module)
     if recipe.output and out is None:
         out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
     with out or nullcontext():
-        inputs = {"sites": sites and list(sites), "preprocessing": preprocessing, "tokenizer": tokenizer}
+        inputs = {"sites": listed(sites), "preprocessing": preprocessing, "tokenizer": tokenizer}
         report = _compressed(module, recipe, progress, progress.site, **inputs)
         report.source = source or report.source
-        plain = replace(recipe, compensate=False, bias=False, repair=False)
+        plain = replace(recipe, compensate=False, bias=False, repair=False, alpha=AUTO)
         pruned = partial(_compressed, module, plain, progress, lambda entry: None, **inputs)
         report.evaluation = _evaluated(module, report, recipe, pruned, progress, preprocessing, tokenizer)
         if out is not None:

@@ -16,7 +16,7 @@ from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
 from .narrow import permute, prune, silence
 
 TOLERANCE = 1e-3
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 """What torch raises where shapes do not fit."""
 
 
@@ -62,6 +62,7 @@ def _read(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, t) for name, t in module.named_buffers() if name.endswith(("running_mean", "running_var")))
 
 
+@torch.no_grad()
 def check_numbers(module: nn.Module) -> None:
     """Raises GrailError naming the first tensor that holds NaN or infinity: an attention kernel may hide them."""
     for name, tensor in _read(module):
@@ -84,7 +85,13 @@ def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
     except REFUSALS as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GrailError(f"the network does not take calibration inputs {list(example.shape)}: {what}") from error
-    return torch.cat([t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)])
+    tensors = [t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)]
+    if not tensors:
+        raise GrailError(
+            f"the network's output holds no tensor that can be seen (it is a {type(found).__name__}); let its forward "
+            f"return tensors, or a list, tuple or dict of them"
+        )
+    return torch.cat(tensors)
 
 
 def _order_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:

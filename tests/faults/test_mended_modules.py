@@ -99,14 +99,15 @@ def hooked(change: Callable) -> nn.Module:
     return module
 
 
+MAKES = {
+    "a hook": lambda: hooked(lambda y: -y),
+    "a scale": lambda: with_consumer(Scaled),
+    "an activation": lambda: with_consumer(Activated),
+}
+
+
 class TestConsumers:
     """A repair solves for W of W x + b, x being what the layer reads at its first call."""
-
-    MAKES = {
-        "a hook": lambda: hooked(lambda y: -y),
-        "a scale": lambda: with_consumer(Scaled),
-        "an activation": lambda: with_consumer(Activated),
-    }
 
     @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
     def test_an_output_that_is_no_product_takes_no_stream(self, make):
