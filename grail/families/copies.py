@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import GrailError, first_line
@@ -25,10 +26,11 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def _without_graphs(module: nn.Module) -> dict[int, Any]:
-    """What deepcopy is to put in the place of tensors that were computed, by their identity."""
+    """What deepcopy is to put in the place of tensors that it refuses, computed or sparse ones, by their identity."""
     seen: set[int] = set()
     tensors = [tensor for inner in module.modules() for tensor in _tensors(vars(inner), seen)]
-    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    refused = (tensor for tensor in tensors if not tensor.is_leaf or tensor.layout != torch.strided)
+    return {id(tensor): tensor.detach().clone() for tensor in refused}
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

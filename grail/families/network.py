@@ -75,9 +75,9 @@ class ModuleSite(Site):
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> ModuleSite:
         """The inverse. Raises KeyError, TypeError or ValueError for anything else."""
-        name, kind, units = fields.text("a site", "name", found["name"]), found["kind"], Units(**found["units"])
-        if kind not in KINDS:
-            raise ValueError(f"{name}: its kind is none of {', '.join(KINDS)}")
+        name, units = fields.text("a site", "name", found["name"]), Units(**found["units"])
+        if found["kind"] not in KINDS or not found["producers"]:
+            raise ValueError(f"{name}: its kind is none of {', '.join(KINDS)}, or it has no producers")
         for part in ("groups", "per_group", "size"):
             fields.whole(name, f"units.{part}", getattr(units, part))
         pairs = {key: fields.pairs(name, key, found[key]) for key in ("counts", "widths")}

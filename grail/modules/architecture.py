@@ -18,6 +18,7 @@ from ..calibration.processor import preprocessing_of
 from ..checkpoint.reader import SafetensorsFolder
 from ..documents import about, check_counts
 from ..errors import GrailError, first_line
+from ..recipe import shown
 from . import hf
 from .names import LIBRARIES, NAMED, is_hf_folder
 
@@ -78,7 +79,7 @@ class Architecture:
             if name not in OPTIONS or not isinstance(value, OPTIONS[name]):
                 known = ", ".join(OPTIONS)
                 raise GrailError(
-                    f"{self.library}/{self.name}: option {name}={value} is not one of {known}, or no such value"
+                    f"{self.library}/{self.name}: option {name}={shown(value)} is not one of {known}, or no such value"
                 )
 
     def _is_known(self) -> bool:
@@ -104,7 +105,7 @@ class Architecture:
             else:
                 module = imported("torchvision").models.get_model(self.name, weights=None, **self.options)
         except UNBUILT as error:
-            given = ", ".join(f"{name}={value}" for name, value in self.options.items())
+            given = _listed(self.options)
             asked = f" (with {given})" if given else ""
             raise GrailError(f"--model {self.library}/{self.name}: {first_line(error)}{asked}") from error
         return module.eval()
@@ -181,8 +182,11 @@ def _about_options(options: dict[str, Any]) -> Iterator[None]:
     except GrailError as error:
         if "--model" in str(error):
             raise
-        given = ", ".join(f"{name}={value}" for name, value in options.items())
-        raise GrailError(f"--model-option {given}: {error}") from error
+        raise GrailError(f"--model-option {_listed(options)}: {error}") from error
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
 
 
 def _open_folder(
