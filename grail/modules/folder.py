@@ -6,7 +6,6 @@ preprocessing and the class names. Nothing in it is code, and nothing is unpickl
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import subprocess
@@ -27,6 +26,7 @@ from ..children import python
 from ..documents import about
 from ..errors import GrailError, naming
 from ..families.attention import replace_attention
+from ..families.copies import copied
 from ..families.fields import whole
 from ..families.network import ModuleSite, Network, check
 from ..report import versions
@@ -167,7 +167,7 @@ def reopen(folder: Path, expected: nn.Module, examples: dict[str, Tensor]) -> fl
     examples = {call: example.cpu().contiguous() for call, example in examples.items()}
     if any(tensor.is_cuda for tensor in expected.state_dict().values()):
         # the other process computes on the CPU, and a GPU rounds otherwise: in 16 bits far above the tolerance
-        expected = copy.deepcopy(expected).cpu()
+        expected = copied(expected).cpu()
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
         probe = Path(work) / "probe.safetensors"
         tensors = {f"{EXAMPLE}{call}": example for call, example in examples.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
+from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
 from ..machine import usable_device
 from ..page import write_told
@@ -181,7 +181,7 @@ def _compressed(
             tower.dense.blocks = []
     if recipe.compensate:
         _warn_of_few_inputs(towers, progress)
-    work = copy.deepcopy(dense)
+    work = copied(dense)
     passes = [job for tower in towers for job in _passes(tower, work, kept, selector, recipe)]
     if plan.needs_scores:
         ranked = [job.scores() for job in passes if job.work.sites[0].kind != RESIDUAL]
