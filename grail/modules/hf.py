@@ -128,14 +128,24 @@ def _config(name: str, found: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     check_counts(found, f"{LIBRARY}/{name}", MOST_LAYERS)
-    if not is_text(json.dumps(found, ensure_ascii=False)):
-        raise GrailError(f"{LIBRARY}/{name}: its configuration holds half a character, which no file can")
     _check_sizes(name, found)
+    _check_storable(name, _kept(kind, found))
     try:
         return kind(**_kept(kind, found))
     except (StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise GrailError(f"{LIBRARY}/{name}: its configuration does not hold together ({said})") from error
+
+
+def _check_storable(name: str, kept: dict[str, Any]) -> None:
+    """Raises GrailError for values, however deep they lie, that could not be written with the result."""
+    try:
+        if is_text(json.dumps(kept, ensure_ascii=False, allow_nan=False)):
+            return
+        what = "half a character"
+    except ValueError:
+        what = "NaN or infinity"
+    raise GrailError(f"{LIBRARY}/{name}: its configuration holds {what}, which no file can; correct it")
 
 
 def _check_sizes(name: str, found: dict[str, Any]) -> None:

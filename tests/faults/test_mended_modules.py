@@ -618,6 +618,7 @@ class TestConfigurations:
             ("attention_probs_dropout_prob", -1),
             ("initializer_range", float("inf")),
             ("pooler_act", "\ud800"),
+            ("id2label", {"0": ["a", float("inf")]}),
         ],
     )
     def test_numbers_that_show_only_when_the_network_runs(self, small, field, value):
