@@ -18,6 +18,7 @@ from .checkpoint.locate import locate
 from .checkpoint.pieces import Piece
 from .checkpoint.reader import read_json
 from .checkpoint.writer import OutputFolder
+from .documents import check_writable
 from .errors import GrailError
 from .evaluation.perplexity import logits
 from .families import open_family
@@ -54,6 +55,7 @@ def convert(path: str | Path, output: str | Path, *, to: str, overwrite: bool = 
     model: LlamaFamily = open_family(folder)
     record = read_json(folder / "grail.json") if (folder / "grail.json").exists() else {}
     current = "grail" if model.in_grail_format else record.get("format")
+    check_writable(record, folder / "grail.json")
     if to == current:
         raise GrailError(f"{folder} is in the format {to} already")
     model.original = original_widths(model, record, to)

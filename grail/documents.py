@@ -56,12 +56,8 @@ def check_writable(value: Any, where: str | Path) -> None:
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             for key, entry in inner:
                 left += [(f"a name in {field or 'it'}", str(key)), (f"{field}.{key}" if field else str(key), entry)]
-        elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, str) and _is_broken(value)):
+        elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, str) and not is_text(value)):
             raise GrailError(f"{where}: {field} is {value!a}, which cannot be written as JSON; correct it")
-
-
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def check_counts(config: dict, where: str | Path, tensors: int) -> None:
@@ -81,6 +77,11 @@ def _names(sentence: str, file: Path) -> bool:
     folder = str(file.parent)
     beside = rf"(?<![\w./-]){re.escape(folder)}/" + "?" * ("/" in folder)
     return str(file) in sentence or (file.parent != Path() and re.search(beside, sentence) is not None)
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is text that a file can hold; half a character, which JSON can say, is none."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 @contextmanager

@@ -35,6 +35,11 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called", "strict"}
 """Where the result goes, how it is computed and what is refused; the rest decides what it is."""
 MOST_BYTES = 2**60
+MOST = 2**31 - 1
+"""What a whole number may be at most: torch counts no further everywhere."""
+LONGEST = 60
+"""Characters of a value in a sentence."""
+SWITCHES = ("compensate", "strict", "compare_pruned", "overwrite", "resume", "profile")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -107,23 +112,41 @@ class Recipe:
         for option in ("ratio", "attn_ratio", "mlp_ratio"):
             value = getattr(self, option)
             given = value is not None or option == "ratio"
-            if given and not (_is_number(value) and 0 <= value < 1):
-                hint = f" ({value / 100:g} for {value:g} %)" if _is_number(value) and 1 < value < 100 else ""
-                raise GrailError(f"{_flag(option)} must be a number from 0 up to, not including, 1; got {value}{hint}")
-        self._settle_target()
+            if given and not (is_number(value) and 0 <= value < 1):
+                hint = f" ({value / 100:g} for {value:g} %)" if is_number(value) and 1 < value < 100 else ""
+                raise GrailError(
+                    f"{_flag(option)} must be a number from 0 up to, not including, 1; got {shown(value)}{hint}"
+                )
+        if not isinstance(self.set, dict):
+            raise GrailError(f"--set must be a mapping, option: value; got {shown(self.set)}")
+        for option in ("bias", *SWITCHES):
+            self._check_switch(option, may_be_none=option == "bias")
         for option in ("samples", "sweeps", "seq_len", "round_to", "head_multiple"):
-            value = getattr(self, option)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise GrailError(f"{_flag(option)} must be a whole number, 1 or more; got {value}")
+            self._check_count(option, may_be_none=option in ("seq_len", "round_to"))
+        self._settle_target()
         if self.seq_len is not None and self.seq_len < 2:
             raise GrailError("--seq-len must be at least 2: a window of one token predicts nothing")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise GrailError(f"--seed must be a whole number from 0 to 2147483647; got {self.seed}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MOST:
+            raise GrailError(f"--seed must be a whole number from 0 to {MOST}; got {shown(self.seed)}")
         self.memory = None if self.memory is None else _bytes(self.memory)
         for option, choices in CHOICES.items():
             if getattr(self, option) not in choices:
                 known = ", ".join(c for c in choices if c)
-                raise GrailError(f"{_flag(option)} {getattr(self, option)}: choose one of {known}")
+                raise GrailError(f"{_flag(option)} {shown(getattr(self, option))}: choose one of {known}")
+
+    def _check_switch(self, option: str, *, may_be_none: bool = False) -> None:
+        value = getattr(self, option)
+        if not isinstance(value, bool) and not (may_be_none and value is None):
+            raise GrailError(f"{_flag(option)} must be True or False; got {shown(value)}")
+
+    def _check_count(self, option: str, *, may_be_none: bool = False) -> None:
+        value = getattr(self, option)
+        if value is None and may_be_none:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise GrailError(f"{_flag(option)} must be a whole number, 1 or more; got {shown(value)}")
+        if value > MOST:
+            raise GrailError(f"{_flag(option)} must be a whole number from 1 to {MOST}; got {shown(value)}")
 
     def _refuse_no_names(self) -> None:
         """Raises GrailError for text that is nothing or that no file's name can hold: an empty path would be taken for
@@ -140,20 +163,20 @@ class Recipe:
         self.wants_target = self.target is not None or self.ridge == AUTO or (self.alpha, self.sweeps) != (AUTO, 1)
         self.target = self.target or self.default_target
         if self.target not in self.TARGETS:
-            raise GrailError(f"--target {self.target}: choose one of {', '.join(self.TARGETS)}")
+            raise GrailError(f"--target {shown(self.target)}: choose one of {', '.join(self.TARGETS)}")
         streams = self.target == STREAM
         if self.ridge is None:
             self.ridge = AUTO if streams else RIDGE
-        number = _is_number(self.ridge) and self.ridge >= 0
+        number = is_number(self.ridge) and self.ridge >= 0
         if not number and not (streams and self.ridge == AUTO):
             also = ", or auto" if streams else ""
-            raise GrailError(f"--ridge must be a finite number, 0 or more{also}; got {self.ridge}")
+            raise GrailError(f"--ridge must be a finite number, 0 or more{also}; got {shown(self.ridge)}")
         if not streams and self.alpha != AUTO:
             raise GrailError("--alpha is for --target stream")
         if not streams and self.sweeps != 1:
             raise GrailError("--sweeps is for --target stream: a repair of its own has nothing left to make up for")
-        if self.alpha not in (AUTO, SEARCH) and not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
-            raise GrailError(f"--alpha must be a number from 0 to 1, auto or search; got {self.alpha}")
+        if self.alpha not in (AUTO, SEARCH) and not (is_number(self.alpha) and 0 <= self.alpha <= 1):
+            raise GrailError(f"--alpha must be a number from 0 to 1, auto or search; got {shown(self.alpha)}")
 
     @property
     def default_target(self) -> str:
@@ -212,16 +235,29 @@ def alpha_name(alpha: str | float) -> str:
     return "by site" if alpha == AUTO else f"{alpha:g}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether it is one that a float can be."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: its beginning, where it is long."""
+    try:
+        text = str(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def _bytes(given: Any) -> int:
     """A size in bytes from a number, or from text like 4GB, 4GiB or 500M."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(given).upper())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", shown(given).upper())
     size = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0.0
     if isinstance(given, bool) or not 1 <= size < MOST_BYTES:
-        raise GrailError(f"--memory {str(given)[:40]}: expected a size such as 4GB or 500MB")
+        raise GrailError(f"--memory {shown(given)}: expected a size such as 4GB or 500MB")
     return int(size)
 
 

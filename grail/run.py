@@ -130,6 +130,8 @@ def _compress_in_memory(module: torch.nn.Module, progress: Progress, **flags: An
     own: dict[str, Any] = {name: flags.pop(name) for name in ("sites", "preprocessing", "tokenizer") if name in flags}
     if flags.get("device", "auto") != "auto":
         raise GrailError("a module is compressed where it is: move it there, and leave out device")
+    if flags.get("weights") is not None:
+        raise GrailError("--weights: a module has weights of its own; load others into it, and leave out weights")
     recipe = _module_recipe(None, **{"called": type(module).__name__} | flags)
     if is_hf_module(module):
         own["tokenizer"] = as_tokenizer(own.get("tokenizer"), module)

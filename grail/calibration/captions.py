@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..documents import check_regular
 from ..errors import GrailError
+from .given import readable
 
 FIELDS = ("text", "caption")
 
@@ -47,6 +48,7 @@ def _ids(source: Any) -> Tensor:
             f"--calibration-text: the tokenizer gives a {type(source).__name__}, where token ids are needed, a tensor "
             f"[captions, length]"
         )
+    source = readable(source, "--calibration-text")
     if source.dim() != 2 or source.is_floating_point() or source.dtype == torch.bool or not source.numel():
         raise GrailError(
             f"--calibration-text: token ids are whole numbers [captions, length], got {list(source.shape)} of "

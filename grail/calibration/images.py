@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrailError
+from .given import readable
 from .image_files import PARTS, idx_in, is_idx, open_folder, pixel_content, read_idx, read_npz
 from .image_hub import open_hub
 from .preprocessing import Preprocessing, imported
@@ -171,9 +172,11 @@ def _given(source: Any, limit: int | None) -> ImageSet:
     except TypeError as error:
         raise GrailError(f"images cannot be read from a {type(source).__name__}; give a path or a tensor") from error
     images, labels, count = [], [], 0
-    for item in items:
+    for number, item in enumerate(items):
         batch, batch_labels = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
         images.append(_batch(batch))
+        if not len(images[-1]):  # a loader of nothing else would never end
+            raise GrailError(f"calibration: batch {number} of the images given in Python is empty; leave it out")
         labels.append(None if batch_labels is None else _checked_labels(batch_labels, len(images[-1]), GIVEN))
         count += len(images[-1])
         if limit is not None and count >= limit:
@@ -197,13 +200,13 @@ def _batch(item: Any) -> Tensor:
 
 
 def _tensor(images: Tensor | np.ndarray, name: str) -> Tensor:
-    """On the CPU. torch reads neither numbers in another order of bytes nor an array that is turned around."""
+    """On the CPU; of arrays whole numbers and floats."""
     if isinstance(images, np.ndarray):
         if images.dtype.kind not in "uifb":
             raise GrailError(f"{name}: images must be uint8 or float, not {images.dtype}; convert them")
         native = np.float32 if images.dtype.kind == "f" else images.dtype.newbyteorder("=")
         images = images.astype(native, order="C", copy=False)
-    return torch.as_tensor(images).detach().cpu()
+    return readable(images, name).cpu()
 
 
 def _stacked(images: Any, labels: Any, name: str) -> tuple[Stack, Any]:

@@ -9,11 +9,9 @@ forwards of all of it.
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,13 +19,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GrailError
 from ..reduction import Units
+from . import fields
 from .base import Producer, Site
+from .copies import copied
 
 LAYERS = (nn.Linear, _ConvNd)
 IMAGES, TEXT = "images", "text"
 INPUT, OUTPUT = SIDES = "input", "output"
 RESIDUAL = "residual"
 """The kind of sites that are residual streams."""
+KINDS = "heads", "channels", RESIDUAL
 STILL = frozenset({RESIDUAL})
 """Kinds that stay as they are where nothing else is said."""
 
@@ -74,19 +75,30 @@ class ModuleSite(Site):
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> ModuleSite:
         """The inverse. Raises KeyError, TypeError or ValueError for anything else."""
-        pairs = {key: tuple(tuple(pair) for pair in found[key]) for key in ("counts", "widths")}
-        producers = tuple(Producer(**producer) for producer in found["producers"])
-        names = {key: tuple(found.get(key, ())) for key in ("norms", "readers", "reader_norms", "scales")}
-        stream = found.get("stream") and tuple(found["stream"])
-        given = [found["name"], found["consumer"], *(p.name for p in producers), *itertools.chain(*names.values())]
-        twos = [*pairs["counts"], *pairs["widths"], *([stream] if stream else [])]
-        if any(len(pair) != 2 for pair in twos):
-            raise ValueError("a pair of names is none")
-        given += itertools.chain(*twos)
-        if not all(isinstance(name, str) for name in given):
-            raise ValueError("a name is no text")
-        units = Units(**found["units"])
-        return cls(**found | {"producers": producers, "units": units, "stream": stream} | names | pairs)
+        name, units = fields.text("a site", "name", found["name"]), Units(**found["units"])
+        if found["kind"] not in KINDS or not found["producers"]:
+            raise ValueError(f"{name}: its kind is none of {', '.join(KINDS)}, or it has no producers")
+        for part in ("groups", "per_group", "size"):
+            fields.whole(name, f"units.{part}", getattr(units, part))
+        pairs = {key: fields.pairs(name, key, found[key]) for key in ("counts", "widths")}
+        lists = ("norms", "readers", "reader_norms", "scales")
+        names = {key: fields.names(name, key, found.get(key, ())) for key in lists}
+        own = {
+            "layer": fields.whole(name, "layer", found["layer"], least=0),
+            "producers": tuple(_producer_from(name, producer) for producer in found["producers"]),
+            "consumer": fields.text(name, "consumer", found["consumer"]),
+            "units": units,
+            "stream": fields.place(name, found.get("stream")),
+        }
+        return cls(**found | own | names | pairs)
+
+
+def _producer_from(site: str, found: dict[str, Any]) -> Producer:
+    producer = Producer(**found)
+    fields.text(site, "producers.name", producer.name)
+    for part in ("rows_per_unit", "sections"):
+        fields.whole(site, f"producers.{part}", getattr(producer, part))
+    return producer
 
 
 @dataclass
@@ -114,7 +126,7 @@ class Network:
 
     def clone(self) -> Network:
         """The same description of a copy of the module."""
-        return replace(self, module=copy.deepcopy(self.module))
+        return replace(self, module=copied(self.module))
 
     def block_of(self, consumer: str) -> str:
         """The block a site's consumer lies in ("": the whole network)."""
@@ -137,18 +149,19 @@ def channels(
     """A site of `width` channels between producers and a consumer, each read by `size` consecutive inputs of the
     consumer (more than one: a linear layer behind a flattened map). All producers' channels are multiplied or added
     element by element on the way (gate and up). stream and scales as in ModuleSite."""
-    producers = (producer,) if isinstance(producer, str) else tuple(producer)
-    made = tuple(Producer(each, 1, sections) for each in producers)
+    shown = name or producer
+    producers = fields.producers(shown, producer)
+    sections = fields.whole(shown, "sections", sections)
     return ModuleSite(
-        name or producers[0],
+        fields.text(shown, "name", name or producers[0]),
         "channels",
-        layer,
-        made,
-        consumer,
-        Units(1, width, size),
-        norms=tuple(norms),
-        stream=_place(stream),
-        scales=tuple(scales),
+        fields.whole(shown, "layer", layer, least=0),
+        tuple(Producer(each, 1, sections) for each in producers),
+        fields.text(shown, "consumer", consumer),
+        Units(1, fields.whole(shown, "width", width), fields.whole(shown, "size", size)),
+        norms=fields.names(shown, "norms", norms),
+        stream=fields.place(shown, stream),
+        scales=fields.names(shown, "scales", scales),
     )
 
 
@@ -168,29 +181,20 @@ def heads(
 ) -> ModuleSite:
     """A site of `count` attention heads of `size` channels; `sections` is 3 for a fused projection to queries, keys and
     values. stream and scales as in ModuleSite."""
-    producers = (producer,) if isinstance(producer, str) else tuple(producer)
-    made = tuple(Producer(each, size, sections) for each in producers)
+    shown = name or consumer
+    size, sections = fields.whole(shown, "size", size), fields.whole(shown, "sections", sections)
     return ModuleSite(
-        name or consumer,
+        fields.text(shown, "name", shown),
         "heads",
-        layer,
-        made,
-        consumer,
-        Units(1, count, size),
-        counts=_pairs(counts),
-        widths=_pairs(widths),
-        stream=_place(stream),
-        scales=tuple(scales),
+        fields.whole(shown, "layer", layer, least=0),
+        tuple(Producer(each, size, sections) for each in fields.producers(shown, producer)),
+        fields.text(shown, "consumer", consumer),
+        Units(1, fields.whole(shown, "count", count), size),
+        counts=fields.pairs(shown, "counts", counts),
+        widths=fields.pairs(shown, "widths", widths),
+        stream=fields.place(shown, stream),
+        scales=fields.names(shown, "scales", scales),
     )
-
-
-def _place(stream: tuple[str, str] | None) -> tuple[str, str] | None:
-    """A tuple, whatever sequence was given; what does not fit is told by `check`, with the site's name."""
-    return cast("tuple[str, str] | None", stream and tuple(stream))
-
-
-def _pairs(given: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple(cast("tuple[str, str]", tuple(pair)) for pair in given)
 
 
 def residual(
@@ -208,19 +212,34 @@ def residual(
     GrailError for a stream without writers or readers."""
     if isinstance(writers, str) or isinstance(readers, str) or not writers or not readers:
         raise GrailError(f"{name}: give lists of writers and of readers, at least one of each")
-    made = tuple(Producer(writer, 1) for writer in writers)
-    first, *others = readers
+    first, *others = fields.names(name, "readers", readers)
     return ModuleSite(
-        name,
+        fields.text(name, "name", name),
         RESIDUAL,
         0,
-        made,
+        tuple(Producer(writer, 1) for writer in fields.names(name, "writers", writers)),
         first,
-        Units(1, width, 1),
-        norms=tuple(norms),
+        Units(1, fields.whole(name, "width", width), 1),
+        norms=fields.names(name, "norms", norms),
         readers=tuple(others),
-        reader_norms=tuple(reader_norms),
+        reader_norms=fields.names(name, "reader_norms", reader_norms),
     )
+
+
+def listed(sites: Any) -> list[ModuleSite] | None:
+    """The sites of a description by hand; None where there is none. Raises GrailError for anything else."""
+    if sites is None:
+        return None
+    if isinstance(sites, (ModuleSite, str, dict)) or not isinstance(sites, Iterable):
+        raise GrailError(f"sites must be a list, [grail.channels(...), ...]; got a {type(sites).__name__}")
+    found = list(sites)
+    for site in found:
+        if not isinstance(site, ModuleSite):
+            raise GrailError(
+                f"sites must be a list of grail.channels(...), grail.heads(...) and grail.residual(...); it holds a "
+                f"{type(site).__name__}"
+            )
+    return found
 
 
 def check(network: Network) -> None:
@@ -276,7 +295,9 @@ def _check_stream(site: ModuleSite, known: dict[str, nn.Module]) -> None:
 def _check_layer(site: ModuleSite, name: str, layer: nn.Module) -> None:
     if not isinstance(layer, LAYERS) or getattr(layer, "transposed", False):
         raise GrailError(f"{site.name}: {name} is a {type(layer).__name__}; a linear or convolution layer is needed")
-    if "weight" not in dict(layer.named_parameters(recurse=False)):
-        raise GrailError(f"{site.name}: {name} makes its weight anew in each forward; remove that parametrization")
+    own = dict(layer.named_parameters(recurse=False))
+    for part in ("weight", "bias"):
+        if part not in own and (part == "weight" or layer.bias is not None):
+            raise GrailError(f"{site.name}: {name} makes its {part} anew in each forward; remove that parametrization")
     if getattr(layer, "groups", 1) != 1:
         raise GrailError(f"{site.name}: {name} is a convolution in {layer.groups} groups, which cannot be narrowed")

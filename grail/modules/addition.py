@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import GrailError
 from ..families.network import OUTPUT, ModuleSite, Network
 from .stream import seeing
-from .verify import REFUSALS, TOLERANCE, answer
+from .verify import REFUSALS, TOLERANCE, answer, in_float32
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -32,9 +32,13 @@ def scale_of(network: Network, site: ModuleSite) -> tuple[Tensor, Tensor]:
     try:
         at_0, at_1 = (_through(network, site, weight.new_full(shape, value)).float() for value in (0, 1))
     except REFUSALS as error:
-        scales = ", ".join(site.scales)
-        raise GrailError(f"{site.name}: {scales} does not scale what {site.consumer} makes") from error
+        raise _no_scale(site) from error
     return at_1 - at_0, at_0
+
+
+def _no_scale(site: ModuleSite) -> GrailError:
+    scales = ", ".join(site.scales)
+    return GrailError(f"{site.name}: {scales} does not scale what {site.consumer} makes; name other scales, or none")
 
 
 def _through(network: Network, site: ModuleSite, x: Tensor) -> Tensor:
@@ -53,16 +57,14 @@ def verify_additions(network: Network, sites: Sequence[ModuleSite], example: Ten
     """Somewhere in a forward the stream of each site, as described, and a y + b must be added. Raises GrailError naming
     the first site for which that does not happen. example: one input batch; float32 arithmetic, whatever the
     network's."""
-    if any(p.dtype != torch.float32 for p in network.module.parameters()):
-        network = network.clone()
-        network.module.float()
+    network, example = in_float32(network, example)
     additions = [_Addition(network, site) for site in sites]
     with ExitStack() as stack:
         for addition in additions:
             for hook in addition.hooks():
                 stack.callback(hook.remove)
         with _Watch(additions):
-            answer(network.run, example.float() if example.is_floating_point() else example)
+            answer(network.run, example)
     for addition in additions:
         if not addition.proven:
             site = addition.site
@@ -79,7 +81,10 @@ class _Addition:
     def __init__(self, network: Network, site: ModuleSite):
         self.network, self.site, self.proven = network, site, False
         weight = network.layer(site.consumer).weight
-        self.scale, self.shift = (part.reshape(_along(weight, len(weight))) for part in scale_of(network, site))
+        try:
+            self.scale, self.shift = (part.reshape(_along(weight, len(weight))) for part in scale_of(network, site))
+        except RuntimeError as error:
+            raise _no_scale(site) from error
         self.branch: Tensor | None = None
         self.stream: Tensor | None = None
 
@@ -88,8 +93,8 @@ class _Addition:
         places = {"branch": (self.site.consumer, OUTPUT), "stream": self.site.stream}
         return [seeing(self.network.layer(p[0]), p[1], partial(self._see, name)) for name, p in places.items()]
 
-    def _see(self, name: str, tensor: Tensor) -> None:
-        if getattr(self, name) is None:
+    def _see(self, name: str, tensor: Any) -> None:
+        if getattr(self, name) is None and isinstance(tensor, Tensor):  # else it cannot be what is added
             setattr(self, name, self.scale * tensor + self.shift if name == "branch" else tensor.clone())
 
     def look(self, a: Tensor, b: Tensor) -> None:

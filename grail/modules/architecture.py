@@ -4,7 +4,8 @@ folders."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..checkpoint.reader import SafetensorsFolder
 from ..documents import about, check_counts
 from ..errors import GrailError, first_line
 from ..hub import at_once
+from ..recipe import shown
 from . import hf
 from .names import LIBRARIES, NAMED, is_hf_folder, is_module_folder
 
@@ -29,6 +31,10 @@ OPTIONS = {
 """What a factory may be given: config.json is data from anywhere, and some of timm's options name files to unpickle."""
 MOST_BEFORE, SMALL = 100, 10**7
 """A network had at most so many times the parameters of what was made of it, or so many more."""
+UNBUILT = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, OSError,
+)  # fmt: skip
+"""What factories raise for options that do not fit their network."""
 TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
 
 
@@ -74,7 +80,7 @@ class Architecture:
             if name not in OPTIONS or not isinstance(value, OPTIONS[name]):
                 known = ", ".join(OPTIONS)
                 raise GrailError(
-                    f"{self.library}/{self.name}: option {name}={value} is not one of {known}, or no such value"
+                    f"{self.library}/{self.name}: option {name}={shown(value)} is not one of {known}, or no such value"
                 )
 
     def _is_known(self) -> bool:
@@ -103,8 +109,10 @@ class Architecture:
                 module = imported("open_clip").create_model(self.name, pretrained=None, **self.options)
             else:
                 module = imported("torchvision").models.get_model(self.name, weights=None, **self.options)
-        except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-            raise GrailError(f"--model {self.library}/{self.name}: {first_line(error)}") from error
+        except UNBUILT as error:
+            given = _listed(self.options)
+            asked = f" (with {given})" if given else ""
+            raise GrailError(f"--model {self.library}/{self.name}: {first_line(error)}{asked}") from error
         return module.eval()
 
     def check_size(self, source: SafetensorsFolder) -> None:
@@ -158,6 +166,9 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
     source = SafetensorsFolder(_weights_file(found, weights))
     shapes = {name: source.info(name).shape for name in source.names()}
     found = Architecture(found.library, found.name, _inferred(found, shapes) | options)
+    if options:  # which may ask for more than there is memory; what the weights say fits them
+        with _about_options(options):
+            found.check_size(source)
     module = found.build()
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing = [name for name in wanted if name not in shapes and not name.endswith("num_batches_tracked")]
@@ -181,6 +192,20 @@ def _named(model: str) -> Architecture:
             f"grail.load and give the module to grail.compress"
         )
     raise GrailError(f"--model {model} names no network: give one with its library, such as timm/resnet18")
+
+
+@contextmanager
+def _about_options(options: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except GrailError as error:
+        if "--model" in str(error):
+            raise
+        raise GrailError(f"--model-option {_listed(options)}: {error}") from error
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
 
 
 def _open_folder(

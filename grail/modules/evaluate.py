@@ -36,7 +36,7 @@ ROUNDS = 20
 def held_out(source: Any, asked: str | None, option: str = "--eval") -> ImageSet | None:
     """The labelled images to evaluate on: those asked for, else the test part of the calibration source, if it has one;
     None for "none". Raises GrailError for images without labels that were asked for."""
-    if asked == "none" or (asked is None and source == "none"):
+    if asked == "none" or (asked is None and isinstance(source, str) and source == "none"):
         return None
     if asked is None:
         images = open_images(source, split="test") if isinstance(source, (str, Path)) else None

@@ -6,7 +6,6 @@ preprocessing and the class names. Nothing in it is code, and nothing is unpickl
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import subprocess
@@ -27,6 +26,8 @@ from ..children import python
 from ..documents import about
 from ..errors import GrailError, naming
 from ..families.attention import replace_attention
+from ..families.copies import copied
+from ..families.fields import whole
 from ..families.network import ModuleSite, Network, check
 from ..report import versions
 from ..result import SiteResult
@@ -110,7 +111,7 @@ def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Mo
         module = architecture.build()
     try:
         sites = [ModuleSite.from_json({k: v for k, v in site.items() if k != "kept"}) for site in config["sites"]]
-        kept = [int(site["kept"]) for site in config["sites"]]
+        kept = [whole(site["name"], "kept", site["kept"]) for site in config["sites"]]
         if not all(1 <= count <= site.units.count for site, count in zip(sites, kept, strict=True)):
             raise ValueError("a site keeps more than it has, or nothing")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -166,7 +167,7 @@ def reopen(folder: Path, expected: nn.Module, examples: dict[str, Tensor]) -> fl
     examples = {call: example.cpu().contiguous() for call, example in examples.items()}
     if any(tensor.is_cuda for tensor in expected.state_dict().values()):
         # the other process computes on the CPU, and a GPU rounds otherwise: in 16 bits far above the tolerance
-        expected = copy.deepcopy(expected).cpu()
+        expected = copied(expected).cpu()
     with tempfile.TemporaryDirectory(prefix="grail-reopen-") as work:
         probe = Path(work) / "probe.safetensors"
         tensors = {f"{EXAMPLE}{call}": example for call, example in examples.items()}

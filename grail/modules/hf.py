@@ -7,6 +7,7 @@ that its class defines, so that nothing in it can name code, a file or a reposit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -40,6 +41,8 @@ SIZES = {
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
     "num_channels", "max_position_embeddings", "vocab_size", "projection_dim",
 }  # fmt: skip
+DROPPED = "drop"
+"""In the name of every share of activations or blocks that training leaves out."""
 MOST_LAYERS = 10**4
 UNREAD = (".position_ids", "mask_token", "pooler.dense.weight", "pooler.dense.bias")
 """Endings of tensors that older or larger classes store and these do not read."""
@@ -133,6 +136,7 @@ def _config(name: str, found: dict[str, Any]) -> Any:
 
     check_counts(found, f"{LIBRARY}/{name}", MOST_LAYERS)
     _check_sizes(name, found)
+    check_writable(_kept(kind, found), f"{LIBRARY}/{name}")
     try:
         return kind(**_kept(kind, found))
     except (StrictDataclassError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -141,13 +145,17 @@ def _config(name: str, found: dict[str, Any]) -> Any:
 
 
 def _check_sizes(name: str, found: dict[str, Any]) -> None:
-    """Raises GrailError for a size below 1, of which some show only when the network runs."""
+    """Raises GrailError for a size below 1, a share of what is dropped above it, and what is no number: of which some
+    show only when the network runs."""
     for key, value in found.items():
         if isinstance(value, dict) and key in PARTS:
             _check_sizes(name, value)
         if key in BEYOND and value is not None and type(value) is not BEYOND[key]:
             raise GrailError(f"{LIBRARY}/{name}: {key} is {value!r}, which is no {BEYOND[key].__name__}")
-        if key in SIZES and type(value) is int and value < 1:
+        wrong = isinstance(value, float) and not math.isfinite(value)
+        if DROPPED in key and isinstance(value, (int, float)):
+            wrong = not 0 <= value <= 1
+        if wrong or (key in SIZES and type(value) is int and value < 1):
             raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({key} is {value})")
 
 
@@ -164,7 +172,7 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
 def _making(name: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
         raise GrailError(f"{LIBRARY}/{name}: its configuration makes no network ({first_line(error)})") from error
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grail_kernels.inputs import all_finite
 
+from ..calibration.given import readable
 from ..calibration.images import open_images
 from ..calibration.preprocessing import Preprocessing
 from ..errors import GrailError, first_line
@@ -34,8 +35,7 @@ def calibration_inputs(
         and given
         and all(isinstance(t, Tensor) and t.is_floating_point() for t in given)
     ):
-        join = torch.stack if all(t.dim() == 3 for t in given) else torch.cat  # single images [C, H, W], or batches
-        given = join(list(given))
+        given = _joined([readable(t, "calibration") for t in given])
     if hasattr(given, "__iter__") and not isinstance(given, (str, Path, list, tuple, dict, Tensor)):
         given = _loaded(given, recipe.samples)
     if isinstance(given, Tensor) and given.is_floating_point():
@@ -54,13 +54,33 @@ def _loaded(batches: Iterable[Any], samples: int) -> Any:
     rows = _inputs_of(first)
     if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dim() in (0, 1, 3, 4):
         return itertools.chain([first], items)
-    found = [rows]
-    while sum(map(len, found)) < samples and (item := next(items, None)) is not None:
-        found.append(_inputs_of(item))
+    found, count = [], 0
+    for number, item in enumerate(itertools.chain([first], items)):
+        found.append(_rows(_inputs_of(item), number))
+        count += len(found[-1])
+        if count >= samples:
+            break
+    return _joined(found)[:samples]
+
+
+def _rows(batch: Any, number: int) -> Tensor:
+    if not isinstance(batch, Tensor) or not batch.dim():
+        raise GrailError(f"calibration: batch {number} is no tensor of inputs; give floats in all batches")
+    if not len(batch):  # a loader of nothing else would never end
+        raise GrailError(f"calibration: batch {number} is empty; leave it out")
+    return readable(batch, "calibration")
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Single images [C, H, W] stacked, batches one after another."""
     try:
-        return torch.cat(found)[:samples]
-    except (RuntimeError, TypeError) as error:
-        raise GrailError(f"calibration: batches that cannot be joined ({first_line(error)})") from error
+        return torch.stack(parts) if all(t.dim() == 3 for t in parts) else torch.cat(parts)
+    except (RuntimeError, IndexError, TypeError) as error:
+        shapes = " and ".join(list(dict.fromkeys(str(list(t.shape)) for t in parts))[:3])
+        raise GrailError(
+            f"calibration: tensors of {shapes} cannot be joined ({first_line(error)}); give images of one size, or "
+            f"batches of them (labels, where there are any, as whole numbers)"
+        ) from error
 
 
 def _inputs_of(item: Any) -> Any:
@@ -68,10 +88,11 @@ def _inputs_of(item: Any) -> Any:
 
 
 def _tensors(given: Tensor, recipe: ModuleRecipe) -> tuple[list[Tensor], dict, None]:
-    if given.dim() < 2 or not len(given):
+    given = readable(given, "calibration")
+    if given.dim() < 2 or not given.numel():
         raise GrailError(f"calibration: inputs are stacked along the first axis, got a tensor of {list(given.shape)}")
     order = torch.randperm(len(given), generator=torch.Generator().manual_seed(recipe.seed))
-    chosen = given.detach()[order[: recipe.samples].sort().values.to(given.device)]
+    chosen = given[order[: recipe.samples].sort().values.to(given.device)]
     if not all_finite(chosen):
         raise GrailError("calibration: the inputs given in Python hold NaN or infinity")
     content = chosen.cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import GrailError
-from ..recipe import SEARCH, STREAM, Recipe
+from ..recipe import AUTO, SEARCH, STREAM, Recipe, is_number, shown
 
 DENSE, OWN = "dense", "own"
 ELSEWHERE = (
@@ -39,11 +39,13 @@ class ModuleRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise GrailError(f"--batch must be a whole number, 1 or more; got {self.batch}")
-        ratio = self.residual_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-            raise GrailError(f"--residual-ratio must be at least 0 and below 1; got {ratio}")
+        self._check_count("batch")
+        for option in ("repair", "one_shot"):
+            self._check_switch(option)
+        if not is_number(self.residual_ratio) or not 0 <= self.residual_ratio < 1:
+            raise GrailError(f"--residual-ratio must be at least 0 and below 1; got {shown(self.residual_ratio)}")
+        if not self.compensate and self.alpha != AUTO:
+            raise GrailError("--alpha is a share of the repair, and --no-compensate leaves that out: take one")
         if self.one_shot and self.target == STREAM:
             raise GrailError(
                 "--target stream follows the network as it is compressed, and --one-shot does not: take one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -20,26 +19,29 @@ from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError
 from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
-from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network
+from ..families.copies import copied
+from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
 from ..machine import usable_device
 from ..page import write_told
 from ..progress import Progress
+from ..recipe import AUTO
 from ..selectors import selector_class
 from ..surroundings import undisturbed
 from ..widths import WidthPlan
 from . import hf
-from .addition import verify_additions
 from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, check_reads, classifier, held_out
 from .folder import config_of, reopen, reopen_here, write
+from .given import check_module, check_preprocessing, check_storable
 from .names import is_hf_module
+from .proof import prove
 from .recipe import ModuleRecipe
 from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
 from .towers import Tokenizer, Tower, spare, towers_of
-from .verify import check_numbers, verify
+from .verify import check_numbers
 
 
 @undisturbed()
@@ -132,14 +134,18 @@ def compress_module(
     else that of the family it belongs to. Calibration inputs that are tensors of floats go into the network as they
     are; captions need the tokenizer (list of texts -> token ids [N, L]) unless they are token ids. Raises GrailError
     for bad input."""
+    check_module(module)
+    check_preprocessing(preprocessing, stored=recipe.output is not None)
+    if recipe.output:
+        check_storable(module)
     if recipe.output and out is None:
         out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
     with out or nullcontext():
-        inputs = {"sites": sites and list(sites), "preprocessing": preprocessing, "tokenizer": tokenizer}
+        inputs = {"sites": listed(sites), "preprocessing": preprocessing, "tokenizer": tokenizer}
         images = _asked_for(module, recipe, tokenizer)
         report = _compressed(module, recipe, progress, progress.site, **inputs)
         report.source = source or report.source
-        plain = replace(recipe, compensate=False, bias=False, repair=False)
+        plain = replace(recipe, compensate=False, bias=False, repair=False, alpha=AUTO)
         pruned = partial(_compressed, module, plain, progress, lambda entry: None, **inputs)
         images = images or _at_hand(module, recipe, progress, tokenizer)
         report.evaluation = _evaluated(module, report, recipe, images, pruned, progress, preprocessing, tokenizer)
@@ -182,8 +188,6 @@ def _compressed(
     every = [site for tower in towers for site in tower.dense.sites]
     streams = [site for tower in towers for site in tower.dense.residual]
     progress.say(f"{type(module).__name__}: {len(every)} sites, method {recipe.method}")
-    if recipe.compensate:
-        _warn_of_few_inputs(towers, progress)
     for tower in towers:
         if tower.batches:
             in_order(tower.dense, tower.batches[0][:2])
@@ -194,15 +198,14 @@ def _compressed(
     kept = plan.before_work()
     for site in streams:
         kept[site.name] = rounded(site, recipe, kept_per_group(site.units.count, recipe.residual_ratio))
+    recipe = prove(towers, kept, recipe, selector, progress, by_hand=inputs["sites"] is not None)
     for tower in towers:
-        if tower.batches:
-            example = tower.batches[0][:2]
-            changed = [site for site in tower.sites if kept[site.name] < site.units.count]
-            verify(tower.dense, changed, example)
-            if recipe.streams:
-                _follow_streams(tower.dense, changed, example, recipe.wants_target, progress)
-            tower.dense.blocks = tower.dense.blocks if chained(tower.dense, example) else []
-    work = copy.deepcopy(dense)
+        tower.part(recipe)
+        if tower.batches and not chained(tower.dense, tower.batches[0][:2]):
+            tower.dense.blocks = []
+    if recipe.compensate:
+        _warn_of_few_inputs(towers, progress)
+    work = copied(dense)
     passes = [job for tower in towers for job in _passes(tower, work, kept, selector, recipe)]
     if plan.needs_scores:
         ranked = [job.scores() for job in passes if job.work.sites[0].kind != RESIDUAL]
@@ -240,23 +243,6 @@ def _warn_of_few_inputs(towers: list[Tower], progress: Progress) -> None:
                 f"{count} calibration inputs for {widest} channels: the Gram matrix is singular, and the errors on "
                 f"these inputs say little of others; give more"
             )
-
-
-def _follow_streams(
-    network: Network, changed: list[ModuleSite], example: Tensor, wanted: bool, progress: Progress
-) -> None:
-    """Prove where the sites that change add to a residual stream, and say which are not known to. Raises GrailError
-    where that is none of them, though the target was asked for."""
-    known = [site for site in changed if site.stream is not None]
-    verify_additions(network, known, example)
-    if changed and not known and wanted:
-        raise GrailError(
-            f"--target stream: of no site that is to change ({changed[0].name}, ...) is it known where it adds to a "
-            f"residual stream; say so (stream=...), or choose another --target"
-        )
-    others = [site.name for site in changed if site.stream is None]
-    if others:
-        progress.say(f"repaired as with --target dense, their streams not being known: {', '.join(others)}")
 
 
 def _passes(tower: Tower, work: nn.Module, *asked: Any) -> list[ModulePass]:

@@ -154,7 +154,8 @@ class Stream:
 
 def _first(output: Any) -> Tensor:
     """A block's new state: what it gives, or the first of several things."""
-    return output if isinstance(output, Tensor) else output[0]
+    several = isinstance(output, (tuple, list)) or hasattr(output, "to_tuple")
+    return output[0] if several and len(output) else output
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from ..calibration.captions import captions
 from ..calibration.preprocessing import Preprocessing
 from ..errors import GrailError
 from ..families import describe
+from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, check
 from ..progress import Progress
 from ..selectors import selector_class
@@ -103,7 +103,8 @@ def towers_of(
             option = "--calibration-text" if text else "--calibration"
             progress.say(f"the tower that reads {network.reads} stays as it is: no {option} is given")
             continue
-        if len(networks) > 1 and not text and recipe.calibration == BUILTIN:
+        builtin = isinstance(recipe.calibration, str) and recipe.calibration == BUILTIN
+        if len(networks) > 1 and not text and builtin:
             progress.say("the tower that reads images is calibrated with built-in digits; --calibration DATA or none")
         found.append((_of_text if text else _of_images)(network, recipe, preprocessing, tokenizer))
     if not found:
@@ -112,8 +113,8 @@ def towers_of(
 
 
 def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> ModuleRecipe:
-    """Set inputs of the towers aside that only decide between candidates. Returns the recipe, which aims at the stream
-    no longer where a tower has too few of them. Raises GrailError where that was asked for and cannot be."""
+    """Returns the recipe, which aims at the stream no longer where a tower has too few inputs to set some aside that
+    only decide between candidates (`Tower.part`). Raises GrailError where that was asked for and cannot be."""
     following = [tower for tower in towers if tower.told is not None and tower.follows]
     scarce = any(tower.inputs < ENOUGH_INPUTS for tower in following)
     needed = FEWEST_INPUTS if recipe.wants_target else ENOUGH_INPUTS
@@ -129,9 +130,8 @@ def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> Modu
             f"calibration holds {few.inputs} inputs, and fewer than {needed} say too little of the residual stream: "
             f"taking --target {recipe.target}"
         )
-    for tower in towers:
-        tower.part(recipe)
-        if tower.told is not None and scarce:
+    for tower in towers if scarce else ():
+        if tower.told is not None:
             tower.told["scarce"] = True
     return recipe
 
@@ -143,8 +143,8 @@ def _absent(source: object) -> bool:
 def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: ModuleRecipe) -> list[Network]:
     """The networks of a copy of the module in evaluation mode. Raises GrailError where their sites do not fit it."""
     still = frozenset(kind for kind in (*KINDS, RESIDUAL) if recipe.ratio_of(kind) == 0)
-    copied = _copied(module).eval().requires_grad_(False)
-    found = describe(copied, still) if sites is None else [_by_hand(copied, list(sites))]
+    own = copied(module).eval().requires_grad_(False)
+    found = describe(own, still) if sites is None else [_by_hand(own, list(sites))]
     if not any(network.sites or network.residual for network in found):
         raise GrailError("no sites are given: there is nothing to make narrower")
     if RESIDUAL not in still and not any(network.residual for network in found):
@@ -158,13 +158,6 @@ def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: Mo
         network.residual = [] if RESIDUAL in still else network.residual
         check(network)
     return found
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy. What a forward has left in an attribute is copied without its graph, which deepcopy refuses."""
-    left = (value for inner in module.modules() for value in (*vars(inner).values(), *inner.buffers(recurse=False)))
-    results = [value for value in left if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
 
 
 def _by_hand(module: nn.Module, sites: list[ModuleSite]) -> Network:

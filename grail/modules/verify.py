@@ -16,7 +16,7 @@ from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
 from .narrow import permute, prune, silence
 
 TOLERANCE = 1e-3
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 """What torch raises where shapes do not fit."""
 
 
@@ -25,10 +25,7 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
     """A description is right only if the order of a site's units means nothing, and if to remove some is the same as
     to let the consumer ignore them. Raises GrailError naming the first site of `sites` for which that is not so, or
     where the network answers with NaN. example: one input batch; float32 arithmetic, whatever the network's."""
-    if any(p.dtype != torch.float32 for p in network.module.parameters()):
-        network = network.clone()
-        network.module.float()
-    example = example.float() if example.is_floating_point() else example
+    network, example = in_float32(network, example)
     if not answer(network.run, example).isfinite().all():
         option = "--calibration-text" if network.reads == TEXT else "--calibration"
         raise GrailError(
@@ -51,12 +48,21 @@ def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> No
         raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
 
 
+def in_float32(network: Network, example: Tensor) -> tuple[Network, Tensor]:
+    """The network and an input in the arithmetic of all proofs; a copy where it computes in another."""
+    if any(p.dtype != torch.float32 for p in network.module.parameters()):
+        network = network.clone()
+        network.module.float()
+    return network, example.float() if example.is_floating_point() else example
+
+
 def _read(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a forward computes with, by name: parameters and running statistics. (A mask may hold infinity.)"""
     yield from module.named_parameters()
     yield from ((name, t) for name, t in module.named_buffers() if name.endswith(("running_mean", "running_var")))
 
 
+@torch.no_grad()
 def check_numbers(module: nn.Module) -> None:
     """Raises GrailError naming the first tensor that holds NaN or infinity: an attention kernel may hide them."""
     for name, tensor in _read(module):
@@ -79,7 +85,13 @@ def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
     except REFUSALS as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GrailError(f"the network does not take calibration inputs {list(example.shape)}: {what}") from error
-    return torch.cat([t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)])
+    tensors = [t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)]
+    if not tensors:
+        raise GrailError(
+            f"the network's output holds no tensor that can be seen (it is a {type(found).__name__}); let its forward "
+            f"return tensors, or a list, tuple or dict of them"
+        )
+    return torch.cat(tensors)
 
 
 def _order_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:

@@ -118,7 +118,7 @@ class Selector:
             kind = type(known[key].default)
             try:
                 values[key] = _parse(text, kind)
-            except ValueError:
+            except (ValueError, TypeError, AttributeError, OverflowError):
                 raise GrailError(f"--set {key}={text}: expected a value of type {kind.__name__}") from None
         return cls(**values)
 

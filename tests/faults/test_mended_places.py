@@ -178,3 +178,12 @@ class TestConvert:
         file.write_text(json.dumps(record))
         with pytest.raises(GrailError, match=r"grail\.json records widths that do not fit"):
             convert(place / "out", place / "padded", to="padded")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {"x": ["\ud800"]}], ids=ascii)
+    def test_a_record_that_cannot_be_written_again(self, place, value):
+        compress(place, ratio=0.4, format="uniform")
+        file = place / "out" / "grail.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"evaluation": value}))
+        with pytest.raises(GrailError, match=r"grail\.json: evaluation.* cannot be written as JSON"):
+            convert(place / "out", place / "padded", to="padded")
+        assert not list(place.glob("padded*"))
