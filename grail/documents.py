@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import GrailError
 
@@ -42,6 +44,22 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise GrailError(f"{path} must hold a JSON object")
     return value
+
+
+def is_utf8(value: Any) -> bool:
+    """Whether a name or text could be written to a file, or given to a library; what is neither could."""
+    if not isinstance(value, (str, os.PathLike)):
+        return True
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:  # Python's own way to hold other bytes, as of a file's name
+        return False
+    return True
+
+
+def not_utf8(option: str, value: Any) -> str:
+    """The sentence for it."""
+    return f"{option} {value} is no UTF-8: rename it, or write it in UTF-8"
 
 
 def check_counts(config: dict, where: str | Path, tensors: int) -> None:

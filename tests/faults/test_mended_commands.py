@@ -1,0 +1,120 @@
+"""What was found in commands, their streams and their text by hand, each by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import grail
+from grail.cli import app
+from grail.errors import GrailError
+from grail.recipes.document import read
+from tests.tiny import tiny_calibration, tiny_checkpoint
+
+ROOT = Path(__file__).parents[2]
+FULL = "stdout: No space left on device"
+NO_UTF8 = "\udcff"
+"""How Python holds a byte of a name that is none."""
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess:
+    """A real process whose streams are those of the line, which begins with `grail`."""
+    line = line.replace("grail", f"exec {shlex.quote(sys.executable)} -m grail", 1)
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=120, env=os.environ | paths | environment
+    )
+
+
+def refused(*arguments: object) -> str:
+    """The one sentence of a command in this process."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    lines = done.stderr.splitlines()
+    assert (done.exit_code, len(lines)) == (2, 1), (done.exit_code, done.output)
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> str:
+    work = tmp_path_factory.mktemp("job")
+    model = tiny_checkpoint(work / "model", num_hidden_layers=1)
+    calibration = tiny_calibration(work / "ids.safetensors")
+    return f"grail compress --model {model} --calibration {calibration} --method mag-sp --no-compensate"
+
+
+class TestStreams:
+    def test_all_closed(self, job, tmp_path):
+        done = shell(f"{job} --output {tmp_path / 'out'} <&- >&- 2>&-")
+        assert done.returncode == 0 and (tmp_path / "out" / "grail.json").exists()
+
+    def test_full_ones_with_a_result(self, job, tmp_path):
+        """What is told of the work may be lost; of the result it is said."""
+        out = tmp_path / "out"
+        done = shell(f"{job} --output {out} --json 2>/dev/full")
+        assert done.returncode == 0 and json.loads(done.stdout)["output"] == str(out)
+        done = shell(f"{job} --output {out} --overwrite -q --json >/dev/full")
+        assert (done.returncode, done.stderr) == (2, f"grail: {FULL}; the result is in {out}\n")
+
+    @pytest.mark.parametrize(
+        "line", ["grail --version", "grail --help", "grail compress --help", "grail methods --json"]
+    )
+    def test_stdout_is_full(self, line):
+        done = shell(f"{line} >/dev/full")
+        assert (done.returncode, done.stderr) == (2, f"grail: {FULL}\n")
+
+    @pytest.mark.parametrize("where", ["2>&-", "2>/dev/full"])
+    def test_a_refusal_that_cannot_be_told_is_one(self, where):
+        assert shell(f"grail --nonsense {where}").returncode == 2
+
+    def test_an_encoding_without_the_characters_of_a_name(self, job, tmp_path):
+        done = shell(f"{job} --output {tmp_path}/öut -q; ", PYTHONIOENCODING="ascii")
+        assert done.returncode == 0 and r"\xf6ut" in done.stdout and (tmp_path / "öut").is_dir()
+        done = shell(f"grail report {tmp_path}/öut --overwrite --json", PYTHONIOENCODING="ascii")
+        assert json.loads(done.stdout)["output"] == f"{tmp_path}/öut/report.html"
+
+    def test_columns_beyond_all_width(self):
+        done = shell("grail --help", COLUMNS="100000000")
+        assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 500
+
+
+class TestNamesThatAreNoUtf8:
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [
+            (("compress", "--output", "x", "--model", NO_UTF8), "--model"),
+            (("plan", "--model", "x", "--calibration", NO_UTF8), "--calibration"),
+            (("compress", "--output", "x", "--model", "x", "--set", f"a={NO_UTF8}"), "--set"),
+            (("eval", "x", "--prompt", NO_UTF8), "--prompt"),
+            (("soup", "x", NO_UTF8, "--output", "x"), "INPUTS"),
+            (("report", "x", "--output", NO_UTF8), "--output"),
+            (("run", NO_UTF8), "RECIPE"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else value[0],
+    )
+    def test_on_the_command_line(self, words, named):
+        assert refused(*words).startswith(f"grail: {named} ") and "UTF-8" in refused(*words)
+
+    @pytest.mark.parametrize("option", ["model", "calibration", "eval"])
+    def test_in_python(self, tmp_path, option):
+        given = {"model": "x", "output": tmp_path / "out"} | {option: NO_UTF8}
+        with pytest.raises(GrailError, match=f"{option} .* is no UTF-8"):
+            grail.compress(given.pop("model"), **given)
+
+
+@pytest.mark.parametrize("rank", ["", "x", "0.5", "-1"])
+def test_a_rank_that_is_no_number_is_none(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    assert "no such" in refused("eval", tmp_path / "none", "--quiet").lower()
+
+
+def test_a_recipe_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(GrailError, match=r"recipe\.yaml is a device or a pipe"):
+        read(tmp_path / "recipe.yaml")
