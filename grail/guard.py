@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 from .arguments import refuse_other_bytes
-from .errors import sentence_of, verdict
+from .errors import NOWHERE, GrailError, is_nowhere, sentence_of, verdict
 from .streams import StdoutRefused, nobody_reads, silence_stdout
 from .terminal import NORMAL, TerminalProgress, set_logging
 
@@ -104,6 +104,8 @@ def outside_of_commands() -> Iterator[None]:
 
 def start(quiet: bool, verbose: int) -> TerminalProgress:
     """Set up logging and signals as asked, and give the progress that the command reports to."""
+    if is_nowhere():
+        raise GrailError(NOWHERE)  # libraries that torch loads end the process there, without a word of ours
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is treated like Ctrl-C
     rank = os.environ.get("RANK", "")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import grail
+from grail.calibration.tokenizer import has_tokenizer, load_tokenizer
 from grail.cli import app
-from grail.errors import GrailError
+from grail.distributed import Group
+from grail.errors import GrailError, verdict
 from grail.recipes.document import read
-from tests.tiny import tiny_calibration, tiny_checkpoint
+from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FULL = "stdout: No space left on device"
@@ -118,3 +122,64 @@ def test_a_recipe_that_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "recipe.yaml")
     with pytest.raises(GrailError, match=r"recipe\.yaml is a device or a pipe"):
         read(tmp_path / "recipe.yaml")
+
+
+class TestMachine:
+    def test_the_current_folder_is_gone(self, tmp_path, monkeypatch):
+        gone = tmp_path / "x"
+        gone.mkdir()
+        monkeypatch.chdir(gone)
+        gone.rmdir()
+        assert "current folder is gone" in refused("compress", "--model", "x", "--output", "rel")
+        with pytest.raises(FileNotFoundError) as error:
+            os.path.realpath("rel")
+        assert "current folder is gone" in verdict(error.value)[0]
+
+    @pytest.mark.parametrize("kind", [ImportError, OSError])
+    def test_a_library_that_finds_no_room(self, monkeypatch, kind):
+        """Which also says so where it lies on a disk of which nothing may be run."""
+        error = kind("libtorch_cpu.so: failed to map segment from shared object")
+        assert verdict(error) is None
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (2**31, -1))
+        assert verdict(error)[0].startswith("out of memory")
+
+
+class TestJoining:
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch):
+        """Nobody is waited for."""
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("waits"))
+
+    def test_a_host_that_nobody_knows(self, monkeypatch):
+        monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+        with pytest.raises(GrailError, match=r"MASTER_ADDR nowhere\.invalid is no known host"):
+            Group.from_environment("cpu")
+
+    @pytest.mark.parametrize("rank", ["2", "5"])
+    def test_more_ranks_than_processes(self, monkeypatch, rank):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(GrailError, match=f"RANK is {rank} of WORLD_SIZE 2"):
+            Group.from_environment("cpu")
+
+
+class TestTokenizer:
+    def test_a_folder_is_none(self, tmp_path):
+        (tmp_path / "tokenizer_old").mkdir()
+        assert not has_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+    def test_a_pipe_is_named_and_not_waited_for(self, tmp_path, name):
+        tiny_tokenizer(tmp_path)
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(GrailError, match=rf"{name} is a device or a pipe"):
+            load_tokenizer(tmp_path)
+
+    def test_a_folder_in_the_place_of_its_configuration(self, tmp_path):
+        tiny_tokenizer(tmp_path)
+        (tmp_path / "tokenizer_config.json").unlink()
+        (tmp_path / "tokenizer_config.json").mkdir()
+        with pytest.raises(GrailError, match=r"tokenizer_config\.json cannot be read"):
+            load_tokenizer(tmp_path)
