@@ -9,12 +9,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import grail
+from grail.calibration import evaluation_windows, load_calibration, sources
+from grail.calibration.sources import blocks
 from grail.calibration.tokenizer import has_tokenizer, load_tokenizer
 from grail.cli import app
 from grail.distributed import Group
@@ -183,3 +186,62 @@ class TestTokenizer:
         (tmp_path / "tokenizer_config.json").mkdir()
         with pytest.raises(GrailError, match=r"tokenizer_config\.json cannot be read"):
             load_tokenizer(tmp_path)
+
+
+class Numbers:
+    """A tokenizer whose tokens are the numbers in the text. read: the characters it was given."""
+
+    eos_token_id = None
+    read = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
+        self.read += len(text)
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+
+class TestLargeText:
+    def test_blocks_are_the_text(self, monkeypatch):
+        monkeypatch.setattr(sources, "LARGE", 10)
+        monkeypatch.setattr(sources, "BLOCK", 6)
+        assert list(blocks("ab\ncd\n\nefg h i\n")) == ["ab\ncd\n", "\n", "efg h ", "i\n"]
+        assert list(blocks("abcdefghijklmn")) == ["abcdef", "ghijkl", "mn"]
+        assert list(blocks("a\nbcdefghi")) == ["a\nbcdefghi"]
+        assert list(blocks("")) == [""]
+
+    @pytest.fixture
+    def file(self, tmp_path) -> Path:
+        """More than a text that is tokenised at once."""
+        file = tmp_path / "text.txt"
+        file.write_text("".join(f"{i % 9000}\n" for i in range(sources.LARGE // 4)))
+        assert file.stat().st_size > sources.LARGE * 1.12  # a tenth is held out
+        return file
+
+    def test_no_more_is_read_than_is_enough(self, file):
+        tokenizer = Numbers()
+        found = load_calibration(str(file), lambda: tokenizer, 10_000, samples=8, seq_len=32, seed=0, trial=2)
+        assert found.ids.shape == (8, 32) and found.trial.shape == (2, 32)
+        assert tokenizer.read <= sources.BLOCK
+        asked = {"seq_len": 32, "held_out": False}
+        tokenizer.read = 0
+        some = evaluation_windows(str(file), lambda: tokenizer, 10_000, samples=8, **asked)
+        assert tokenizer.read <= sources.BLOCK
+        assert torch.equal(some.ids, evaluation_windows(str(file), lambda: tokenizer, 10_000, **asked).ids[:8])
+
+    def test_blocks_give_the_tokens_of_the_text(self, file, monkeypatch):
+        asked = {"samples": 500, "seq_len": 512, "seed": 0}
+        cut = load_calibration(str(file), Numbers, 10_000, **asked)
+        monkeypatch.setattr(sources, "LARGE", 2**30)
+        assert load_calibration(str(file), Numbers, 10_000, **asked).sha256 == cut.sha256
+
+    @pytest.mark.parametrize(("samples", "memory"), [(2000, 10**6), (2**30, None)])
+    def test_more_windows_than_there_is_memory_for(self, samples, memory):
+        with pytest.raises(GrailError, match=f"--samples {samples} .* GB"):
+            load_calibration(
+                "builtin", lambda: pytest.fail("tokenised"), 64, samples=samples, seq_len=512, seed=0, memory=memory
+            )
+
+    def test_the_budget_is_that_of_the_command(self, job, tmp_path):
+        (tmp_path / "text.txt").write_text("1 2 3")
+        model = job.split("--model ")[1].split()[0]
+        asked = ("plan", "--model", model, "--calibration", tmp_path / "text.txt", "--samples", 10**5, "--quiet")
+        assert "more than --memory 0.80 GB" in refused(*asked, "--memory", "800MB")
