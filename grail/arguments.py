@@ -8,12 +8,35 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import typer
+from typer.models import ArgumentInfo, ParameterInfo
 
+from .documents import is_utf8, not_utf8
 from .errors import GrailError
 from .shared import write_json
 
 if TYPE_CHECKING:
     from .request import Request
+
+
+def refuse_other_bytes(command: Callable, options: dict) -> None:
+    """Raises GrailError for a word of the command line that is no UTF-8, before any work."""
+    for name, value in options.items():
+        for word in value if isinstance(value, (list, tuple)) else [value]:
+            if not is_utf8(word):
+                raise GrailError(not_utf8(_called(command, name), word))
+
+
+def _called(command: Callable, name: str) -> str:
+    """As on the command line."""
+    metadata = getattr(inspect.signature(command, eval_str=True).parameters[name].annotation, "__metadata__", ())
+    asked = next((entry for entry in metadata if isinstance(entry, ParameterInfo)), None)
+    if isinstance(asked, ArgumentInfo):
+        return name.upper()
+    return next((word for word in getattr(asked, "param_decls", None) or () if word.startswith("--")), _flag(name))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def requested(asked: dict) -> Request:

@@ -15,9 +15,10 @@ from . import __version__, completion
 from .arguments import print_recipe_of, requested, with_options_of
 from .commands import COMMANDS
 from .errors import GrailError
-from .guard import OneSentence, guarded, start
+from .guard import OneSentence, guarded, outside_of_commands, start
 from .modules.terminal import show_network
 from .shared import Json, Quiet, Verbose, results, write_json
+from .streams import settle
 from .terminal import show_plan, show_profile, show_report
 
 if TYPE_CHECKING:
@@ -292,6 +293,8 @@ for _name, _command in COMMANDS.items():
 
 def main() -> None:
     """Entry point of the console script."""
+    settle()
     # read when torch is loaded: threads that spin between two operations take the cores of whatever else runs there
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app(prog_name="grail")  # also as `python -m grail`, so that messages and completion know it by one name
+    with outside_of_commands():
+        app(prog_name="grail")  # also as `python -m grail`, so that messages and completion know it by one name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -203,6 +204,12 @@ class Group:
 
         if not dist.is_available():
             raise GrailError(f"this torch has no torch.distributed: run one process instead of {self.size}")
+        if self.rank >= self.size:
+            raise GrailError(f"RANK is {self.rank} of WORLD_SIZE {self.size}: they count from 0; use torchrun")
+        try:
+            socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        except (OSError, UnicodeError) as error:  # torch would try for minutes
+            raise GrailError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} is no known host ({_reason(error)})") from error
         try:
             if not dist.is_initialized():
                 # kept until the process ends: torchrun's store cannot be joined twice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -58,6 +59,22 @@ def check_writable(value: Any, where: str | Path) -> None:
                 left += [(f"a name in {field or 'it'}", str(key)), (f"{field}.{key}" if field else str(key), entry)]
         elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, str) and not is_text(value)):
             raise GrailError(f"{where}: {field} is {value!a}, which cannot be written as JSON; correct it")
+
+
+def is_utf8(value: Any) -> bool:
+    """Whether a name or text could be written to a file, or given to a library; what is neither could."""
+    if not isinstance(value, (str, os.PathLike)):
+        return True
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:  # Python's own way to hold other bytes, as of a file's name
+        return False
+    return True
+
+
+def not_utf8(option: str, value: Any) -> str:
+    """The sentence for it."""
+    return f"{option} {value} is no UTF-8: rename it, or write it in UTF-8"
 
 
 def check_counts(config: dict, where: str | Path, tensors: int) -> None:

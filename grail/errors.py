@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,9 @@ CUT_OFF = re.compile(r"\d+ requested and \d+ written")
 """What numpy says where the system would not write all of an array, and does not say why."""
 NO_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "MemoryError", "Cannot allocate memory")
 """In the text of errors of torch, and of processes that were started, where there is no memory left."""
-
+UNMAPPED = "failed to map segment"
+"""In that of a library that finds no room when it is loaded; or lies on a disk of which nothing may be run."""
+NOWHERE = "the current folder is gone: change to another one"
 
 INTERRUPTED = "interrupted; nothing new was kept", 130
 """Sentence and exit code."""
@@ -57,7 +61,18 @@ def first_line(error: BaseException) -> str:
 
 def sentence_of(error: OSError) -> str:
     """What the system says, with the file it is about."""
+    if error.filename is None and error.errno == errno.ENOENT and is_nowhere():
+        return NOWHERE
     return f"{error.filename or 'input/output'}: {error.strerror or error}"
+
+
+def is_nowhere() -> bool:
+    """Whether this process is in a folder that was taken away, so that names that begin there mean nothing."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 @contextmanager
@@ -78,7 +93,7 @@ def circumstance(error: BaseException) -> str | None:
     """The sentence of what the machine refused, whichever library found out; None for anything else."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return _no_memory(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return sentence_of(error) if error.errno in CIRCUMSTANCES else None
     if isinstance(error, GrailError):
         return None
@@ -87,7 +102,14 @@ def circumstance(error: BaseException) -> str | None:
         return first_line(error) if int(found[1]) != errno.ENOMEM else _no_memory(error)
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY):
         return _no_memory(error)
+    if isinstance(error, (ImportError, OSError)) and UNMAPPED in str(error) and _bounded():
+        return _no_memory(error)
     return None
+
+
+def _bounded() -> bool:
+    """Whether this process may have so much memory only (ulimit -v)."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _no_memory(error: BaseException) -> str:

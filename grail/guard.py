@@ -5,21 +5,25 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import typer
 
-from .errors import INTERRUPTED, GrailError, verdict
+from .arguments import refuse_other_bytes
+from .errors import INTERRUPTED, NOWHERE, GrailError, is_nowhere, sentence_of, verdict
+from .streams import StdoutRefused, nobody_reads, silence_stdout
 from .terminal import NORMAL, TerminalProgress, set_logging
 
 JUDGED = ("method", "set")
 """Options that are refused with what they can be, empty or not."""
 ISSUES = "please report it with this output and the command"
+LOOKS_ONLY = "plan_command"
+"""Which writes no output, though it has that option."""
 UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
 
@@ -50,14 +54,18 @@ def guarded(command: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             _refuse_empty(command, kwargs)
+            refuse_other_bytes(command, kwargs)
             command(*args, **kwargs)
             sys.stdout.flush()
         except typer.Exit:
             raise
         except BrokenPipeError as error:
-            if not _nobody_reads():
+            if not nobody_reads():
                 _bug(error, kwargs)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+            silence_stdout()
+        except StdoutRefused as error:
+            silence_stdout()
+            fail(sentence_of(error) + _where_the_result_is(command, kwargs), 2)
         except (Exception, KeyboardInterrupt) as error:
             if (known := verdict(error)) is None:
                 _bug(error, kwargs)
@@ -79,15 +87,11 @@ def _refuse_empty(command: Callable, options: dict[str, Any]) -> None:
             raise GrailError(f"{called} is empty: give it a value" + (", or leave it out" if is_option else ""))
 
 
-def _nobody_reads() -> bool:
-    """Whether the reader of stdout went away, as in `grail methods | head -1`. That is written to when all work is
-    done, so that it is no failure."""
-    try:
-        watched = select.poll()
-        watched.register(sys.stdout, 0)
-        return any(event & select.POLLERR for _, event in watched.poll(0))
-    except (OSError, ValueError):
-        return False
+def _where_the_result_is(command: Callable, options: dict) -> str:
+    """Stdout is written to when all work is done."""
+    output = options.get("output")
+    writes = command.__name__ != LOOKS_ONLY and not options.get("print_recipe")
+    return f"; the result is in {output}" if output and writes and os.path.exists(output) else ""
 
 
 def _bug(error: BaseException, options: dict) -> NoReturn:
@@ -104,13 +108,28 @@ def fail(sentence: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+@contextmanager
+def outside_of_commands() -> Iterator[None]:
+    """What --help and --version meet, which belong to no command."""
+    try:
+        yield
+    except StdoutRefused as error:
+        silence_stdout()
+        with suppress(typer.Exit):
+            fail(sentence_of(error), 2)
+        sys.exit(2)
+
+
 def start(quiet: bool, verbose: int) -> TerminalProgress:
     """Set up logging and signals as asked, and give the progress that the command reports to."""
+    if is_nowhere():
+        raise GrailError(NOWHERE)  # libraries that torch loads end the process there, without a word of ours
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is treated like Ctrl-C
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(signal.SIGHUP, signal.default_int_handler)  # the terminal went away
-    if int(os.environ.get("RANK", "0")):
+    rank = os.environ.get("RANK", "")
+    if rank.isdecimal() and int(rank):
         quiet = True  # of several processes one speaks
     verbosity = 0 if quiet else NORMAL + verbose
     set_logging(verbosity)

@@ -16,6 +16,7 @@ from .alpha_search import AlphaSearch
 from .begun import check_same_everywhere, workspace_of
 from .checkpoint.writer import OutputFolder
 from .distributed import Group
+from .documents import is_utf8, not_utf8
 from .errors import Circumstance, GrailError, Interrupted, Lost, circumstance
 from .finish import evaluate, reopen_written, write_rest
 from .flags import Flags, Savable
@@ -89,6 +90,9 @@ def compress(
     """
     if on_site is not None and not callable(on_site):
         raise GrailError(f"on_site must be a function that takes a site's entry; got {type(on_site).__name__}")
+    for name, value in {"model": model, **flags}.items():
+        if not is_utf8(value):
+            raise GrailError(not_utf8(name, value))
     with undisturbed() as caller:
         flags |= {name: caller.lent(flags[name]) for name in ("calibration",) if name in flags}
         progress = progress or Progress()

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .streams import holds_every_character
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors, warnings and the result.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv also from libraries.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
@@ -30,7 +32,8 @@ def results() -> Console:
 
 def write_json(document: dict) -> None:
     """One document on stdout; numbers that JSON does not have (infinite, undefined) are null in it."""
-    sys.stdout.write(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    escaped = not holds_every_character(sys.stdout)
+    sys.stdout.write(json.dumps(_finite(document), indent=2, ensure_ascii=escaped, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 

@@ -33,6 +33,7 @@ def calibration_windows(session: Session) -> Windows:
         seed=recipe.seed,
         trial=recipe.spare_windows,
         chooses=recipe.chooses,
+        memory=recipe.memory,
     )
     if recipe.chooses and windows.trial is None:
         recipe = _site_by_site(session, windows)

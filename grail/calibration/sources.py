@@ -13,6 +13,8 @@ from .builtin import docstrings, topics
 
 BUILTIN = {"builtin": topics, "docstrings": docstrings}
 """Text that every machine has."""
+LARGE, BLOCK = 2**22, 2**18
+"""Characters of a text that is tokenised in blocks, and of a block at most."""
 LOCAL_HELD_OUT = 10
 C4_EVALUATION_DOCUMENTS = 1100
 
@@ -34,6 +36,18 @@ def documents(source: str, split: str, option: str = "--calibration") -> Iterato
     raise GrailError(
         f"{option} {path}: text must be .txt, .jsonl or .safetensors, not {path.suffix or 'without a suffix'}"
     )
+
+
+def blocks(text: str) -> Iterator[str]:
+    """A text in parts, which together are the text: one, unless it is large. Tokenised at once that would take more
+    than a hundred times its size. They end after a line break, in text without any after a space, else anywhere."""
+    start, size = 0, BLOCK if len(text) > LARGE else len(text)
+    while len(text) - start > size:
+        within = (text.rfind(end, start, start + size) for end in "\n ")
+        stop = next((place for place in within if place >= 0), start + size - 1) + 1
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def is_named(source: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from ..errors import GrailError
+from ..machine import available_memory
 from ..recipe import TRIAL_SHARE
 from .mixture import parts_of, shares
-from .sources import BUILTIN, documents
+from .sources import BUILTIN, blocks, documents
 from .tokens import checked, from_batches, pretokenised, stored_weights, weigh, within
 
 JOINER = dict.fromkeys([*BUILTIN, "wikitext2"], "\n\n")
 BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
 ENOUGH = 8
+"""Windows are drawn from so many times their tokens: of records, and of the blocks of a large text, the first that make
+them up."""
 TRIAL_STRETCH = 8
 """They lie in the last of so many parts of the text, if they fit."""
 
@@ -82,6 +85,7 @@ def load_calibration(
     seed: int,
     trial: int = 0,
     chooses: bool = True,
+    memory: int | None = None,
 ) -> Windows:
     """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and, where it `chooses`, `trial` (at
     most a fifth of what there is; none where that is less than one, also in one of several texts) from the end of the
@@ -89,7 +93,8 @@ def load_calibration(
 
     source: "builtin", "wikitext2", "c4", a path, several of these joined by "+" (as many windows each), or (Python) a
     tensor, a list of tensors or an iterable of batches. `tokenizer` is only called when there is text to tokenise.
-    Raises GrailError naming a source without a full window.
+    memory: a budget in bytes. Raises GrailError naming a source without a full window, and for more windows than there
+    is memory for, before there are any.
     """
     if not isinstance(source, (str, Path)):
         trial = trial if chooses else 0  # what is not needed is not taken from an iterable
@@ -97,6 +102,8 @@ def load_calibration(
         ids = checked(ids, vocabulary, "calibration")
         return _parted(ids, weights, "given in Python", samples, trial, chooses, "calibration")
     parts = parts_of(str(source))
+    if not all(part.endswith(".safetensors") for part in parts):  # which ends by itself; text is drawn from for ever
+        _check_room(samples, seq_len or default_length(source), memory)
     if len(parts) == 1:
         return _of_one(parts[0], tokenizer, vocabulary, samples, seq_len, seed, trial, chooses)
     if samples < len(parts):
@@ -117,6 +124,16 @@ def load_calibration(
     joined = Windows.of(torch.cat([windows.ids for windows in found]), str(source), torch.cat(held) if held else None)
     joined.distinct, joined.scarce = sum(windows.different for windows in found), scarce
     return joined
+
+
+def _check_room(samples: int, length: int, memory: int | None) -> None:
+    needed, room = samples * length * torch.int64.itemsize, memory or available_memory()
+    if needed > room:
+        most = f"--memory {room / 1e9:.2f} GB" if memory else f"the {room / 1e9:.2f} GB that are free here"
+        raise GrailError(
+            f"--samples {samples} windows of {length} tokens are {needed / 1e9:.2f} GB, more than {most}; take fewer, "
+            f"or a smaller --seq-len"
+        )
 
 
 def _of_one(
@@ -145,12 +162,10 @@ def _of_one(
     reserved = _reserved(len(tokens), length, trial)
     scarce = source if trial and not reserved else None
     reserved = reserved if chooses else []
-    offsets = torch.arange((reserved[0] if reserved else len(tokens)) - length + 1)
-    drawn = offsets[torch.randint(len(offsets), (samples,), generator=torch.Generator().manual_seed(seed))]
-    ids, held = (
-        torch.stack([tokens[o : o + length] for o in some]) if some else None for some in (drawn.tolist(), reserved)
-    )
-    found = Windows.of(ids, source, held)
+    last = (reserved[0] if reserved else len(tokens)) - length
+    drawn = torch.randint(last + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+    every = tokens.unfold(0, length, 1)  # [T - L + 1, L], of no memory of its own
+    found = Windows.of(every[drawn], source, every[reserved] if reserved else None)
     found.distinct = int((drawn.sort().values.diff().clamp(max=length)).sum()) + length
     found.scarce = scarce
     return found
@@ -181,7 +196,8 @@ def evaluation_windows(
             found.append(pretokenised(Path(part), vocabulary, option, seq_len))
             continue
         length = seq_len or default_length(part)
-        tokens = _tokens(part, documents(part, split, option), tokenizer(), vocabulary)
+        enough = None if samples is None else samples * length
+        tokens = _tokens(part, documents(part, split, option), tokenizer(), vocabulary, enough)
         found.append(tokens[: len(tokens) // length * length].view(-1, length))
     least = min(map(len, found))
     counts = [least] * len(parts) if samples is None else [min(least, n) for n in shares(samples, len(parts))]
@@ -221,16 +237,32 @@ def _parted(
 
 
 def _tokens(source: str, texts: Iterator[str], tokenizer: Any, vocabulary: int, enough: int | None = None) -> Tensor:
-    """Tokens of a source's texts, int64 [T]: built-in and wikitext joined by blank lines, other records by EOS."""
-    pieces: list[int] = []
+    """Tokens of a source's texts, int64 [T]: built-in and wikitext joined by blank lines, other records by EOS. Of the
+    latter no more records, or blocks of a large text, than `enough` tokens take."""
+    pieces: list[Tensor] = []
     joiner = JOINER.get(source)
-    if joiner is not None:
-        pieces = tokenizer(joiner.join(texts), add_special_tokens=False).input_ids
-    else:
-        eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        for text in texts:
-            pieces += eos * bool(pieces) + tokenizer(text, add_special_tokens=False).input_ids
-            if enough is not None and len(pieces) >= enough:
-                break
-    tokens = torch.tensor(pieces, dtype=torch.int64)
-    return within(tokens, vocabulary, f"{source}, tokenised") if len(tokens) else tokens
+    found = _pieces(texts, tokenizer) if joiner is None else [_ids(tokenizer, joiner.join(texts))]
+    count = 0
+    for piece in found:
+        pieces.append(piece)
+        count += len(piece)
+        if enough is not None and count >= enough:
+            break
+    tokens = torch.cat(pieces) if count else torch.empty(0, dtype=torch.int64)
+    return within(tokens, vocabulary, f"{source}, tokenised") if count else tokens
+
+
+def _pieces(texts: Iterator[str], tokenizer: Any) -> Iterator[Tensor]:
+    """Tokens of record after record, of large ones block after block; EOS in front of all records but the first."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begun = False
+    for text in texts:
+        lead = eos if begun else []
+        for block in blocks(text):
+            ids = _ids(tokenizer, block, lead)
+            begun, lead = begun or len(ids) > 0, []
+            yield ids
+
+
+def _ids(tokenizer: Any, text: str, lead: Sequence[int] = ()) -> Tensor:
+    return torch.tensor([*lead, *tokenizer(text, add_special_tokens=False).input_ids], dtype=torch.int64)

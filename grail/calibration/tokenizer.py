@@ -9,27 +9,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.carried import TOKENIZER_CONFIG, data_files, without_code
+from ..checkpoint.carried import CARRIED, TOKENIZER_CONFIG, data_files, without_code
 from ..checkpoint.reader import read_json
+from ..documents import check_regular
 from ..errors import GrailError
 
 TRIED = "one, two"
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds files of a tokenizer; Python files are none."""
-    return any(file.suffix != ".py" for file in folder.glob("tokenizer*"))
+    """Whether the folder holds files of a tokenizer; Python files and folders are none."""
+    return any(file.suffix != ".py" and not file.is_dir() for file in folder.glob("tokenizer*"))
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; raises GrailError naming the folder when there is none that works."""
+    """The folder's tokenizer; raises GrailError naming the folder when there is none that works, and the file that is
+    known to be the reason."""
     from transformers import AutoTokenizer
 
+    for pattern in CARRIED:
+        for file in filter(Path.exists, folder.glob(pattern)):
+            check_regular(file)  # a pipe would be waited for
     try:
         with _without_code(folder) as data:
             tokenizer = AutoTokenizer.from_pretrained(data, trust_remote_code=False)
             tokenizer(TRIED, add_special_tokens=False)  # some wrong values show when there is text
             return tokenizer
+    except GrailError:
+        raise
     except Exception as error:
         raise GrailError(
             f"{folder} has no usable tokenizer ({type(error).__name__}); add its files, or give token ids in a "

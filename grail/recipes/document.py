@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..documents import check_regular
 from ..errors import GrailError, first_line
 
 LARGEST = 10**6
@@ -91,6 +92,7 @@ def parse(text: str, where: str) -> Any:
 def read(path: str | Path) -> dict[str, Any]:
     """The mapping that a file holds. Raises GrailError naming the file and the line."""
     try:
+        check_regular(Path(path))
         with open(path, "rb") as handle:
             content = handle.read(LARGEST + 1)
     except OSError as error:

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -208,6 +209,7 @@ class Tree(nn.Module):
 class TestGuessedStreams:
     @pytest.mark.parametrize("make", [Concatenating, Tree])
     def test_one_that_is_none_gives_way_to_dense(self, make, tmp_path, caplog):
+        caplog.set_level(logging.WARNING, logger="grail")  # a command that was told to be quiet may have run before
         module, flags = net(make), {"sites": None, "eval": "none"}
         report = compressed(module, output=str(tmp_path / "out"), **flags)
         assert "taking --target dense" in caplog.text
@@ -283,7 +285,7 @@ class TestCalibration:
             (lambda x: x.to(torch.float8_e4m3fn), "float8"),
             (lambda x: (x > 0).to(torch.uint8).to("meta"), "meta device"),
             (lambda x: (x > 0).to(torch.uint8).to_sparse(), "sparse"),
-            (lambda x: x.numpy().astype(object), "no numbers"),
+            (lambda x: x.numpy().astype(object), "uint8 or float"),
         ],
     )
     def test_tensors_without_plain_numbers(self, make, said):
@@ -628,7 +630,7 @@ class TestConfigurations:
         config["architecture"]["options"]["config"][field] = value
         try:
             file.write_text(json.dumps(config))
-            with pytest.raises(GrailError, match=r"config\.json.*configuration"):
+            with pytest.raises(GrailError, match=r"config\.json: transformers/ViT.*(configuration|written as JSON)"):
                 grail.load(small)
         finally:
             file.write_text(before)
