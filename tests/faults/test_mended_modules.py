@@ -299,7 +299,8 @@ class TestCalibration:
 
 class TestFactories:
     @pytest.fixture(scope="class")
-    def weights(self, tmp_path_factory):
+    @classmethod
+    def weights(cls, tmp_path_factory):
         timm = pytest.importorskip("timm")
         sizes = {"num_classes": 3, "img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 3}
         file = tmp_path_factory.mktemp("weights") / "vit.safetensors"
@@ -605,7 +606,8 @@ class TestDescriptions:
 
 class TestConfigurations:
     @pytest.fixture(scope="class")
-    def small(self, tmp_path_factory):
+    @classmethod
+    def small(cls, tmp_path_factory):
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
         module = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).eval()
         folder = tmp_path_factory.mktemp("result") / "small"

@@ -67,7 +67,8 @@ class TestImages:
 
 class TestVision:
     @pytest.fixture(scope="class")
-    def sound(self, tmp_path_factory):
+    @classmethod
+    def sound(cls, tmp_path_factory):
         home = tmp_path_factory.mktemp("vision")
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
         module = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).eval()
