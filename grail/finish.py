@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .checkpoint import reopen
+from .checkpoint.carried import stamps
 from .checkpoint.writer import OutputFolder
 from .chunks import Texts
+from .errors import Circumstance
 from .evaluation.perplexity import perplexity
 from .job import Job
 from .machine import resident_memory
@@ -30,8 +32,17 @@ def write_rest(session: Session, job: Job, out: OutputFolder) -> None:
     out.write_json("config.json", config)
     for name, text in job.format.files.items():
         out.write_text(name, text)
+    _refuse_changed(session)
     out.carry_over(session.located.folder)
     out.write_index()
+
+
+def _refuse_changed(session: Session) -> None:
+    """Raises Circumstance where a file beside the weights is not what it was when the run began with it."""
+    now = stamps(session.located.folder)
+    for file, before in session.carried.items():
+        if now.get(file) != before:
+            raise Circumstance(f"{file} was changed while the run worked; put back what it was")
 
 
 def reopen_written(session: Session, out: OutputFolder, streamed: Streamed) -> dict:

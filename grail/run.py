@@ -90,6 +90,8 @@ def compress(
     """
     if on_site is not None and not callable(on_site):
         raise GrailError(f"on_site must be a function that takes a site's entry; got {type(on_site).__name__}")
+    if progress is not None and not isinstance(progress, Progress):
+        raise GrailError(f"progress must be a grail.Progress; got {type(progress).__name__}")
     for name, value in {"model": model, **flags}.items():
         if not is_utf8(value):
             raise GrailError(not_utf8(name, value))

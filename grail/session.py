@@ -18,6 +18,7 @@ import grail_kernels
 
 from .calibration.mixture import absolute, parts_of
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
+from .checkpoint.carried import stamps
 from .checkpoint.journal import understood
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
@@ -66,6 +67,7 @@ class Session:
         self.out.check()
         self.located: Located = locate(self.recipe.model)
         self.out.check(self.located.folder, *self._local_texts())
+        self.carried = stamps(self.located.folder)
         self.phases: dict[str, float] = {}
         self.raised: dict[str, list[float]] = {}
         written_as = self.recipe.output_dtype and getattr(torch, self.recipe.output_dtype)

@@ -25,6 +25,12 @@ def without_code(config: dict) -> dict:
     return {key: value for key, value in config.items() if key not in CODE_FIELDS}
 
 
+def stamps(source: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of the files beside the weights, by which a change shows."""
+    found = ((file, file.stat()) for file in data_files(source))
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found}
+
+
 def data_files(source: Path) -> Iterator[Path]:
     """The files beside the weights that a result needs too."""
     kinds = (

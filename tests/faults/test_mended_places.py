@@ -21,7 +21,7 @@ from grail.errors import Circumstance, GrailError, verdict
 from grail.soup import soup
 from tests.faults.numeric_cases import no_reopening
 from tests.killed_runs import small_runs
-from tests.tiny import tiny_calibration, tiny_checkpoint
+from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("small_runs_on_one_thread")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -144,6 +144,27 @@ class TestInput:
         for name, tensor in load_file(place / "whole" / "model-00002-of-00004.safetensors").items():
             assert torch.equal(tensor, load_file(place / "out" / "model-00002-of-00004.safetensors")[name])
 
+    @pytest.mark.parametrize("how", ["cut", "gone", "folder"])
+    def test_a_tokenizer_that_is_changed_meanwhile_too(self, place, how):
+        tiny_tokenizer(place / "model")
+        file = place / "model" / "tokenizer.json"
+        sound = file.read_bytes()
+
+        def change() -> None:
+            time.sleep(0.01)
+            file.unlink()
+            if how == "cut":
+                file.write_bytes(sound[:100])
+            elif how == "folder":
+                file.mkdir()
+
+        with pytest.raises(Circumstance, match=r"tokenizer\.json was changed.*is kept in"):
+            compress(place, on_site=at_the_second_layer(change))
+        if how == "folder":
+            file.rmdir()
+        file.write_bytes(sound)
+        assert (Path(compress(place, resume=True).output) / "tokenizer.json").read_bytes() == sound
+
     def test_reading_one_that_is_shorter_than_it_was(self, place, monkeypatch):
         from grail.checkpoint import reader
 
@@ -159,6 +180,12 @@ class TestInput:
 def test_a_ridge_beyond_all_numbers_names_its_site(place, target):
     with pytest.raises(GrailError, match=r"^model\.layers\.0.*: --ridge times"):
         compress(place, ridge=1e308, target=target)
+
+
+@pytest.mark.parametrize("given", [3, "yes", True], ids=repr)
+def test_progress_is_one_of_ours(place, given):
+    with pytest.raises(GrailError, match=r"progress must be a grail\.Progress"):
+        compress(place, progress=given)
 
 
 class TestConvert:
