@@ -21,6 +21,8 @@ MOST = {"chunk_tokens": 2**20, "threads": 2**12}
 """More than any run begins with."""
 EVERYWHERE = ("output", "overwrite", "resume", "store", "memory", "strict")
 """Options that decide no result, and that all processes of a run have to share."""
+ELSEWHERE = ("device", "eval")
+"""Of each process its own: one GPU of a machine, a path; the kind of device and the text's hash are compared."""
 STORES = {"disk": DiskStore, "cached": CachedStore}
 
 
@@ -89,13 +91,16 @@ def check_same_everywhere(session: Session) -> None:
     than the main one: their statistics would be added up, or they would wait for each other for ever."""
     if session.group.size == 1:
         return
-    recipe = session.recipe
-    here = session.identity()
+    recipe, group = session.recipe, session.group
+    files = group.gather(session.model.source.stamps())  # hashing a large checkpoint takes minutes, on each machine
+    here = session.identity(weights=None if any(one != files[0] for one in files) else "the same files")
     here["recipe"] |= {name: getattr(recipe, name) for name in EVERYWHERE}
-    main, *others = session.group.gather(here)
+    for name in ELSEWHERE:
+        here["recipe"].pop(name)
+    main, *others = group.gather(here)
     for rank, other in enumerate(others, 1):
         for what, of_main, its_own in _differing(main, other):
             raise GrailError(
-                f"process {rank} of {session.group.size} was started with {what} {its_own}, and process 0 with {what} "
+                f"process {rank} of {group.size} was started with {what} {its_own}, and process 0 with {what} "
                 f"{of_main}; start all with the same command, model and text"
             )

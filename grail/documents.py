@@ -98,7 +98,7 @@ def _names(sentence: str, file: Path) -> bool:
 
 def is_text(value: object) -> bool:
     """Whether a value is text that a file can hold; half a character, which JSON can say, is none."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, str) and is_utf8(value)
 
 
 @contextmanager

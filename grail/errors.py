@@ -14,6 +14,7 @@ CIRCUMSTANCES = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG,
     errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN,
     errno.ETIMEDOUT, errno.ENOMEM, errno.EBUSY, errno.EXDEV,
+    errno.ENOTEMPTY, errno.EEXIST,
 }  # fmt: skip
 """Errors of the system that the user can mend: a full or broken disk, a folder that vanished."""
 FROM_RUST = re.compile(r"\(os error (\d+)\)")

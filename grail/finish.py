@@ -42,7 +42,7 @@ def _refuse_changed(session: Session) -> None:
     now = stamps(session.located.folder)
     for file, before in session.carried.items():
         if now.get(file) != before:
-            raise Circumstance(f"{file} was changed while the run worked; put back what it was")
+            raise Circumstance(f"{file} was changed or touched while the run worked; put back what it was")
 
 
 def reopen_written(session: Session, out: OutputFolder, streamed: Streamed) -> dict:

@@ -105,6 +105,7 @@ def fail(sentence: str, code: int) -> NoReturn:
     """One line, whatever stands in a file's name or a library's message."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(sentence.split()))
     sys.stderr.write(f"grail: {line}\n")
+    sys.stderr.flush()  # what is ended hard later has said it
     raise typer.Exit(code)
 
 

@@ -180,14 +180,15 @@ class Session:
         """Tokens that go through a layer at once."""
         return chunk_tokens(max(site.units.width for site in self.job.sites), self.model.dtype.itemsize)
 
-    def identity(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on with the work of the other."""
+    def identity(self, weights: str | None = None) -> dict[str, Any]:
+        """What two runs must have in common for one to go on with the work of the other. weights: what stands for their
+        hash, which is computed where nothing does."""
         return {
             "recipe": self.recipe.to_json(),
             "versions": versions(),
             "compute dtype": str(self.model.dtype).removeprefix("torch."),
             "compute device": self.model.device.type,
-            "model": self.source_entry()["sha256"],
+            "model": weights or self.source_entry()["sha256"],
             "calibration": self.windows and self.windows.sha256,
             "evaluation": self.evaluated and self.evaluated.sha256,
         }

@@ -48,9 +48,10 @@ def settle() -> None:
             setattr(sys, name, open(nowhere, mode, closefd=False))  # noqa: SIM115 - as long as the process lives
     for name, kind in (("stdout", _Stdout), ("stderr", _Stderr)):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
+        if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):  # Python's own
             told = io.BufferedWriter(kind(stream.fileno(), "w", closefd=False))
-            again = io.TextIOWrapper(told, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+            at_once = stream.line_buffering or stream.write_through  # the latter with PYTHONUNBUFFERED
+            again = io.TextIOWrapper(told, stream.encoding, "backslashreplace", line_buffering=at_once)
             setattr(sys, name, again)
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and (len(columns) > len(str(WIDEST)) or int(columns) > WIDEST):

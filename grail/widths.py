@@ -68,7 +68,7 @@ class WidthPlan:
         of Python's for what no run says."""
         sizes = {site.name: site.units.per_group for site in self.sites}
         kept = {name: operator.index(step["kept"][name]) for name in sizes}
-        raised = {name: [float(asked), float(taken)] for name, (asked, taken) in step["raised"].items()}
+        raised = {name: [float(asked), float(taken)] for name, (asked, taken) in step.get("raised", {}).items()}
         if not all(0 < kept[name] <= sizes[name] for name in sizes) or not raised.keys() <= sizes.keys():
             raise ValueError("widths of another network")
         return kept, raised

@@ -152,9 +152,16 @@ def test_a_death_ends_all_and_the_run_goes_on_with_any_number_of_processes(work,
 
 DIFFERENCES = {
     "no repair": ({"compensate": False}, "compensate False"),
-    "text": ({"calibration": "held"}, "calibration sha256"),
+    "text": ({"calibration": "held.safetensors"}, "calibration sha256"),
     "other layers": ({"model": "deeper"}, "model sha256"),
 }
+
+
+def told_apart(work: Path, output: str, **of_rank_1: object) -> list[tuple[int, str]]:
+    """How two processes ended of which one was started with something else; files are in `work`."""
+    given = {k: str(work / str(v)) if k in ("calibration", "eval") else v for k, v in of_rank_1.items()}
+    case = CASES["wanda-sp"] | {"output": output, "of rank 1": given}
+    return by_hand(2, "tests.torchrun_script", str(work), json.dumps([case]))
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
@@ -162,9 +169,14 @@ def test_processes_that_were_started_differently_are_told_apart(work, difference
     """Else their statistics would be added up, or they would wait for each other for ever."""
     tiny_checkpoint(work / "deeper", num_hidden_layers=4)
     changed, what = DIFFERENCES[difference]
-    changed = {k: str(work / "held.safetensors") if k == "calibration" else v for k, v in changed.items()}
-    case = CASES["wanda-sp"] | {"output": "told-apart", "of rank 1": changed}
-    ended = by_hand(2, "tests.torchrun_script", str(work), json.dumps([case]))
-    for code, said in ended:
+    for code, said in told_apart(work, "apart", **changed):
         assert code != 0 and "GrailError: process 1 of 2 was started with" in said and what in said, said[-3000:]
-    assert not (work / "told-apart").exists() and not (work / "told-apart.partial").exists()
+    assert not (work / "apart").exists() and not (work / "apart.partial").exists()
+
+
+def test_copies_of_the_same_files_and_a_device_of_its_own_are_no_difference(work):
+    """As on two machines."""
+    shutil.copytree(work / "source", work / "copied", copy_function=shutil.copyfile)  # with another time
+    shutil.copyfile(work / "held.safetensors", work / "held-copied.safetensors")
+    ended = told_apart(work, "together", model="copied", eval="held-copied.safetensors", device="cpu")
+    assert [code for code, _ in ended] == [0, 0], ended

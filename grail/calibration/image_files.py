@@ -41,16 +41,17 @@ NPZ = {
 
 
 class Folder:
-    """Image files by sorted relative name; `labels` and `classes` when each lies in a sub-folder. others: names of
-    classes that other parts of the data set have, which are numbered as well."""
+    """Image files by sorted relative name; `labels` and `classes` when each lies in a sub-folder. trained: the classes
+    of the part to train on, whose numbers these have; more are counted on, and where none is shared they are others."""
 
-    def __init__(self, path: Path, files: list[str], others: set[str] | None = None):
+    def __init__(self, path: Path, files: list[str], trained: set[str] | None = None):
         self.path, self.files = path, files
         self.labels: Tensor | None = None
         self.classes: list[str] | None = None
         if all("/" in file for file in files):
             tops = [file.partition("/")[0] for file in files]
-            self.classes = sorted({*tops, *(others or ())})
+            first = trained if trained and not trained.isdisjoint(tops) else set()
+            self.classes = sorted(first) + sorted({*tops} - first)
             number = {name: index for index, name in enumerate(self.classes)}
             self.labels = torch.tensor([number[top] for top in tops])
 
@@ -86,9 +87,9 @@ def open_folder(path: Path, split: str) -> tuple[Folder, bool]:
         raise GrailError(f"{path} holds only {held}, no {PARTS[split][0]}; name the sub-folder to use")
     prefix = f"{part}/"
     inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
-    # a class has one number, whichever of the parts lacks another
-    classes = {file.split("/")[1] for file in files if file.count("/") > 1}
-    return Folder(path / part, inside, classes), split == "test"
+    known = next((name for name in PARTS["calibration"] if name in tops), part)
+    trained = {file.split("/")[1] for file in files if file.startswith(f"{known}/") and file.count("/") > 1}
+    return Folder(path / part, inside, trained), split == "test"
 
 
 def _image_files(path: Path) -> list[str]:

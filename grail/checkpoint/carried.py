@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from .disk import stamp
+
 CARRIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json",
@@ -26,9 +28,8 @@ def without_code(config: dict) -> dict:
 
 
 def stamps(source: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of the files beside the weights, by which a change shows."""
-    found = ((file, file.stat()) for file in data_files(source))
-    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found}
+    """Size and time of the files beside the weights."""
+    return {file: stamp(file) for file in data_files(source)}
 
 
 def data_files(source: Path) -> Iterator[Path]:

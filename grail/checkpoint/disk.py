@@ -46,6 +46,12 @@ def link(source: Path, target: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def stamp(file: Path) -> tuple[int, int]:
+    """Size and time, by which a change shows."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def remove(folder: Path) -> None:
     """Remove a working folder, while another process of a run that failed may still put a last chunk there."""
     for _ in range(REMOVALS):

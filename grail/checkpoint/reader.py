@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..documents import check_regular, read_json
 from ..errors import Circumstance, GrailError, naming
+from .disk import stamp
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -60,7 +61,7 @@ class SafetensorsFolder:
         self._info: dict[str, TensorInfo] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
         for file, wanted in _shards(self.path):
-            held, self._stamps[file] = read_header(file), _stamp(file)
+            held, self._stamps[file] = read_header(file), stamp(file)
             for name in held if wanted is None else wanted:
                 if name not in held:
                     raise GrailError(f"{self.path / INDEX} says that {name} is in {file.name}, but it is not there")
@@ -115,10 +116,14 @@ class SafetensorsFolder:
     def _opened(self, file: Path) -> Iterator[IO[bytes]]:
         """For reading. Raises Circumstance where it is not what it was when its header was read."""
         with naming(file):
-            if _stamp(file) != self._stamps[file]:
-                raise Circumstance(f"{file} was changed while it was in use; put back what it was")
+            if stamp(file) != self._stamps[file]:
+                raise Circumstance(f"{file} was changed or touched while it was in use; put back what it was")
             with open(file, "rb", buffering=0) as opened:
                 yield opened
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of each file, as they were when it was opened."""
+        return sorted((file.name, *found) for file, found in self._stamps.items())
 
     def sha256(self) -> str:
         """Hash over the names, sizes and bytes of all shards."""
@@ -222,11 +227,6 @@ def _shards(path: Path) -> list[tuple[Path, list[str] | None]]:
         if not (path / shard).is_file():
             raise GrailError(f"{index} names the shard {shard}, which is missing from {path}; fetch it again")
     return [(path / shard, names) for shard, names in sorted(wanted.items())]
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _fill(file, target: Tensor, path: Path) -> None:

@@ -122,14 +122,24 @@ class OutputFolder:
             raise GrailError(self._occupied)
         if home != self.partial:
             os.replace(home, self.partial)
-        elif self._put_back() and not self.resume:
-            self.check()
+        else:
+            self._return_old()
         self._entered = True
         self.journal = Journal(self.partial / JOURNAL)
         goes_on = self.resume and self.journal.committed
         committed = {step.get("file") for step in self.journal.find(SHARD)} if goes_on else set()
         self._clear(but=committed | ({LOCK, JOURNAL, STORE, CANDIDATES} if goes_on else {LOCK}))
         return self
+
+    def _return_old(self) -> None:
+        """An output that was to be replaced has its place again, or stays where it is. Raises GrailError for the
+        latter, and where it may not be replaced."""
+        if self._put_back():
+            self._refuse_occupied()
+        elif (self.partial / REPLACED).exists():
+            raise GrailError(
+                f"{self.partial / REPLACED} was the output {self.path}, whose place is taken; move one of them away"
+            )
 
     @property
     def _occupied(self) -> str:
@@ -284,7 +294,7 @@ class OutputFolder:
         except GrailError as error:
             raise Circumstance(f"{error}; it came while the run worked") from error
         self.journal.append({"step": "finished"})
-        if self.path.exists():
+        if self.overwrite and self.path.exists():  # else an empty folder, over which a folder can be renamed
             os.replace(self.path, self.partial / REPLACED)
         self._take_place()
         for name in (REPLACED, STORE, CANDIDATES):
@@ -300,9 +310,9 @@ class OutputFolder:
         try:
             os.replace(self.partial, self.path)
         except OSError as error:
-            try:
+            with suppress(OSError):
                 self._put_back()
-            except OSError:
+            if (self.partial / REPLACED).exists():
                 raise Circumstance(
                     f"{sentence_of(error)}; what was in {self.path} lies in {self.partial / REPLACED} until the next "
                     f"command with that output puts it back"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GrailError, first_line
+from ..errors import GrailError, circumstance, first_line
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -18,6 +18,8 @@ def copied(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module, _without_graphs(module))
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+        if circumstance(error):
+            raise  # no memory is no fault of the network
         name, value = _culprit(module)
         raise GrailError(
             f"the network cannot be copied: {name}, a {type(value).__name__}, refuses it ({first_line(error)}); take "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 from ..documents import is_text
 from ..errors import GrailError
@@ -22,9 +23,9 @@ def text(site: object, argument: str, value: Any) -> str:
 
 def whole(site: object, argument: str, value: Any, least: int = 1) -> int:
     """A number of channels, heads or the like."""
-    if type(value) is not int or not least <= value <= MOST:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or not least <= operator.index(value) <= MOST:
         raise GrailError(f"{_called(site)}: {argument} must be a whole number, {least} or more; got {_shown(value)}")
-    return value
+    return operator.index(value)
 
 
 def names(site: object, argument: str, value: Any) -> tuple[str, ...]:

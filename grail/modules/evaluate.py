@@ -122,6 +122,9 @@ def evaluate_folders(
     source = data or _recorded(model) or "builtin"
     images = held_out(None, source, "--data")
     if images is None:
+        for option, value in (("--classes", classes), ("--templates", templates)):
+            if value is not None:
+                raise GrailError(f"{option} is for images: name some with --data")
         return _without_data(modules, preprocessing, where, speed, probe)
     names = read_lines(classes, "--classes") if classes else None
     judged = {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import GrailError
+from ..errors import GrailError, circumstance
 from ..families.network import ModuleSite, Network
 from ..progress import Progress
 from ..selectors import Selector
@@ -88,33 +88,32 @@ def _following(
 
 @dataclass
 class _Calls:
-    """How often a consumer is called in a forward; of its first call what it reads, what else it is given, and what it
-    makes. layer: itself, in float32."""
+    """How often a consumer is called in a forward; of its first call, in float32, whether it made W x + b, and read its
+    units linearly."""
 
-    layer: nn.Module
     number: int = 0
-    x: Tensor | None = None
-    rest: tuple[tuple, dict] = ((), {})
-    made: Any = None
+    is_product: bool = True
+    reads_linearly: bool = True
 
 
 @torch.no_grad()
 def _seen(network: Network, sites: Iterable[ModuleSite], example: Tensor) -> dict[str, _Calls]:
     """Of all consumers of the sites, by name."""
     network, example = in_float32(network, example)
-    found = {name: _Calls(network.layer(name)) for site in sites for name in site.consumers}
+    found = {name: _Calls() for site in sites for name in site.consumers}
 
     def note(name: str) -> Callable:
-        def hook(_: nn.Module, arguments: tuple, options: dict, output: Any) -> None:
+        def hook(layer: nn.Module, arguments: tuple, options: dict, output: Any) -> None:
             calls = found[name]
             calls.number += 1
-            if calls.number == 1:
-                calls.x, calls.rest = _first(arguments, options)
-                calls.made = output.clone() if isinstance(output, Tensor) else output
+            if calls.number == 1:  # judged here, so that nothing of a large network is kept
+                x, rest = _first(arguments, options)
+                calls.is_product = _is_product(layer, x, output)
+                calls.reads_linearly = _reads_linearly(layer, x, *rest)
 
         return hook
 
-    handles = [calls.layer.register_forward_hook(note(name), with_kwargs=True) for name, calls in found.items()]
+    handles = [network.layer(name).register_forward_hook(note(name), with_kwargs=True) for name in found]
     try:
         answer(network.run, example)
     finally:
@@ -125,9 +124,9 @@ def _seen(network: Network, sites: Iterable[ModuleSite], example: Tensor) -> dic
 
 def _first(arguments: tuple, options: dict) -> tuple[Tensor, tuple[tuple, dict]]:
     if arguments:
-        return arguments[0].clone(), (arguments[1:], options)
+        return arguments[0], (arguments[1:], options)
     name, *others = options
-    return options[name].clone(), ((), {key: options[key] for key in others})
+    return options[name], ((), {key: options[key] for key in others})
 
 
 def _check_reading(sites: Sequence[ModuleSite], seen: dict[str, _Calls], *, exact: bool) -> None:
@@ -141,7 +140,7 @@ def _check_reading(sites: Sequence[ModuleSite], seen: dict[str, _Calls], *, exac
                     f"{site.name}: {name} is called {calls.number} times in a forward, and only layers that are called "
                     f"once can be repaired; leave the site out of sites=, or take --no-compensate"
                 )
-            if calls.number and not _reads_linearly(calls):
+            if not calls.reads_linearly:
                 raise GrailError(
                     f"{site.name}: {name} changes what it reads before its weight is applied, so that the site cannot "
                     f"be repaired; leave it out of sites="
@@ -152,40 +151,40 @@ def _check_reading(sites: Sequence[ModuleSite], seen: dict[str, _Calls], *, exac
 
 def _check_product(site: ModuleSite, seen: dict[str, _Calls], so: str, way: str) -> None:
     for name in site.consumers:
-        if seen[name].number and not _is_product(seen[name]):
+        if not seen[name].is_product:
             raise GrailError(
                 f"{site.name}: the output of {name} is not its weight times its input, {so}; leave the site out of "
                 f"sites=, or {way}"
             )
 
 
-@torch.no_grad()
-def _is_product(calls: _Calls) -> bool:
-    """Whether the consumer makes W x + b, whatever forward or hooks of its own it has."""
-    layer = calls.layer
+def _is_product(layer: nn.Module, x: Tensor, made: Any) -> bool:
+    """Whether what the consumer made is W x + b, whatever forward or hooks of its own it has."""
     try:
         if isinstance(layer, nn.Linear):
-            expected = F.linear(calls.x, layer.weight, layer.bias)
+            expected = F.linear(x, layer.weight, layer.bias)
         else:
             plain = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
-            expected = plain._conv_forward(layer, calls.x, layer.weight, layer.bias)
-    except REFUSALS:
+            expected = plain._conv_forward(layer, x, layer.weight, layer.bias)
+    except REFUSALS as error:
+        if circumstance(error):
+            raise
         return False
-    return isinstance(calls.made, Tensor) and _near(calls.made, expected, TOLERANCE)
+    return isinstance(made, Tensor) and _near(made, expected, TOLERANCE)
 
 
-@torch.no_grad()
-def _reads_linearly(calls: _Calls) -> bool:
+def _reads_linearly(layer: nn.Module, x: Tensor, arguments: tuple, options: dict) -> bool:
     """Whether an input multiplied by a factor and its column of the weight divided by it leave the output as it is."""
-    layer, (arguments, options) = calls.layer, calls.rest
     old, axis = layer.weight, 1 - layer.weight.dim()
     factors_X = torch.tensor(FACTORS).repeat(old.shape[1] // len(FACTORS) + 1)[: old.shape[1]].to(old)
     along = [1] * (-axis - 1)
     try:
-        expected = layer.forward(calls.x.clone(), *arguments, **options)
+        expected = layer.forward(x.clone(), *arguments, **options)
         layer.weight = nn.Parameter(old / factors_X.view(1, -1, *along), requires_grad=False)
-        found = layer.forward(calls.x * factors_X.view(-1, *along), *arguments, **options)
-    except REFUSALS:
+        found = layer.forward(x * factors_X.view(-1, *along), *arguments, **options)
+    except REFUSALS as error:
+        if circumstance(error):
+            raise
         return False
     finally:
         layer.weight = old

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import GrailError
+from ..errors import GrailError, circumstance
 from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
 from .narrow import permute, prune, silence
 
@@ -66,7 +66,8 @@ def _read(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def check_numbers(module: nn.Module) -> None:
     """Raises GrailError naming the first tensor that holds NaN or infinity: an attention kernel may hide them."""
     for name, tensor in _read(module):
-        if not tensor.isfinite().all():
+        seen = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        if not seen.isfinite().all():
             raise GrailError(f"the network's tensor {name} holds NaN or infinity; give sound weights")
 
 
@@ -83,6 +84,8 @@ def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
     try:
         found = run(example.clone())
     except REFUSALS as error:
+        if circumstance(error):
+            raise
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GrailError(f"the network does not take calibration inputs {list(example.shape)}: {what}") from error
     tensors = [t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)]

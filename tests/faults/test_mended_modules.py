@@ -636,3 +636,27 @@ class TestConfigurations:
                 grail.load(small)
         finally:
             file.write_text(before)
+
+
+class TestAfterReview:
+    def test_no_memory_is_no_fault_of_an_attribute(self, monkeypatch):
+        def deepcopy(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        monkeypatch.setattr("grail.families.copies.copy.deepcopy", deepcopy)
+        with pytest.raises(torch.OutOfMemoryError):
+            compressed(net())
+
+    def test_eight_bit_floats_are_looked_at(self):
+        from grail.modules.verify import check_numbers
+
+        layer = torch.nn.Linear(4, 4)
+        layer.weight = torch.nn.Parameter(torch.randn(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+        check_numbers(layer)
+        layer.weight.data.view(torch.uint8)[0, 0] = 0x7F
+        with pytest.raises(GrailError, match="tensor weight holds NaN"):
+            check_numbers(layer)
+
+    def test_whole_numbers_of_numpy_are_whole_numbers(self):
+        site = grail.channels("a", "b", width=np.int64(4))
+        assert type(site.units.per_group) is int

@@ -62,6 +62,37 @@ class TestOutput:
         shutil.move(out, place / "moved")
         assert compress(place, resume=True).output == str(out)
 
+    def test_an_output_that_was_to_be_replaced_is_deleted_by_no_later_command(self, place):
+        """It lies in the working folder, and something else has taken its place."""
+        old = place / "out.partial" / "replaced"
+        old.mkdir(parents=True)
+        (place / "out.partial" / "lock").touch()
+        (old / "config.json").write_text("old")
+        compress(place, "other")
+        shutil.move(place / "other", place / "out")
+        for resume in (False, True):
+            with pytest.raises(GrailError, match=r"out\.partial/replaced was the output"):
+                compress(place, overwrite=True, resume=resume)
+            assert (old / "config.json").read_text() == "old"
+
+    @pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EROFS], ids=errno.errorcode.get)
+    def test_what_comes_between_the_two_renames_is_told(self, place, monkeypatch, code):
+        compress(place)
+        rename = os.replace
+
+        def refused(source, target):
+            if Path(target) == place / "out" and "partial" in Path(source).name:
+                (place / "out").mkdir()
+                (place / "out" / "precious").write_text("mine")
+                raise OSError(code, os.strerror(code), str(source))
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", refused)
+        with pytest.raises(Circumstance, match=r"what was in .* lies in .*out\.partial/replaced"):
+            compress(place, overwrite=True)
+        assert (place / "out" / "precious").read_text() == "mine"
+        assert (place / "out.partial" / "replaced" / "grail.json").exists()
+
     def test_an_empty_folder_that_comes_is_used(self, place):
         compress(place, on_site=at_the_second_layer((place / "out").mkdir))
         assert (place / "out" / "grail.json").exists()
@@ -137,7 +168,7 @@ class TestInput:
                 save_file({name: t + 1 for name, t in load_file(file).items()}, place / "new")
                 os.replace(place / "new", file)
 
-        with pytest.raises(Circumstance, match=r"was changed while it was in use.*is kept in"):
+        with pytest.raises(Circumstance, match=r"was changed or touched while it was in use.*is kept in"):
             compress(place, on_site=at_the_second_layer(change))
         os.replace(sound, file)
         compress(place, resume=True)
@@ -170,7 +201,7 @@ class TestInput:
 
         source = SafetensorsFolder(place / "model")
         os.truncate(place / "model" / SINGLE, 20_000)
-        monkeypatch.setattr(reader, "_stamp", lambda file: source._stamps[file])
+        monkeypatch.setattr(reader, "stamp", lambda file: source._stamps[file])
         with pytest.raises(Circumstance, match="ended early"):
             for name in source.names():
                 source.get(name)
