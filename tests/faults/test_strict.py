@@ -4,6 +4,7 @@ Gram matrix."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,13 +120,21 @@ def test_what_is_only_measured_is_told_and_refused_too(runs, tmp_path, monkeypat
         grail.compress(**flags, output=tmp_path / "strict", strict=True)
 
 
+def interrupted_once_measured(flags: dict, out: Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
+    """Of a run that has its widths and no layer."""
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped, pytest.raises(Interrupted):
+        stopped.setattr("grail.run.stream", stop)
+        grail.compress(**flags, output=out)
+    return Journal(out.with_name(out.name + ".partial") / JOURNAL)
+
+
 def test_what_an_earlier_run_raised_to_measure_is_refused_and_its_work_kept(runs, tmp_path, monkeypatch):
     flags = runs | {"allocation": "error"}
-    with monkeypatch.context() as stopped:
-        stopped.setattr("grail.run.stream", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(Interrupted):
-            grail.compress(**flags, output=tmp_path / "out")
-    journal = Journal(tmp_path / "out.partial" / JOURNAL)
+    journal = interrupted_once_measured(flags, tmp_path / "out", monkeypatch)
     with pytest.raises(grail.GrailError, match=r"^model\.layers\.0.*to measure.*--strict"):
         grail.compress(**flags, output=tmp_path / "out", resume=True, strict=True)
     assert Journal(journal.path).steps == journal.steps
@@ -139,11 +148,7 @@ def test_what_an_earlier_run_raised_to_measure_is_refused_and_its_work_kept(runs
 )
 def test_widths_that_no_run_says_are_refused(runs, tmp_path, monkeypatch, key, value):
     flags = runs | {"allocation": "error"}
-    with monkeypatch.context() as stopped:
-        stopped.setattr("grail.run.stream", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(Interrupted):
-            grail.compress(**flags, output=tmp_path / "out")
-    journal = Journal(tmp_path / "out.partial" / JOURNAL)
+    journal = interrupted_once_measured(flags, tmp_path / "out", monkeypatch)
     [*before, widths] = journal.steps
     journal.rewind(lambda step: step["step"] != "widths")
     of_each = dict.fromkeys(widths["kept"], value) if isinstance(value, int) else value
