@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from .request import Request
 
 
+JUDGED = ("method", "set")
+"""Options that are refused with what they can be, empty or not."""
+
+
+def refuse_empty(command: Callable, options: dict) -> None:
+    """Raises GrailError for a value without a character, as an unset variable of a shell leaves it: some would be taken
+    for the current folder, some for not given."""
+    for name, value in options.items():
+        if name not in JUDGED and (value == "" or (isinstance(value, list) and "" in value)):
+            called = _called(command, name)
+            optional = ", or leave it out" if called.startswith("--") else ""
+            raise GrailError(f"{called} is empty: give it a value{optional}")
+
+
 def refuse_other_bytes(command: Callable, options: dict) -> None:
     """Raises GrailError for a word of the command line that is no UTF-8, before any work."""
     for name, value in options.items():

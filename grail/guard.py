@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import signal
 import sys
@@ -14,13 +13,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from .arguments import refuse_other_bytes
+from .arguments import refuse_empty, refuse_other_bytes
 from .errors import INTERRUPTED, NOWHERE, GrailError, is_nowhere, sentence_of, verdict
 from .streams import StdoutRefused, nobody_reads, silence_stdout
 from .terminal import NORMAL, TerminalProgress, set_logging
 
-JUDGED = ("method", "set")
-"""Options that are refused with what they can be, empty or not."""
 ISSUES = "please report it with this output and the command"
 LOOKS_ONLY = "plan_command"
 """Which writes no output, though it has that option."""
@@ -53,7 +50,7 @@ def guarded(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            _refuse_empty(command, kwargs)
+            refuse_empty(command, kwargs)
             refuse_other_bytes(command, kwargs)
             command(*args, **kwargs)
             sys.stdout.flush()
@@ -73,18 +70,6 @@ def guarded(command: Callable) -> Callable:
                 fail(*known)
 
     return run
-
-
-def _refuse_empty(command: Callable, options: dict[str, Any]) -> None:
-    """Raises GrailError for a value without a character, as an unset variable of a shell leaves it: some would be taken
-    for the current folder, some for not given."""
-    for name, value in options.items():
-        if name not in JUDGED and (value == "" or (isinstance(value, list) and "" in value)):
-            parameter = inspect.signature(command, eval_str=True).parameters[name]
-            told = parameter.annotation.__metadata__[0]
-            is_option = isinstance(told, typer.models.OptionInfo)
-            called = f"--{name.replace('_', '-')}" if is_option else name.upper()
-            raise GrailError(f"{called} is empty: give it a value" + (", or leave it out" if is_option else ""))
 
 
 def _where_the_result_is(command: Callable, options: dict) -> str:

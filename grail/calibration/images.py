@@ -204,8 +204,7 @@ def _tensor(images: Tensor | np.ndarray, name: str) -> Tensor:
     if isinstance(images, np.ndarray):
         if images.dtype.kind not in "uifb":
             raise GrailError(f"{name}: images must be uint8 or float, not {images.dtype}; convert them")
-        native = np.float32 if images.dtype.kind == "f" else images.dtype.newbyteorder("=")
-        images = images.astype(native, order="C", copy=False)
+        images = images.astype(np.float32, copy=False) if images.dtype.kind == "f" else images
     return readable(images, name).cpu()
 
 

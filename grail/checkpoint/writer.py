@@ -65,10 +65,7 @@ class OutputFolder:
                 if Path(os.path.realpath(source)).is_relative_to(place):
                     raise GrailError(f"--output {self.path}: {place} holds the input {source}; choose another folder")
         self._refuse_occupied()
-        if self.partial.exists() and not self._is_ours():
-            raise GrailError(
-                f"{self.partial} is in the way and was not made by grail; move it or choose another output"
-            )
+        self._refuse_foreign()
         if Journal(self.partial / JOURNAL).committed and not (self.resume or self.overwrite):
             lock = locked(self.partial / LOCK)
             if lock is None:
@@ -102,6 +99,13 @@ class OutputFolder:
     def _cut_off_while_finishing(self) -> bool:
         """Whether all that was left to do in OUT was to take away the working files."""
         return self.resume and not self.partial.exists() and (self.path / JOURNAL).exists()
+
+    def _refuse_foreign(self) -> None:
+        """Raises GrailError where something else lies in the place of the working folder."""
+        if self.partial.exists() and not self._is_ours():
+            raise GrailError(
+                f"{self.partial} is in the way and was not made by grail; move it or choose another output"
+            )
 
     def _is_ours(self) -> bool:
         """A working folder of an earlier run (or nothing at all)."""

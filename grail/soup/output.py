@@ -32,10 +32,7 @@ class OutputFile(OutputFolder):
             raise GrailError(f"--output {self.path} is a folder; name a {SUFFIX} file")
         if self.path.exists() and not self.overwrite:
             raise GrailError(f"--output {self.path} exists; choose another, or add --overwrite")
-        if self.partial.exists() and not self._is_ours():
-            raise GrailError(
-                f"{self.partial} is in the way and was not made by grail; move it or choose another output"
-            )
+        self._refuse_foreign()
 
     @property
     def content(self) -> Path:

@@ -104,6 +104,7 @@ class TestReport:
     def test_another_page_in_the_folder_is(self, small):
         for _ in range(2):
             told("report", "small", "--output", small / "other.html", "--overwrite", code=0)
+            assert "<!DOCTYPE html>" in (small / "other.html").read_text()
 
 
 class TestClasses:

@@ -638,7 +638,7 @@ class TestConfigurations:
             file.write_text(before)
 
 
-class TestAfterReview:
+class TestNumbersAndMemory:
     def test_no_memory_is_no_fault_of_an_attribute(self, monkeypatch):
         def deepcopy(*args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
