@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..documents import check_regular
+from ..documents import check_regular, is_text
 from ..errors import GrailError
 from .given import readable
 
@@ -91,7 +91,7 @@ def _field(file: Path, number: int, line: str) -> str:
     found = entry if isinstance(entry, str) else None
     if isinstance(entry, dict):
         found = next((entry[name] for name in FIELDS if isinstance(entry.get(name), str)), None)
-    if found and any("\ud800" <= c <= "\udfff" for c in found):  # written as an escape
+    if found and not is_text(found):  # written as an escape
         raise GrailError(f"--calibration-text {file}, line {number}: half a character")
     if not found or not found.strip():
         raise GrailError(f'--calibration-text {file}, line {number}: no field "text" or "caption"')

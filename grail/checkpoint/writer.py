@@ -17,7 +17,7 @@ from typing import IO
 
 import torch
 
-from ..documents import check_writable
+from ..documents import check_writable, is_utf8, not_utf8
 from ..errors import Circumstance, GrailError, naming, sentence_of
 from ..replacing import NO_FILE, is_special
 from .carried import TOKENIZER_CONFIG, data_files, without_code
@@ -58,8 +58,8 @@ class OutputFolder:
 
     def check(self, *inputs: Path) -> None:
         """Refuse an occupied output before any work is done, and one that holds an input, which would be deleted."""
-        if str(self.path) != os.fsencode(self.path).decode(errors="replace"):
-            raise GrailError(f"--output {self.path}: its name is no UTF-8, which safetensors asks for")
+        if not is_utf8(self.path):  # which safetensors asks for
+            raise GrailError(not_utf8("--output", self.path))
         for source in inputs:
             for place in (self.path, self.partial):
                 if Path(os.path.realpath(source)).is_relative_to(place):
