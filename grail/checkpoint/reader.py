@@ -148,7 +148,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"fetch it again"
                 )
             text = handle.read(length).decode("utf-8")
-            header = json.loads(text)
+            header = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise GrailError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -165,6 +165,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     found = {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_covered(file, found, 8 + length, size)
     return found
+
+
+def _finite(number: str) -> float:
+    """A number that other readers of JSON take too."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is beyond all numbers")
+    return value
 
 
 def _check_covered(file: Path, found: dict[str, TensorInfo], base: int, size: int) -> None:

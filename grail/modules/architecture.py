@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration.preprocessing import Preprocessing, imported
 from ..calibration.processor import preprocessing_of
-from ..checkpoint.reader import SafetensorsFolder
+from ..checkpoint.reader import SafetensorsFolder, TensorInfo
 from ..documents import about, check_counts
 from ..errors import GrailError, first_line
 from ..hub import at_once
@@ -170,15 +170,20 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
         with _about_options(options):
             found.check_size(source)
     module = found.build()
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wanted = {name: _kind(tensor) for name, tensor in module.state_dict().items()}
     missing = [name for name in wanted if name not in shapes and not name.endswith("num_batches_tracked")]
-    other = [name for name in shapes if shapes[name] != wanted.get(name)]
+    other = [name for name in shapes if _kind(source.info(name)) != wanted.get(name)]
     for what, names in (("lacks", missing), ("holds another", other)):
         if names:
             few = f"{names[0]} ({len(names)} such tensors)"
             raise GrailError(f"{source.path} {what} {few}: these are not weights of {model}")
     module.load_state_dict({name: source.get(name) for name in shapes}, strict=False, assign=True)
     return module.eval(), found, {"id": model, "revision": None, "sha256": source.sha256()}
+
+
+def _kind(tensor: Tensor | TensorInfo) -> tuple[tuple[int, ...], bool]:
+    """(shape, whether of floating point) of a tensor, or of what a file says of one."""
+    return tuple(tensor.shape), tensor.dtype.is_floating_point
 
 
 def _named(model: str) -> Architecture:

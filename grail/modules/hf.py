@@ -259,6 +259,8 @@ def tokenizer_of(folder: Path, length: int) -> Tokenizer | None:
 
     try:
         with _quiet():
-            return Tokenizer(CLIPTokenizer.from_pretrained(folder, local_files_only=True), length)
+            found = Tokenizer(CLIPTokenizer.from_pretrained(folder, local_files_only=True), length)
+            found([""])  # one that cannot fill up a text says so only now
+            return found
     except Exception as error:  # tokenizers raises bare Exceptions
         raise GrailError(f"{folder} has no usable tokenizer ({first_line(error)})") from error

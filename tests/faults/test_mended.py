@@ -90,6 +90,12 @@ class TestSafetensors:
         with pytest.raises(GrailError, match="plain file name"):
             SafetensorsFolder(tmp_path)
 
+    @pytest.mark.parametrize("number", [b"Infinity", b"NaN", b"1e999"])
+    def test_numbers_that_other_readers_of_json_refuse(self, tmp_path, number):
+        header = json.dumps(entries(a=[0, 8], b=[8, 16])).encode()
+        with pytest.raises(GrailError, match="its header is not JSON"):
+            read_header(write(tmp_path / "x.safetensors", header.replace(b"{", b'{"also": %b, ' % number, 2)))
+
 
 class TestFilesThatAreNone:
     """A link in a folder can name a pipe that nobody writes to, or a device that never ends."""

@@ -11,9 +11,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 import grail
@@ -23,8 +24,10 @@ from grail.checkpoint.gguf import converted
 from grail.checkpoint.reader import SINGLE
 from grail.errors import GrailError
 from grail.modules.architecture import open_network
+from grail.modules.hf import tokenizer_of
 from grail.page.source_card import SourceCard, source_card
 from grail.serving.gguf import export_gguf
+from tests import tiny_hf
 from tests.test_gguf_export import VOCABULARY, byte_level, with_tokenizer
 from tests.tiny import tiny_checkpoint
 
@@ -119,6 +122,19 @@ class TestVision:
 
 
 class TestOpening:
+    def test_whole_numbers_are_no_weights(self, tmp_path):
+        tensors = timm.create_model("test_resnet", num_classes=4).state_dict()
+        save_file(tensors | {"bn1.weight": tensors["bn1.weight"].long()}, tmp_path / "w.safetensors")
+        with pytest.raises(GrailError, match=r"w\.safetensors holds another bn1\.weight"):
+            open_network("timm/test_resnet", str(tmp_path / "w.safetensors"), {})
+
+    def test_a_tokenizer_that_cannot_fill_up_a_text(self, tmp_path):
+        tiny_hf.tokenizer().save_pretrained(tmp_path)
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": None}))
+        with pytest.raises(GrailError, match=r"has no usable tokenizer .*pad"):
+            tokenizer_of(tmp_path, 8)
+
     def test_load_opens_safetensors_only_and_says_what_is_wrong(self, tmp_path):
         model = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1)
         tensors = load_file(model / SINGLE)
