@@ -73,7 +73,7 @@ def _rows(batch: Any, number: int) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Single images [C, H, W] stacked, batches one after another. Raises GrailError for rows without a first axis."""
-    if parts and all(t.dim() < 2 for t in parts):
+    if all(t.dim() == 1 for t in parts):
         shape = list(parts[0].shape)
         raise GrailError(f"calibration: a list of single inputs of {shape}; stack them along a first axis: torch.stack")
     try:
