@@ -63,6 +63,11 @@ def _rest(sites: list[Site], ratio: float, costs: dict[str, int], heads_removed:
     """The ratio of channels that meets a parameter budget after so many heads went, by site name."""
     total = sum(s.units.count * costs[s.name] for s in sites)
     channels = sum(s.units.count * costs[s.name] for s in sites if s.kind == "channels")
+    if not channels:
+        raise GrailError(
+            "--set remove_heads: the channels would make up the rest of the ratio, and no site has channels; leave it "
+            "out, with a structure that ends in AM or UM"
+        )
     found = (ratio * total - sum(count * costs[name] for name, count in heads_removed.items())) / channels
     if not 0 <= found < 1:
         raise GrailError(

@@ -59,7 +59,7 @@ class Flags(TypedDict, total=False):
     store: str
     memory: int | str | None
     profile: bool
-    set: dict[str, str]
+    set: dict[str, Any]
     called: str | None
     # networks in memory alone
     weights: str | PathLike[str] | None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,6 +50,14 @@ class Profile:
         self._watches = watch_memory
         self._open = threading.local()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found: a report that holds it can be pickled."""
+        return {"phases": self.phases, "peak": self.peak, "_watches": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__ |= state
 
     @contextmanager
     def phase(self, name: str, *, flops: float = 0.0, bytes: float = 0.0) -> Iterator[Phase]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from types import NoneType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from .errors import GrailError
+from .numbers import MOST, as_whole, is_number, plain
 
 FILE = "recipe.yaml"
 """What `grail run` takes; in every output."""
@@ -21,6 +22,8 @@ FEWEST_TRIALS = 2
 """Windows that only decide between candidates, at least."""
 TRIAL_SHARE = 5
 """And at most one of so many that there are of a text."""
+GIVEN = "given in Python"
+"""What a recipe says of data that have no name."""
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "ridge_form": ("anchored", "paper"),
@@ -35,8 +38,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called", "strict"}
 """Where the result goes, how it is computed and what is refused; the rest decides what it is."""
 MOST_BYTES = 2**60
-MOST = 2**31 - 1
-"""What a whole number may be at most: torch counts no further everywhere."""
 LONGEST = 60
 """Characters of a value in a sentence."""
 SWITCHES = ("compensate", "strict", "compare_pruned", "overwrite", "resume", "profile")
@@ -96,11 +97,13 @@ class Recipe:
     store: str = "auto"
     memory: Any = None
     profile: bool = False
-    set: dict[str, str] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
     called: str | None = None
     """What the model is called in reports, when it was given in Python and has no path of its own."""
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            setattr(self, f.name, plain(getattr(self, f.name)))
         self.device = str(self.device)
         for option in ("calibration", "eval"):
             value = getattr(self, option)
@@ -119,6 +122,7 @@ class Recipe:
                 )
         if not isinstance(self.set, dict):
             raise GrailError(f"--set must be a mapping, option: value; got {shown(self.set)}")
+        self.set = {name: plain(value) for name, value in self.set.items()}
         for option in ("bias", *SWITCHES):
             self._check_switch(option, may_be_none=option == "bias")
         for option in ("samples", "sweeps", "seq_len", "round_to", "head_multiple"):
@@ -126,8 +130,7 @@ class Recipe:
         self._settle_target()
         if self.seq_len is not None and self.seq_len < 2:
             raise GrailError("--seq-len must be at least 2: a window of one token predicts nothing")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MOST:
-            raise GrailError(f"--seed must be a whole number from 0 to {MOST}; got {shown(self.seed)}")
+        self.seed = self._whole("seed", least=0)
         self.memory = None if self.memory is None else _bytes(self.memory)
         for option, choices in CHOICES.items():
             if getattr(self, option) not in choices:
@@ -140,13 +143,17 @@ class Recipe:
             raise GrailError(f"{_flag(option)} must be True or False; got {shown(value)}")
 
     def _check_count(self, option: str, *, may_be_none: bool = False) -> None:
-        value = getattr(self, option)
-        if value is None and may_be_none:
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GrailError(f"{_flag(option)} must be a whole number, 1 or more; got {shown(value)}")
+        if not (may_be_none and getattr(self, option) is None):
+            setattr(self, option, self._whole(option))
+
+    def _whole(self, option: str, least: int = 1) -> int:
+        given = getattr(self, option)
+        value = as_whole(given)
+        if value is None or value < least:
+            raise GrailError(f"{_flag(option)} must be a whole number, {least} or more; got {shown(given)}")
         if value > MOST:
-            raise GrailError(f"{_flag(option)} must be a whole number from 1 to {MOST}; got {shown(value)}")
+            raise GrailError(f"{_flag(option)} must be a whole number from {least} to {MOST}; got {shown(given)}")
+        return value
 
     def _refuse_no_names(self) -> None:
         """Raises GrailError for text that is nothing or that no file's name can hold: an empty path would be taken for
@@ -226,21 +233,21 @@ class Recipe:
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LEFT_OUT}
         known["model"] = self.called or str(self.model)
         if not isinstance(self.calibration, str):
-            known["calibration"] = "given in Python"
+            known["calibration"] = GIVEN
         return known
+
+    def told(self) -> Self:
+        """A copy for a report, without data given in Python: a loader is the script's own, and may be used up."""
+        told, words = copy.copy(self), self.to_json()
+        for f in fields(self):
+            if words.get(f.name) == GIVEN:
+                setattr(told, f.name, GIVEN)
+        return told
 
 
 def alpha_name(alpha: str | float) -> str:
     """An α for people, or that each site has its own."""
     return "by site" if alpha == AUTO else f"{alpha:g}"
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is one that a float can be."""
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .families.base import OutputFormat
+from .families.base import WrittenFormat
 from .machine import peak_memory
 from .profile import Profile
 from .readable import Readable
@@ -28,8 +28,9 @@ PACKAGES = ("grail-compress", "torch", "transformers", "safetensors")
 class Report(Readable):
     """The result of one compression. `output` is the folder written; `model` the narrower module when a module was
     given. `parameters` and `bytes` are (before, after); `evaluation` holds perplexities by name; `candidates`
-    those of --alpha search (AlphaSearch.to_json); `raised` the λ that were raised to measure what sites can spare. At a
-    prompt it is a few lines (`summary`), in a notebook a table with plots."""
+    those of --alpha search (AlphaSearch.to_json); `raised` the λ that were raised to measure what sites can spare; data
+    given in Python are not in `recipe`. At a prompt it is a few lines (`summary`), in a notebook a table with plots. It
+    pickles, with what the model's own class brings along."""
 
     recipe: Recipe
     source: dict[str, Any]
@@ -39,7 +40,7 @@ class Report(Readable):
     bytes: tuple[int, int]
     widths: WidthPlan
     affine: bool
-    format: OutputFormat
+    format: WrittenFormat
     trained: list[Training] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     candidates: list[dict[str, Any]] | None = None

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, overload
 
@@ -106,7 +106,10 @@ def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleRe
         return _compress_in_memory(model, progress, **flags)
     if isinstance(model, (str, Path)) and is_network(str(model)):
         return _compress_named(str(model), progress, **flags)
-    loaded = hasattr(model, "save_pretrained")
+    loaded = hasattr(model, "save_pretrained") and not isinstance(model, type)
+    if not loaded and not isinstance(model, (str, os.PathLike)):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise GrailError(f"compress takes a module or a checkpoint's folder or name; got {given}")
     unknown = set(flags) - {f.name for f in fields(Recipe)} - ({"tokenizer"} if loaded else set())
     if unknown:
         raise GrailError(f"compress has no option {', '.join(sorted(unknown))}")
@@ -277,15 +280,16 @@ def _carry_out(plan: Plan, out: OutputFolder) -> Report | None:
     evaluation = evaluate(session, work, out)
     if not session.group.main:
         return None
+    recipe = session.recipe.told()
     report = Report(
-        recipe=session.recipe,
+        recipe=recipe,
         source=session.source_entry(),
         calibration=session.calibration_entry(),
         results=streamed.results,
         trained=streamed.trained,
-        widths=session.widths,
+        widths=replace(session.widths, recipe=recipe),
         affine=job.affine,
-        format=job.format,
+        format=job.format.told(),
         parameters=(session.parameters, out.total_parameters),
         bytes=(session.source_bytes, out.total_bytes),
         evaluation=evaluation,

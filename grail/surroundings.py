@@ -8,12 +8,18 @@ was, also when it fails.
 
 Threads are the caller's: how many cores a run may have is for the script to say. So are deterministic algorithms,
 which only make torch stricter.
+
+Most of these settings are the process's: of several threads one runs at a time, the others wait, and what else a script
+does meanwhile finds the settings of the run.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +34,11 @@ AUTOCAST = ("cpu", "cuda")
 HIGHEST, IEEE, UNSET = "highest", "ieee", "none"
 SEED = 0
 T = TypeVar("T")
+ONE_AT_A_TIME = threading.RLock()
+Variables = dict[str, str | None]
+"""Values by name; None: taken away."""
+_noting: dict[int, list[Variables]] = {}
+"""By thread, what its calls that are under way have changed."""
 
 
 @dataclass(frozen=True)
@@ -229,22 +240,51 @@ class _Lent:
 @contextmanager
 def undisturbed() -> Iterator[Caller]:
     """Torch's own settings within; afterwards those of the caller, its random numbers, warning filters, environment and
-    threads. Also a decorator."""
-    settings = Settings.now()
-    with settings.plain().entered(), warnings.catch_warnings():
-        caller = Caller(settings, RandomState.now(), dict(os.environ))
-        try:
-            _fix_random()
-            yield caller
-        finally:
-            caller.random.put()
-            _put_environment(caller.environment)
+    threads. One thread at a time; within one it nests. Also a decorator."""
+    with ONE_AT_A_TIME:
+        settings = Settings.now()
+        with settings.plain().entered(), warnings.catch_warnings(), _variables_noted() as changed:
+            caller = Caller(settings, RandomState.now(), dict(os.environ))
+            try:
+                _fix_random()
+                yield caller
+            finally:
+                caller.random.put()
+                _put_back(changed, caller.environment)
 
 
-def _put_environment(wanted: dict[str, str]) -> None:
-    """Libraries set variables when they are imported."""
-    for name in set(os.environ) - set(wanted):
-        del os.environ[name]
-    for name, value in wanted.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
+@contextmanager
+def _variables_noted() -> Iterator[Variables]:
+    """The variables that this thread sets or takes away within: those of others are not ours to put back."""
+    _listen()
+    changed: Variables = {}
+    of_thread = _noting.setdefault(threading.get_ident(), [])
+    of_thread.append(changed)
+    try:
+        yield changed
+    finally:
+        of_thread.pop()
+        if not of_thread:
+            del _noting[threading.get_ident()]
+
+
+@functools.cache
+def _listen() -> None:
+    """Nothing else in Python tells which thread it was; a hook stays for good, so that there is one."""
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("os.putenv", "os.unsetenv"):
+            value = os.fsdecode(arguments[1]) if event == "os.putenv" else None
+            for changed in _noting.get(threading.get_ident(), ()):
+                changed[os.fsdecode(arguments[0])] = value
+
+    sys.addaudithook(note)
+
+
+def _put_back(changed: Variables, wanted: dict[str, str]) -> None:
+    """Libraries set variables when they are imported. One that somebody else has set since then stays."""
+    for name, value in list(changed.items()):
+        if os.environ.get(name) == value and name in wanted:
+            os.environ[name] = wanted[name]
+        elif value is not None and os.environ.get(name) == value:
+            del os.environ[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +36,18 @@ class Site:
     units: Units
 
 
+@dataclass(frozen=True)
+class WrittenFormat:
+    """An output format as a report tells it, without the model and its files: see OutputFormat."""
+
+    name: str
+    loads: str
+    loads_with: str
+    class_changed: str | None
+    tensor_parallel: int
+    original_widths: dict[str, int]
+
+
 @dataclass(frozen=True, eq=False)
 class OutputFormat(ABC):
     """What will be written: config.json, other files by name, and the tensors that are no plain copies.
@@ -64,6 +76,10 @@ class OutputFormat(ABC):
     @abstractmethod
     def original_widths(self) -> dict[str, int]:
         """The widths that `padded` has or would have, under their names in config.json."""
+
+    def told(self) -> WrittenFormat:
+        """What a report says of it."""
+        return WrittenFormat(**{f.name: getattr(self, f.name) for f in fields(WrittenFormat)})
 
     @abstractmethod
     def layer_tensors(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from typing import Any
 
 from ..documents import is_text
 from ..errors import GrailError
+from ..numbers import MOST, as_whole
 
-MOST = 2**31 - 1
-"""What a number may be at most."""
 Pair = tuple[str, str]
 
 
@@ -23,9 +21,10 @@ def text(site: object, argument: str, value: Any) -> str:
 
 def whole(site: object, argument: str, value: Any, least: int = 1) -> int:
     """A number of channels, heads or the like."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or not least <= operator.index(value) <= MOST:
+    found = as_whole(value)
+    if found is None or not least <= found <= MOST:
         raise GrailError(f"{_called(site)}: {argument} must be a whole number, {least} or more; got {_shown(value)}")
-    return operator.index(value)
+    return found
 
 
 def names(site: object, argument: str, value: Any) -> tuple[str, ...]:

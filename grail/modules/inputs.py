@@ -72,7 +72,10 @@ def _rows(batch: Any, number: int) -> Tensor:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Single images [C, H, W] stacked, batches one after another."""
+    """Single images [C, H, W] stacked, batches one after another. Raises GrailError for rows without a first axis."""
+    if all(t.dim() == 1 for t in parts):
+        shape = list(parts[0].shape)
+        raise GrailError(f"calibration: a list of single inputs of {shape}; stack them along a first axis: torch.stack")
     try:
         return torch.stack(parts) if all(t.dim() == 3 for t in parts) else torch.cat(parts)
     except (RuntimeError, IndexError, TypeError) as error:

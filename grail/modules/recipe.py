@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import GrailError
-from ..recipe import AUTO, SEARCH, STREAM, Recipe, is_number, shown
+from ..numbers import is_number
+from ..recipe import AUTO, SEARCH, STREAM, Recipe, shown
 
 DENSE, OWN = "dense", "own"
 ELSEWHERE = (

@@ -216,7 +216,7 @@ def _compressed(
     seconds = time.perf_counter() - start
     examples = {tower.dense.call: tower.batches[0][:1] for tower in towers if tower.batches}
     return ModuleReport(
-        recipe=recipe,
+        recipe=recipe.told(),
         model=work,
         results=results,
         calibration=images[0].told if images else None,

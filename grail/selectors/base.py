@@ -13,6 +13,7 @@ from torch import Tensor
 from grail_kernels import PackedSymmetric
 
 from ..errors import GrailError
+from ..numbers import as_whole, plain
 from ..reduction import Reduction, Selection, Units
 from ..statistics import SiteStatistics
 
@@ -107,8 +108,9 @@ class Selector:
     bias: ClassVar[bool] = False
 
     @classmethod
-    def from_options(cls, options: dict[str, str]) -> Selector:
-        """Build from `--set key=value` pairs; raises GrailError naming an unknown key or a value of a wrong type."""
+    def from_options(cls, options: dict[str, Any]) -> Selector:
+        """Build from `--set key=value` pairs, values as text or as Python has them; raises GrailError naming an unknown
+        key or a value of a wrong type."""
         known = cls._options()
         values: dict[str, Any] = {}
         for key, text in options.items():
@@ -216,7 +218,13 @@ def keep_best(scores_H: Tensor, units: Units, kept: int) -> Selection:
     return Selection(chosen.flatten().cpu(), units.size, units.width)
 
 
-def _parse(text: str, kind: type) -> Any:
+def _parse(text: Any, kind: type) -> Any:
+    """A value as the option has it: from text, or given in Python. Raises ValueError for one of another type."""
+    if not isinstance(text, str):
+        found = text if kind in (bool, str) else as_whole(text) if kind is int else plain(text)
+        if type(found) is kind or (kind is float and type(found) is int):
+            return kind(found)
+        raise ValueError(text)
     if kind is bool:
         if text.lower() not in {"true", "false", "1", "0", "yes", "no"}:
             raise ValueError(text)

@@ -3,10 +3,11 @@
 Shapes: S sites, T rows (tokens) of one update, H width.
 
 Numerics: products and sums in float32 whatever the input dtype and the caller's autocast (float32 inputs on a GPU:
-three bf16 products). One accumulation chain is at most 8,192 rows (2,048 when precise), in the kernels 512 products
-(128): the matrix units do not round to nearest. Chains are summed into G, so the error does not grow with the rows
-(DESIGN section 5). Rows that the mask leaves out count as zeros, whatever they hold: 0 * NaN cannot leak. The torch
-path on CUDA obeys torch.backends.cuda.matmul.allow_tf32, which is off by default.
+three bf16 products). One accumulation chain is at most 8,192 rows (2,048 when precise), 64 below a width of 32, where
+a BLAS sums row after row; in the kernels 512 products (128): the matrix units do not round to nearest. Chains are
+summed into G, so the error does not grow with the rows (DESIGN section 5). Rows that the mask leaves out count as
+zeros, whatever they hold: 0 * NaN cannot leak. The torch path on CUDA obeys torch.backends.cuda.matmul.allow_tf32,
+which is off by default.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class GramAccumulator:
         return self._packed[0] if self.sites is None else self._packed
 
     @property
+    @isolated
     def sum(self) -> Tensor:
         """Column sums of x, float64 [H] ([S, H] with sites); a copy."""
         total = self._sum.clone()
@@ -152,6 +154,7 @@ class GramAccumulator:
         return total[0] if self.sites is None else total
 
     @property
+    @isolated
     def mean(self) -> Tensor:
         """Column means of x, float64 [H] ([S, H] with sites); 0 where no row was counted."""
         count = self._count.clamp_min(1).to(self.device)
@@ -199,6 +202,7 @@ class GramAccumulator:
         """The whole of G, float32 [H, H]."""
         return self._each(PackedSymmetric.to_dense)
 
+    @isolated
     def _each(self, get: Callable[[PackedSymmetric], Tensor]) -> Tensor:
         held = self.packed
         return get(held) if isinstance(held, PackedSymmetric) else torch.stack([get(packed) for packed in held])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .packed import PackedSymmetric
 
-NARROW, NARROW_CHAIN_ROWS = 32, 512
+NARROW, NARROW_CHAIN_ROWS, NARROW_NUMBERS = 32, 64, 1 << 20
 SQUARE_LEAF = 128
 SUM_ROWS = 512
 CACHED_ROWS = 512
@@ -124,8 +124,15 @@ def column_sums(x_TH: Tensor) -> Tensor:
 
 
 def add_product(out_HO: Tensor, x_TH: Tensor, y_TO: Tensor) -> None:
-    """out += XᵀY. A BLAS sums the rows of a very narrow product one after the other, so those are cut shorter."""
-    narrow = min(out_HO.shape) < NARROW
-    rows = NARROW_CHAIN_ROWS if narrow else max(len(x_TH), 1)
-    for x_part, y_part in zip(x_TH.split(rows), y_TO.split(rows), strict=True):
-        out_HO += x_part.mT @ y_part
+    """out += XᵀY. A BLAS sums the rows of a very narrow product one after the other: those are products of few rows, as
+    many as make NARROW_NUMBERS at once, which torch sums in pairs."""
+    if min(out_HO.shape) >= NARROW:
+        out_HO += x_TH.mT @ y_TO
+        return
+    at_once = max(NARROW_NUMBERS // out_HO.numel(), 1) * NARROW_CHAIN_ROWS
+    for x_part, y_part in zip(x_TH.split(at_once), y_TO.split(at_once), strict=True):
+        chains = len(x_part) // NARROW_CHAIN_ROWS
+        whole = chains * NARROW_CHAIN_ROWS
+        x_NCH, y_NCO = (part[:whole].unflatten(0, (chains, NARROW_CHAIN_ROWS)) for part in (x_part, y_part))
+        out_HO += torch.bmm(x_NCH.mT, y_NCO).sum(0)
+        out_HO += x_part[whole:].mT @ y_part[whole:]

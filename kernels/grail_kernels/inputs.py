@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 Device = torch.device | str | int | None
 """A device as callers name it."""
 P = ParamSpec("P")
@@ -41,13 +42,15 @@ def all_finite(tensor: Tensor) -> bool:
 
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """Run without autograd, autocast (which would multiply in bf16) and inference mode (whose tensors cannot be updated
-    outside it), whatever the caller has switched on."""
+    outside it), and with the CPU as the device of what names none, whatever the caller has switched on."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+            if torch.get_default_device() != CPU:  # a mode, which costs time in every call
+                stack.enter_context(CPU)
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))

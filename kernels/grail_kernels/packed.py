@@ -11,6 +11,7 @@ stays aligned. Source: DESIGN section 5 (packed lower tiles); layout by measurem
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,12 +41,20 @@ def packed_size(width: int, tile: int, *, padded: bool) -> int:
     return sum(min(s + tile, width) * (tile if padded else min(tile, width - s)) for s in starts)
 
 
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether two elements lie at one address: whether a step down, taken often enough, is one to the right."""
+    step = math.gcd(*matrix.stride()) or 1
+    meets = matrix.stride(1) // step < matrix.shape[0] and matrix.stride(0) // step < matrix.shape[1]
+    return meets and matrix.numel() > 1
+
+
 class PackedSymmetric:
     """Symmetric [H, H] matrix, float32 by default, stored as about H(H + b)/2 numbers.
 
     Every method works on the packed form; only `to_dense` unpacks the whole. `backend` overrides the dispatch ("torch",
     "triton"; the kernels need the padded layout and float32). Autocast and gradients of the caller do not apply. Raises
-    ValueError for shapes that do not fit, TypeError and IndexError for indices.
+    ValueError for shapes that do not fit, TypeError for numbers that are no floats, TypeError and IndexError for
+    indices. Pickles and deep copies keep the bits, the layout and the backend.
     """
 
     @isolated
@@ -71,6 +80,11 @@ class PackedSymmetric:
         sizes = [end * stride for (_, end), stride in zip(self.bounds, strides, strict=True)]
         if data is None:
             data = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+        if not data.is_floating_point():
+            raise TypeError(f"expected floating-point numbers, got {data.dtype}")
+        if data.shape != (sum(sizes),):
+            wanted = f"{sum(sizes)} of a width of {width} in tiles of {self.tile}"
+            raise ValueError(f"data {list(data.shape)} are not the numbers that there are, {wanted}")
         self.data, self.device = data, data.device
         self.panels = [
             chunk.view(end, stride)[:, : end - start]
@@ -119,11 +133,13 @@ class PackedSymmetric:
             square.copy_(square.triu() + square.triu(1).mT)
         return self
 
+    @isolated
     def diagonal(self) -> Tensor:
         """[H], a copy."""
         parts = [p[s:e].diagonal() for p, (s, e) in zip(self.panels, self.bounds, strict=True)]
         return torch.cat(parts)
 
+    @isolated
     def to_dense(self) -> Tensor:
         """[H, H], exactly symmetric."""
         dense = self.data.new_empty(self.width, self.width)
@@ -135,13 +151,15 @@ class PackedSymmetric:
     @isolated
     def gather(self, rows: Tensor, cols: Tensor, *, out: Tensor | None = None) -> Tensor:
         """G[rows][:, cols] as [R, C]; rows and cols are integer index vectors in any order. `out` [R, C], of any
-        floating dtype and strides, is written whole."""
+        floating dtype and strides, is written whole; ValueError where two of its elements are one number in memory."""
         rows, cols = self._index(rows), self._index(cols)
         if out is None:
             out = self.data.new_empty(len(rows), len(cols))
         if out.shape != (len(rows), len(cols)) or out.device != self.device or not out.is_floating_point():
             wanted = f"{[len(rows), len(cols)]} on {self.device}"
             raise ValueError(f"out {list(out.shape)} of {out.dtype} on {out.device} does not fit {wanted}")
+        if _overlaps(out):
+            raise ValueError(f"elements of out share memory (strides {list(out.stride())}): give a tensor of its own")
         if self._uses_kernels and out.stride(1) == 1 and out.dtype == torch.float32:
             if out.numel():
                 from .launch_packed import packed_gather
@@ -245,6 +263,13 @@ class PackedSymmetric:
             for rows, (row, _) in zip(panel.split(self.tile), self.bounds, strict=False):
                 energy += (1 if row == start else 2) * rows.double().square().sum()
         return (self.diagonal().double().sum().square() / energy).item() if energy > 0 else 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        layout = {"width": self.width, "tile": self.tile, "padded": self.padded, "backend": self.backend.name}
+        return layout | {"data": self.clone().data}  # of several sites the storage is one: a row of it alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        PackedSymmetric.__init__(self, **state)
 
     def _check(self, dense: Tensor, axis: int) -> None:
         """A dense operand is a floating-point matrix with `width` along `axis`, on this device."""

@@ -68,14 +68,17 @@ def ridge_solve(
     rule above, also for small problems. No argument is changed; `ridge_solve_` needs less memory.
     Every problem of a stack is solved, whatever becomes of its neighbours. Then, where no λ up to mean(diag A) worked
     for some: `on_error="raise"` raises RidgeError naming the first of them, "report" marks them (see RidgeSolution).
-    Raises ValueError on shapes that do not fit.
+    Raises ValueError on shapes and devices that do not fit, TypeError on dtypes.
     """
     if a.dim() not in (2, 3) or a.shape[-1] != a.shape[-2] or a.shape[:-1] != rhs.shape[:-1] or rhs.dim() != a.dim():
         raise ValueError(f"A {tuple(a.shape)} and right-hand side {tuple(rhs.shape)} do not fit")
     if anchor is not None and anchor.shape != rhs.shape:
         raise ValueError(f"anchor {tuple(anchor.shape)} and right-hand side {tuple(rhs.shape)} do not fit")
-    if not (a.is_floating_point() and rhs.is_floating_point()):
-        raise TypeError(f"expected floating-point matrices, got {a.dtype} and {rhs.dtype}")
+    given = [a, rhs] if anchor is None else [a, rhs, anchor]
+    if not all(matrix.is_floating_point() for matrix in given):
+        raise TypeError(f"expected floating-point matrices, got {' and '.join(str(t.dtype) for t in given)}")
+    if len({matrix.device for matrix in given}) > 1:
+        raise ValueError(f"the matrices are on different devices: {' and '.join(str(t.device) for t in given)}")
     lams = _checked_ridge(lam)
     if lams.dim() > 1 or (a.dim() == 3 and lams.dim() == 1 and len(lams) != len(a)):
         raise ValueError(f"λ {tuple(lams.shape)} does not fit A {tuple(a.shape)}")
