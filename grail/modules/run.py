@@ -36,7 +36,7 @@ from .folder import config_of, reopen, reopen_here, write
 from .given import check_module, check_preprocessing, check_storable
 from .names import is_hf_module
 from .proof import prove
-from .recipe import ModuleRecipe
+from .recipe import ModuleRecipe, by_errors_refused
 from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
@@ -195,6 +195,8 @@ def _compressed(
     if recipe.repair and not images:
         raise GrailError("--repair estimates statistics from images: give --calibration, or leave it out for text")
     plan = WidthPlan.of(every, recipe, selector, _Shapes(dense))
+    if plan.measures_errors:  # an allocation of the method's own
+        raise by_errors_refused()
     kept = plan.before_work()
     for site in streams:
         kept[site.name] = rounded(site, recipe, kept_per_group(site.units.count, recipe.residual_ratio))
