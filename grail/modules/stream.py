@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import GrailError
-from ..families.network import OUTPUT, ModuleSite, Network
+from ..families.network import INPUT, OUTPUT, ModuleSite, Network
 from .verify import answer, unlike
 
 
@@ -216,11 +216,7 @@ def chained(network: Network, example: Tensor) -> bool:
 @contextmanager
 def watched(layers: list[nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While forwards run, `see` is given the number of a layer and its input."""
-
-    def hook(number: int) -> Callable:
-        return lambda _, arguments: see(number, arguments[0])
-
-    handles = [layer.register_forward_pre_hook(hook(i)) for i, layer in enumerate(layers)]
+    handles = [seeing(layer, INPUT, partial(see, i)) for i, layer in enumerate(layers)]
     try:
         yield
     finally:
