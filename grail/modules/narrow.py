@@ -22,13 +22,23 @@ def consumer_matrix(layer: nn.Module) -> Tensor:
     return weight if weight.dim() == 2 else weight.movedim(1, -1).reshape(-1, weight.shape[1])
 
 
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of the channels of what a layer reads and makes, counted from the last: a batch need not come first."""
+    return 1 - layer.weight.dim()
+
+
+def batched(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """What a layer reads or makes, with the first axis that a single map lacks."""
+    return tensor[None] if not isinstance(layer, nn.Linear) and tensor.dim() == layer.weight.dim() - 1 else tensor
+
+
 def rows_of(layer: nn.Module, hidden: Tensor) -> Tensor:
     """The consumer's input as rows [..., H]: tokens, or the positions of a map that it reads at all."""
     if isinstance(layer, nn.Linear):
         return hidden
     if all(k == 1 for k in layer.kernel_size) and not any(_paddings(layer)):
         hidden = hidden[(..., *(slice(None, None, step) for step in layer.stride))]
-    return hidden.movedim(1, -1)
+    return hidden.movedim(channel_axis(layer), -1)
 
 
 def patches_of(layer: nn.Module, hidden: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ back."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -54,3 +55,111 @@ class TestAllocationByErrors:
     def test_is_refused_as_a_methods_own(self, monkeypatch):
         monkeypatch.setattr(selector_class("wanda"), "allocation", "error")
         refuse("--allocation error.*language models")
+
+
+class ByKeyword(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(input=torch.relu(self.fc1(input=x)))
+
+
+class ConvByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.Conv2d(12, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.norm(input=self.a(x))))
+
+
+class TestLayersCalledByKeyword:
+    @pytest.mark.parametrize("flags", [{}, {"bias": True}, {"target": "own"}, {"one_shot": True}], ids=str)
+    def test_a_consumer(self, flags):
+        """As where it is called by position, to the last bit."""
+        found, wanted = (compressed(net(kind), **flags).model(rows(3)) for kind in (ByKeyword, MLP))
+        assert torch.equal(found, wanted)
+
+    def test_a_batchnorm(self):
+        given = {"method": "fold", "sites": [grail.channels("a", "b", width=12, norms=["norm"])]}
+        assert compressed(net(ConvByKeyword), torch.randn(20, 3, 8, 8), **given).ratio == {"channels": 0.5}
+
+
+class Residual(nn.Module):
+    def __init__(self, scale: nn.Module | None = None):
+        super().__init__()
+        self.stem, self.up, self.down, self.head = (nn.Linear(*n) for n in ((16, 8), (8, 20), (20, 8), (8, 3)))
+        self.scale = scale or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.scale(self.down(torch.relu(self.up(x)))))
+
+
+def normed() -> nn.Module:
+    norm = nn.BatchNorm1d(8).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+class TestStreamsOfSingleRows:
+    """[batch, features]: no axis of tokens."""
+
+    SITE: ClassVar[dict] = {"width": 20, "stream": ("up", "input")}
+
+    def test_as_with_an_axis_of_tokens(self):
+        flags = {"target": "stream", "sites": [grail.channels("up", "down", **self.SITE)]}
+        single, tokens = (compressed(net(Residual), x, **flags) for x in (rows(), rows()[:, None]))
+        assert single.sites[0]["alpha"] == tokens.sites[0]["alpha"] is not None
+        assert single.sites[0]["error_after"] == pytest.approx(tokens.sites[0]["error_after"], rel=1e-5)
+
+    def test_scaled_by_a_batchnorm(self):
+        """Which takes rows, and tokens only where these are its channels."""
+        module = net(lambda: Residual(normed()))
+        site = grail.channels("up", "down", **self.SITE, scales=["scale"])
+        assert compressed(module, target="stream", sites=[site]).sites[0]["alpha"] is not None
+
+    def test_another_sum_is_still_refused(self):
+        refuse("is not added", net(Residual), target="stream",
+               sites=[grail.channels("up", "down", width=20, stream=("down", "input"))])  # fmt: skip
+
+
+class Unbatched(nn.Module):
+    """Its batch is a sequence, and a convolution reads that as one map [C, L]."""
+
+    def __init__(self, batched: bool = False):
+        super().__init__()
+        self.a, self.b, self.batched = nn.Conv1d(16, 12, 1), nn.Conv1d(12, 12, 1), batched
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.b(torch.relu(self.a(x.T[None] if self.batched else x.T)))
+        return hidden.squeeze(0).T
+
+
+class Picture(nn.Module):
+    """The same in two dimensions, with a residual stream and a bias to fit: one map [C, H, W]."""
+
+    def __init__(self, batched: bool):
+        super().__init__()
+        self.a, self.b, self.batched = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 1), batched
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 12, 2).transpose(0, 1)
+        x = x[None] if self.batched else x
+        return (x + self.b(torch.relu(self.a(x)))).reshape(12, -1).T
+
+
+class TestUnbatchedMaps:
+    @pytest.mark.parametrize("count", [12, 40])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_of_one_dimension(self, count, bias):
+        flags = {"sites": [grail.channels("a", "b", width=12)], "bias": bias}
+        found, wanted = (compressed(net(lambda b=b: Unbatched(b)), rows(count), **flags) for b in (False, True))
+        assert torch.equal(found.model.b.weight, wanted.model.b.weight)
+        assert found.sites == wanted.sites
+
+    @pytest.mark.parametrize("target", ["dense", "stream"])
+    def test_of_two(self, target):
+        sites = [grail.channels("a", "b", width=12, stream=("a", "input"))]
+        flags = {"sites": sites, "target": target, "bias": True}
+        found, wanted = (compressed(net(lambda b=b: Picture(b)), rows(40, 24), **flags) for b in (False, True))
+        assert torch.allclose(found.model.b.weight, wanted.model.b.weight, rtol=1e-5, atol=1e-7)
