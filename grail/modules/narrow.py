@@ -137,14 +137,14 @@ def _slice_rows(layer: nn.Module, producer: Producer, reduction: Selection) -> N
         if tensor is not None:
             parts = tensor.detach().chunk(producer.sections)
             rows = [reduction.narrow_producer(part, producer.rows_per_unit) for part in parts]
-            setattr(layer, name, _parameter(torch.cat(rows)))
+            setattr(layer, name, _parameter(torch.cat(rows), tensor))
 
 
 def _slice_norm(norm: nn.Module, reduction: Selection) -> None:
     for name in ("weight", "bias"):
         tensor = getattr(norm, name)
         if tensor is not None:
-            setattr(norm, name, _parameter(reduction.narrow_producer(tensor.detach(), 1)))
+            setattr(norm, name, _parameter(reduction.narrow_producer(tensor.detach(), 1), tensor))
     for name in ("running_mean", "running_var"):
         setattr(norm, name, reduction.narrow_producer(getattr(norm, name), 1))
     norm.num_features = len(norm.running_mean)
@@ -153,24 +153,23 @@ def _slice_norm(norm: nn.Module, reduction: Selection) -> None:
 def _average(layer: nn.Module, producer: Producer, norm: nn.Module | None, reduction: Folding) -> None:
     """Fused rows averaged over clusters. A BatchNorm is left as the identity but for the shift: its statistics are
     those of nothing yet (`settle_norm`)."""
-    rows, shift = _fused(layer, norm)
-    dtype = layer.weight.dtype
-    parts = [
-        torch.cat([reduction.narrow_producer(part, 1) for part in tensor.chunk(producer.sections)]).to(dtype)
-        for tensor in (rows, shift)
-    ]
-    layer.weight = _parameter(parts[0])
+    old_weight, old_bias = layer.weight, layer.bias
+    rows, shift = (
+        torch.cat([reduction.narrow_producer(part, 1) for part in tensor.chunk(producer.sections)])
+        for tensor in _fused(layer, norm)
+    )
+    layer.weight = _parameter(rows.to(old_weight.dtype), old_weight)
+    if old_bias is not None:
+        layer.bias = _parameter((shift if norm is None else torch.zeros_like(shift)).to(old_bias.dtype), old_bias)
     if norm is None:
-        layer.bias = None if layer.bias is None else _parameter(parts[1])
         return
-    if layer.bias is not None:
-        layer.bias = _parameter(torch.zeros_like(parts[1]))
+    shift = shift.to(norm.running_mean.dtype)  # a norm may be wider than what stands around it
+    weight, bias = (old_weight if part is None else part for part in (norm.weight, norm.bias))
     norm.num_features = reduction.kept_width
-    norm.weight = _parameter(torch.ones_like(parts[1]))
-    norm.bias = _parameter(parts[1])
+    norm.weight, norm.bias = _parameter(torch.ones_like(shift), weight), _parameter(shift, bias)
     norm.affine = True
-    norm.running_mean = torch.zeros_like(parts[1])
-    norm.running_var = torch.ones_like(parts[1]) - norm.eps
+    norm.running_mean = torch.zeros_like(shift)
+    norm.running_var = torch.ones_like(shift) - norm.eps
 
 
 def settle_norm(norm: nn.Module, mean_K: Tensor, variance_K: Tensor) -> None:
@@ -178,8 +177,8 @@ def settle_norm(norm: nn.Module, mean_K: Tensor, variance_K: Tensor) -> None:
     and β = m + shift. What REPAIR estimates anew has then something to be measured against."""
     shift = norm.bias.detach() + (0 - norm.running_mean) * norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
     norm.running_mean, norm.running_var = mean_K.to(shift), variance_K.to(shift)
-    norm.weight = _parameter((norm.running_var + norm.eps).sqrt())
-    norm.bias = _parameter(norm.running_mean + shift)
+    norm.weight = _parameter((norm.running_var + norm.eps).sqrt(), norm.weight)
+    norm.bias = _parameter(norm.running_mean + shift, norm.bias)
 
 
 def set_consumer(layer: nn.Module, weight_OK: Tensor) -> None:
@@ -188,14 +187,14 @@ def set_consumer(layer: nn.Module, weight_OK: Tensor) -> None:
     taps = old.shape[2:]
     weight = weight_OK if not taps else weight_OK.reshape(old.shape[0], *taps, -1).movedim(-1, 1)
     # a tensor of axes of length one counts as contiguous with any strides, and other strides take other kernels
-    layer.weight = _parameter(torch.empty(weight.shape, dtype=old.dtype, device=old.device).copy_(weight))
+    layer.weight = _parameter(torch.empty(weight.shape, dtype=old.dtype, device=old.device).copy_(weight), old)
     width = layer.weight.shape[1]
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", width)
 
 
 def set_bias(layer: nn.Module, bias: Tensor) -> None:
     """A bias [o] in place of the old one, if there is one."""
-    layer.bias = _parameter(bias.to(layer.weight.dtype))
+    layer.bias = _parameter(bias.to(layer.weight.dtype), layer.weight if layer.bias is None else layer.bias)
 
 
 def _set_outputs(layer: nn.Module) -> None:
@@ -244,5 +243,6 @@ class _Order:
         return rows[(self.order[:, None] * rows_per_unit + torch.arange(rows_per_unit)).flatten().to(rows.device)]
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _parameter(tensor: Tensor, old: Tensor) -> nn.Parameter:
+    """One in the place of another, trained where that was."""
+    return nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)

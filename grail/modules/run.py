@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..allocation import kept_per_group, rounded
 from ..calibration.images import ImageSet
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
-from ..errors import GrailError
+from ..errors import GrailError, first_line
 from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
+from ..families.buffers import put_back
 from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
 from ..machine import usable_device
@@ -177,6 +179,7 @@ def _write(
     report.output = str(out.finish())
 
 
+@torch.no_grad()
 def _compressed(
     module: nn.Module, recipe: ModuleRecipe, progress: Progress, tell: Callable[[dict], None], **inputs: Any
 ) -> ModuleReport:
@@ -214,9 +217,13 @@ def _compressed(
         kept |= plan.from_scores({name: scores for found in ranked for name, scores in found.items()})
     start = time.perf_counter()
     results = [result for job in passes for result in job.run(progress, tell)]
-    repaired = repair(work, images[0].everything(recipe.batch), images[0].dense.call) if recipe.repair else 0
+    narrowed = any(result.reduction is not None for result in results)
+    repaired = 0
+    if recipe.repair and narrowed:  # statistics of a network that is as it was given are its own
+        repaired = repair(work, images[0].everything(recipe.batch), images[0].dense.call)
+    put_back(work, module)
     seconds = time.perf_counter() - start
-    examples = {tower.dense.call: tower.batches[0][:1] for tower in towers if tower.batches}
+    examples = {tower.dense.call: tower.batches[0][:2].clone() for tower in towers if tower.batches}
     return ModuleReport(
         recipe=recipe,
         model=work,
@@ -225,7 +232,7 @@ def _compressed(
         calibration_text=next((tower.told for tower in towers if tower.dense.reads == TEXT), None),
         source={"id": recipe.called or type(module).__name__},
         parameters=(_parameters(module), _parameters(work)),
-        macs=(_macs(dense, examples), _macs(work, examples)) if examples else None,
+        macs=_counted((dense, work), examples, progress) if examples else None,
         allocation=plan.allocation,
         affine=passes[-1].affine,
         repaired_norms=repaired,
@@ -255,8 +262,17 @@ def _passes(tower: Tower, work: nn.Module, *asked: Any) -> list[ModulePass]:
     return [ModulePass(n, replace(n, module=work), tower.batches, *asked, tower.counted, *trial) for n in networks]
 
 
-def _macs(module: nn.Module, examples: dict[str, Tensor]) -> int:
-    return sum(macs(module, example, call) for call, example in examples.items())
+def _counted(
+    modules: tuple[nn.Module, nn.Module], examples: dict[str, Tensor], progress: Progress
+) -> tuple[int, int] | None:
+    """Multiply-accumulates of both. None, with a warning, where a forward cannot be counted: the work is done, and
+    torch's counter or a network that takes no single input must not cost it."""
+    try:
+        before, after = (sum(macs(module, x, call) for call, x in examples.items()) for module in modules)
+    except Exception as error:  # whatever a forward of the user's raises under the counter
+        progress.warn(f"multiply-accumulates are not counted: {first_line(error)}")
+        return None
+    return before, after
 
 
 class _Info(NamedTuple):

@@ -3,6 +3,7 @@ back."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import grail
+import grail.modules.run
 from grail.errors import GrailError
 from grail.selectors import selector_class
 
@@ -163,3 +165,109 @@ class TestUnbatchedMaps:
         flags = {"sites": sites, "target": target, "bias": True}
         found, wanted = (compressed(net(lambda b=b: Picture(b)), rows(40, 24), **flags) for b in (False, True))
         assert torch.allclose(found.model.b.weight, wanted.model.b.weight, rtol=1e-5, atol=1e-7)
+
+
+class Force(MLP):
+    """Its forces are gradients, which torch's counter does not follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(super().forward(x).square().sum(), x)[0]
+
+
+class Contrast(MLP):
+    """Normalised over the batch, so that no batch of one can be taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class Counting(MLP):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("peak", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        self.peak.copy_(torch.maximum(self.peak, found.max()))
+        self.last = found.detach().clone()
+        return found
+
+
+class TestWhatIsHandedBack:
+    @pytest.mark.parametrize("kind", [Force, Contrast])
+    def test_a_forward_that_cannot_be_counted_costs_no_work(self, kind, tmp_path, capsys):
+        report = compressed(net(kind), output=tmp_path / "out")
+        assert report.macs is None and report.ratio == {"channels": 0.5}
+        assert json.loads((tmp_path / "out" / "grail.json").read_text())["macs"] is None
+
+    def test_an_interruption_of_the_count_is_one(self, monkeypatch):
+        def interrupted(*_: object) -> int:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(grail.modules.run, "macs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compressed(net())
+
+    def test_nothing_is_estimated_anew_where_nothing_went(self):
+        module, x = net(ConvByKeyword), torch.randn(20, 3, 8, 8)
+        module.norm.running_mean.normal_()
+        sites = [grail.channels("a", "b", width=12, norms=["norm"])]
+        report = compressed(module, x, ratio=0.0, repair=True, sites=sites)
+        assert torch.equal(report.model(x), module(x)) and report.repaired_norms == 0
+
+    @pytest.mark.parametrize("ratio", [0.0, 0.5])
+    def test_buffers_that_forwards_write_are_as_given(self, ratio, tmp_path):
+        module = net(Counting)
+        report = compressed(module, ratio=ratio, output=tmp_path / "out")
+        for found in (module, report.model, grail.load(tmp_path / "out", module=module)):
+            assert found.peak == 0 and found.last is None
+
+    @pytest.mark.parametrize("flags", [{}, {"method": "fold"}, {"bias": True}], ids=str)
+    def test_parameters_are_trained_where_those_given_were(self, flags, tmp_path):
+        module = net()
+        module.fc2 = nn.Linear(12, 4, bias=False)
+        module.fc1.weight.requires_grad_(False)
+        report = compressed(module, output=tmp_path / "out", **flags)
+        for found in (report.model, grail.load(tmp_path / "out", module=module)):
+            assert [n for n, p in found.named_parameters() if not p.requires_grad] == ["fc1.weight"]
+            found(rows(3)).sum().backward()
+            assert found.fc2.weight.grad is not None and found.fc1.weight.grad is None
+
+    def test_calibration_keeps_no_graph(self):
+        seen = []
+
+        class Watched(MLP):
+            def forward(self, x: Tensor) -> Tensor:
+                found = super().forward(x)
+                seen.append(found.requires_grad)
+                return found
+
+        compressed(net(Watched))
+        assert seen and not any(seen)
+
+    def test_an_example_holds_no_more_than_itself(self):
+        example = compressed(net(), iter([rows(300)]), samples=300).examples[""]
+        assert example.untyped_storage().nbytes() == example.nbytes
+
+    @pytest.mark.parametrize("method", ["wanda", "fold"])
+    def test_a_norm_keeps_its_dtype(self, method):
+        """Wider than the convolution before it."""
+        module = net(ConvByKeyword).bfloat16()
+        module.norm.float()
+        given = {"method": method, "sites": [grail.channels("a", "b", width=12, norms=["norm"])]}
+        report = compressed(module, torch.randn(20, 3, 8, 8).bfloat16(), **given)
+        state = {name: tensor.dtype for name, tensor in report.model.state_dict().items()}
+        assert state == {name: tensor.dtype for name, tensor in module.state_dict().items()}
+
+    @pytest.mark.parametrize(("given", "said"), [(MLP, "the class MLP"), ("x", "a str"), (5, "a int")])
+    def test_a_folder_is_opened_with_a_network_only(self, given, said, tmp_path):
+        compressed(net(), output=tmp_path / "out")
+        with pytest.raises(GrailError, match=f"original widths; got {said}"):
+            grail.load(tmp_path / "out", module=given)
