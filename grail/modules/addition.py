@@ -19,7 +19,7 @@ from ..errors import GrailError
 from ..families.network import OUTPUT, ModuleSite, Network
 from . import narrow
 from .stream import seeing
-from .verify import REFUSALS, TOLERANCE, answer, in_float32
+from .verify import REFUSALS, TOLERANCE, answer, for_proofs
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -60,7 +60,7 @@ def verify_additions(network: Network, sites: Sequence[ModuleSite], example: Ten
     """Somewhere in a forward the stream of each site, as described, and a y + b must be added. Raises GrailError naming
     the first site for which that does not happen. example: one input batch; float32 arithmetic, whatever the
     network's."""
-    network, example = in_float32(network, example)
+    network, example = for_proofs(network, example)
     made = _made(network, sites, example)
     additions = [_Addition(network, site, made[site.consumer]) for site in sites if site.consumer in made]
     with ExitStack() as stack:

@@ -206,9 +206,10 @@ def _answer(folder: str, probe: str) -> dict[str, Any]:
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖ in float64, over 1 where all is zero."""
-    scale = torch.linalg.vector_norm(wanted.double()).item() or 1.0
-    return torch.linalg.vector_norm(found.double() - wanted.double()).item() / scale
+    """‖found − wanted‖ / ‖wanted‖ in float64, over 1 where all is zero; without where both are -∞, as masks make it."""
+    masked = found.isneginf() & wanted.isneginf()
+    found, wanted = (tensor.double().masked_fill(masked, 0) for tensor in (found, wanted))
+    return torch.linalg.vector_norm(found - wanted).item() / (torch.linalg.vector_norm(wanted).item() or 1.0)
 
 
 if __name__ == "__main__":

@@ -204,14 +204,38 @@ def _set_outputs(layer: nn.Module) -> None:
 def permute(network: Network, site: ModuleSite, order_U: Tensor) -> None:
     """Reorder a site's units everywhere: the network computes the same."""
     rearranged = _Order(order_U, site.units.size)
+    _rearrange(network, site, rearranged)
+    for consumer in map(network.layer, site.consumers):
+        set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
+
+
+def _rearrange(network: Network, site: ModuleSite, rearranged: _Order) -> None:
+    """All that stands before the consumers."""
     for producer, norm in _with_norms(network, site):
         _slice_rows(network.layer(producer.name), producer, rearranged)
         if norm is not None:
             _slice_norm(norm, rearranged)
     for norm in map(network.layer, site.reader_norms):
         _slice_norm(norm, rearranged)
+
+
+def duplicate(network: Network, site: ModuleSite, pair: Tensor) -> None:
+    """Make the second of two units a copy of the first, in all that stands before the consumers."""
+    order_U = torch.arange(site.units.count)
+    order_U[pair[1]] = pair[0]
+    _rearrange(network, site, _Order(order_U, site.units.size))
+
+
+def fold_copies(network: Network, site: ModuleSite, pair: Tensor) -> None:
+    """The same, and the two folded into one: the network computes the same. pair: ascending; units of one channel."""
+    duplicate(network, site, pair)
+    cluster_H = torch.arange(site.units.width)
+    cluster_H[pair[1]] = pair[0]
+    cluster_H[pair[1] + 1 :] -= 1
+    folding = Folding(cluster_H)
+    narrow_producers(network, site, folding)
     for consumer in map(network.layer, site.consumers):
-        set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
+        set_consumer(consumer, folding.lift_consumer(consumer_matrix(consumer)))
 
 
 def prune(network: Network, site: ModuleSite, kept_U: Tensor) -> None:

@@ -35,7 +35,7 @@ from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, check_reads, classifier, held_out
 from .folder import config_of, reopen, reopen_here, write
-from .given import check_module, check_preprocessing, check_storable
+from .given import check_module, check_preprocessing, check_storable, check_untied
 from .names import is_hf_module
 from .proof import prove
 from .recipe import ModuleRecipe, by_errors_refused
@@ -203,6 +203,8 @@ def _compressed(
     kept = plan.before_work()
     for site in streams:
         kept[site.name] = rounded(site, recipe, kept_per_group(site.units.count, recipe.residual_ratio))
+    for tower in towers:
+        check_untied(tower.dense, (site for site in tower.sites if kept[site.name] < site.units.count))
     recipe = prove(towers, kept, recipe, selector, progress, by_hand=inputs["sites"] is not None)
     for tower in towers:
         tower.part(recipe)
@@ -283,7 +285,7 @@ class _Shapes:
     """Weight shapes by name, as the allocation asks for them; taps of a convolution count as inputs."""
 
     def __init__(self, module: nn.Module):
-        self._tensors = dict(module.named_parameters())
+        self._tensors = dict(module.named_parameters(remove_duplicate=False))
 
     def info(self, name: str) -> Any:
         """rows, and numbers per row."""
