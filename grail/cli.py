@@ -121,7 +121,7 @@ def compress(
         _widths(
             "--allocation",
             autocompletion=completion.choice("allocation"),
-            help="How much goes where: uniform, global, log or error (the method's own).",
+            help="How much goes where: uniform, global, log or, of language models, error (the method's own).",
         ),
     ] = None,
     compensate: Annotated[

@@ -301,7 +301,7 @@ class TestDescriptions:
         (network,) = describe(built("cifar"))
         site, norm = network.sites[0], network.module.layer1[0].bn2
         x = torch.randn(2, 8, 3, 3)
-        scale, shift = (part[:, None, None] for part in scale_of(network, site))
+        scale, shift = (part[:, None, None] for part in scale_of(network, site, x))
         assert relative(scale * x + shift, norm(x)) < 1e-5
 
     @pytest.mark.parametrize(

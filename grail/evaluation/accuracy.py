@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GrailError
+from ..families.buffers import kept_buffers
 
 TOP = 5
 CLASSES_FOR_TOP = 10
@@ -20,12 +21,13 @@ CLASSES_FOR_TOP = 10
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every sub-module is in the mode in which it was found."""
+    """Evaluation mode without gradients; afterwards every sub-module is in the mode in which it was found, with the
+    buffers that it had."""
     modes = [(inner, inner.training) for module in modules for inner in module.modules()]
     try:
         for module in modules:
             module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), kept_buffers(*modules):
             yield
     finally:
         for inner, training in modes:

@@ -12,28 +12,36 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import GrailError
 from ..families.network import OUTPUT, ModuleSite, Network
+from . import narrow
 from .stream import seeing
-from .verify import REFUSALS, TOLERANCE, answer, in_float32
+from .verify import REFUSALS, TOLERANCE, answer, for_proofs
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 @torch.no_grad()
-def scale_of(network: Network, site: ModuleSite) -> tuple[Tensor, Tensor]:
-    """(a, b), float32 [O]: of what the consumer makes, y, the stream is given a y + b. Raises GrailError naming the
-    site where what stands between does not take its channels."""
-    weight = network.layer(site.consumer).weight
-    shape = _along(weight, len(weight))
+def scale_of(network: Network, site: ModuleSite, made: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b), float32 [O]: of what the consumer makes, y, the stream is given a y + b. made: such a y, which says how
+    many axes there are. Raises GrailError naming the site where what stands between does not take its channels."""
+    layer = network.layer(site.consumer)
     try:
-        at_0, at_1 = (_through(network, site, weight.new_full(shape, value)).float() for value in (0, 1))
+        ones = _along(layer, layer.weight.new_ones(len(layer.weight)), made)
+        at_0, at_1 = (_through(network, site, ones * value).flatten().float() for value in (0, 1))
     except REFUSALS as error:
         raise _no_scale(site) from error
     return at_1 - at_0, at_0
+
+
+def _along(layer: nn.Module, channels_O: Tensor, made: Tensor) -> Tensor:
+    """A number for each channel, with the axes of what the layer made."""
+    shape = [1] * made.dim()
+    shape[narrow.channel_axis(layer)] = len(layer.weight)
+    return channels_O.reshape(shape)
 
 
 def _no_scale(site: ModuleSite) -> GrailError:
@@ -44,12 +52,7 @@ def _no_scale(site: ModuleSite) -> GrailError:
 def _through(network: Network, site: ModuleSite, x: Tensor) -> Tensor:
     for name in site.scales:
         x = network.layer(name)(x)
-    return x.flatten()
-
-
-def _along(weight: Tensor, outputs: int) -> list[int]:
-    """A shape with the channels where a layer of this weight [O, ...] has them in its output."""
-    return [1, 1, outputs] if weight.dim() == 2 else [1, outputs, *[1] * (weight.dim() - 2)]
+    return x
 
 
 @torch.no_grad()
@@ -57,17 +60,18 @@ def verify_additions(network: Network, sites: Sequence[ModuleSite], example: Ten
     """Somewhere in a forward the stream of each site, as described, and a y + b must be added. Raises GrailError naming
     the first site for which that does not happen. example: one input batch; float32 arithmetic, whatever the
     network's."""
-    network, example = in_float32(network, example)
-    additions = [_Addition(network, site) for site in sites]
+    network, example = for_proofs(network, example)
+    made = _made(network, sites, example)
+    additions = [_Addition(network, site, made[site.consumer]) for site in sites if site.consumer in made]
     with ExitStack() as stack:
         for addition in additions:
             for hook in addition.hooks():
                 stack.callback(hook.remove)
         with _Watch(additions):
             answer(network.run, example)
-    for addition in additions:
-        if not addition.proven:
-            site = addition.site
+    proven = {addition.site.name for addition in additions if addition.proven}
+    for site in sites:
+        if site.name not in proven:
             scaled = f", scaled by {', '.join(site.scales)}," if site.scales else ""
             raise GrailError(
                 f"{site.name}: what {site.consumer} makes{scaled} is not added to the {site.stream[1]} of "
@@ -75,14 +79,25 @@ def verify_additions(network: Network, sites: Sequence[ModuleSite], example: Ten
             )
 
 
+def _made(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> dict[str, Tensor]:
+    """The tensors that the sites' consumers make, by name."""
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            see = partial(found.setdefault, site.consumer)
+            stack.callback(seeing(network.layer(site.consumer), OUTPUT, see).remove)
+        answer(network.run, example)
+    return {name: made for name, made in found.items() if isinstance(made, Tensor)}
+
+
 class _Addition:
     """One site's, while a forward runs."""
 
-    def __init__(self, network: Network, site: ModuleSite):
+    def __init__(self, network: Network, site: ModuleSite, made: Tensor):
         self.network, self.site, self.proven = network, site, False
-        weight = network.layer(site.consumer).weight
+        layer = network.layer(site.consumer)
         try:
-            self.scale, self.shift = (part.reshape(_along(weight, len(weight))) for part in scale_of(network, site))
+            self.scale, self.shift = (_along(layer, part, made) for part in scale_of(network, site, made))
         except RuntimeError as error:
             raise _no_scale(site) from error
         self.branch: Tensor | None = None

@@ -261,7 +261,7 @@ class ModulePass:
         for number, (target_BXH, z_BXK) in enumerate(zip(target.hidden(name), emitted.hidden(name), strict=True)):
             left = (old(target_BXH) - new(z_BXK)).double()
             left = left if self.counted is None else left[self.counted[number]]
-            rows_TO = (left if isinstance(new, nn.Linear) else left.movedim(1, -1)).flatten(0, -2)
+            rows_TO = left.movedim(narrow.channel_axis(new), -1).flatten(0, -2)
             total_O, count = total_O + rows_TO.sum(0), count + len(rows_TO)
         if count:
             added_O = total_O / count

@@ -26,6 +26,7 @@ from ..children import python
 from ..documents import about
 from ..errors import GrailError, naming
 from ..families.attention import replace_attention
+from ..families.buffers import kept_buffers
 from ..families.copies import copied
 from ..families.fields import whole
 from ..families.network import ModuleSite, Network, check
@@ -73,8 +74,13 @@ def write(out: OutputFolder, module: nn.Module, config: dict) -> int:
 
 
 def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
-    """The network in a folder, in evaluation mode. module: one of the original widths, for a class that no library
-    makes (it is not modified). Raises GrailError naming what is missing or does not fit."""
+    """The network in a folder, in evaluation mode, its parameters trainable where those of the module it is built from
+    are. module: one of the original widths, for a class that no library makes (it is not modified). Raises GrailError
+    naming what is missing or does not fit, and for anything else than such a module."""
+    if module is not None and not isinstance(module, nn.Module):
+        raise GrailError(
+            f"grail.load(path, module=...) takes a network of the original widths; got {_called(module)}, which is none"
+        )
     folder = Path(path)
     file = folder / "config.json"
     with about(file):
@@ -83,6 +89,11 @@ def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
             return _loaded(folder, config, source, module)
         except GrailError as error:
             raise type(error)(f"{error}{_written_with(folder)}") from error
+
+
+def _called(found: Any) -> str:
+    """What somebody gave in the place of a network."""
+    return f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
 
 
 def _written_with(folder: Path) -> str:
@@ -135,24 +146,26 @@ def _narrow(network: Network, site: ModuleSite, count: int) -> None:
 def _filled(module: nn.Module, source: SafetensorsFolder) -> nn.Module:
     tensors = {name: source.get(name) for name in source.names()}
     layers = dict(module.named_modules())
-    for name in tensors:
-        owner, _, leaf = name.rpartition(".")
-        if leaf in ("weight", "bias") and getattr(layers.get(owner), leaf, "") is None:
-            setattr(layers[owner], leaf, nn.Parameter(tensors[name], requires_grad=False))
     try:
+        for name in tensors:
+            owner, _, leaf = name.rpartition(".")
+            if leaf in ("weight", "bias") and getattr(layers.get(owner), leaf, "") is None:
+                trained = any(p.requires_grad for p in layers[owner].parameters(recurse=False))
+                setattr(layers[owner], leaf, nn.Parameter(tensors[name], requires_grad=trained))
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise GrailError(
             f"{source.path} does not fit its config.json: {str(error).splitlines()[-1].strip()}"
         ) from error
-    return module.eval().requires_grad_(False)
+    return module.eval()
 
 
 @torch.no_grad()
 def answers(module: nn.Module, examples: dict[str, Tensor]) -> Tensor:
     """What each method gives for its example, one after another by name, in float64."""
     runs = {call: getattr(module, call) if call else module for call in sorted(examples)}
-    return torch.cat([answer(run, examples[call]).cpu() for call, run in runs.items()])
+    with kept_buffers(module):
+        return torch.cat([answer(run, examples[call]).cpu() for call, run in runs.items()])
 
 
 def reopen_here(folder: Path, expected: nn.Module, examples: dict[str, Tensor], module: nn.Module) -> float:
@@ -193,9 +206,10 @@ def _answer(folder: str, probe: str) -> dict[str, Any]:
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖ in float64, over 1 where all is zero."""
-    scale = torch.linalg.vector_norm(wanted.double()).item() or 1.0
-    return torch.linalg.vector_norm(found.double() - wanted.double()).item() / scale
+    """‖found − wanted‖ / ‖wanted‖ in float64, over 1 where all is zero; without where both are -∞, as masks make it."""
+    masked = found.isneginf() & wanted.isneginf()
+    found, wanted = (tensor.double().masked_fill(masked, 0) for tensor in (found, wanted))
+    return torch.linalg.vector_norm(found - wanted).item() / (torch.linalg.vector_norm(wanted).item() or 1.0)
 
 
 if __name__ == "__main__":

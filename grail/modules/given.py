@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -9,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.pieces import DTYPE_NAMES
 from ..errors import GrailError
+from ..families.network import ModuleSite, Network
 
 
 def check_module(module: nn.Module) -> None:
@@ -23,6 +26,24 @@ def check_module(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.layout != torch.strided:
             raise GrailError(f"the network's tensor {name} is sparse; give it as tensor.to_dense()")
+
+
+def check_untied(network: Network, sites: Iterable[ModuleSite]) -> None:
+    """Raises GrailError naming the first of the sites one of whose layers shares a parameter with another layer: to
+    narrow one of them would cut that tie."""
+    owners: dict[int, list[str]] = {}
+    for name, layer in network.module.named_modules():
+        for parameter in layer._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    for site in sites:
+        for name in (*(p.name for p in site.producers), *site.norms, *site.reader_norms, *site.consumers):
+            for part, parameter in network.layer(name)._parameters.items():
+                others = [other for other in owners[id(parameter)] if other != name]
+                if parameter is not None and others:
+                    raise GrailError(
+                        f"{site.name}: {name} shares its {part} with {others[0]}, a tie that narrowing would cut; give "
+                        f"{name} a {part} of its own, or leave the site out"
+                    )
 
 
 def check_storable(module: nn.Module) -> None:

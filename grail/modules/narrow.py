@@ -22,13 +22,23 @@ def consumer_matrix(layer: nn.Module) -> Tensor:
     return weight if weight.dim() == 2 else weight.movedim(1, -1).reshape(-1, weight.shape[1])
 
 
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of the channels of what a layer reads and makes, counted from the last: a batch need not come first."""
+    return 1 - layer.weight.dim()
+
+
+def batched(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """What a layer reads or makes, with the first axis that a single map lacks."""
+    return tensor[None] if not isinstance(layer, nn.Linear) and tensor.dim() == layer.weight.dim() - 1 else tensor
+
+
 def rows_of(layer: nn.Module, hidden: Tensor) -> Tensor:
     """The consumer's input as rows [..., H]: tokens, or the positions of a map that it reads at all."""
     if isinstance(layer, nn.Linear):
         return hidden
     if all(k == 1 for k in layer.kernel_size) and not any(_paddings(layer)):
         hidden = hidden[(..., *(slice(None, None, step) for step in layer.stride))]
-    return hidden.movedim(1, -1)
+    return hidden.movedim(channel_axis(layer), -1)
 
 
 def patches_of(layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -127,14 +137,14 @@ def _slice_rows(layer: nn.Module, producer: Producer, reduction: Selection) -> N
         if tensor is not None:
             parts = tensor.detach().chunk(producer.sections)
             rows = [reduction.narrow_producer(part, producer.rows_per_unit) for part in parts]
-            setattr(layer, name, _parameter(torch.cat(rows)))
+            setattr(layer, name, _parameter(torch.cat(rows), tensor))
 
 
 def _slice_norm(norm: nn.Module, reduction: Selection) -> None:
     for name in ("weight", "bias"):
         tensor = getattr(norm, name)
         if tensor is not None:
-            setattr(norm, name, _parameter(reduction.narrow_producer(tensor.detach(), 1)))
+            setattr(norm, name, _parameter(reduction.narrow_producer(tensor.detach(), 1), tensor))
     for name in ("running_mean", "running_var"):
         setattr(norm, name, reduction.narrow_producer(getattr(norm, name), 1))
     norm.num_features = len(norm.running_mean)
@@ -143,24 +153,23 @@ def _slice_norm(norm: nn.Module, reduction: Selection) -> None:
 def _average(layer: nn.Module, producer: Producer, norm: nn.Module | None, reduction: Folding) -> None:
     """Fused rows averaged over clusters. A BatchNorm is left as the identity but for the shift: its statistics are
     those of nothing yet (`settle_norm`)."""
-    rows, shift = _fused(layer, norm)
-    dtype = layer.weight.dtype
-    parts = [
-        torch.cat([reduction.narrow_producer(part, 1) for part in tensor.chunk(producer.sections)]).to(dtype)
-        for tensor in (rows, shift)
-    ]
-    layer.weight = _parameter(parts[0])
+    old_weight, old_bias = layer.weight, layer.bias
+    rows, shift = (
+        torch.cat([reduction.narrow_producer(part, 1) for part in tensor.chunk(producer.sections)])
+        for tensor in _fused(layer, norm)
+    )
+    layer.weight = _parameter(rows.to(old_weight.dtype), old_weight)
+    if old_bias is not None:
+        layer.bias = _parameter((shift if norm is None else torch.zeros_like(shift)).to(old_bias.dtype), old_bias)
     if norm is None:
-        layer.bias = None if layer.bias is None else _parameter(parts[1])
         return
-    if layer.bias is not None:
-        layer.bias = _parameter(torch.zeros_like(parts[1]))
+    shift = shift.to(norm.running_mean.dtype)  # a norm may be wider than what stands around it
+    weight, bias = (old_weight if part is None else part for part in (norm.weight, norm.bias))
     norm.num_features = reduction.kept_width
-    norm.weight = _parameter(torch.ones_like(parts[1]))
-    norm.bias = _parameter(parts[1])
+    norm.weight, norm.bias = _parameter(torch.ones_like(shift), weight), _parameter(shift, bias)
     norm.affine = True
-    norm.running_mean = torch.zeros_like(parts[1])
-    norm.running_var = torch.ones_like(parts[1]) - norm.eps
+    norm.running_mean = torch.zeros_like(shift)
+    norm.running_var = torch.ones_like(shift) - norm.eps
 
 
 def settle_norm(norm: nn.Module, mean_K: Tensor, variance_K: Tensor) -> None:
@@ -168,8 +177,8 @@ def settle_norm(norm: nn.Module, mean_K: Tensor, variance_K: Tensor) -> None:
     and β = m + shift. What REPAIR estimates anew has then something to be measured against."""
     shift = norm.bias.detach() + (0 - norm.running_mean) * norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
     norm.running_mean, norm.running_var = mean_K.to(shift), variance_K.to(shift)
-    norm.weight = _parameter((norm.running_var + norm.eps).sqrt())
-    norm.bias = _parameter(norm.running_mean + shift)
+    norm.weight = _parameter((norm.running_var + norm.eps).sqrt(), norm.weight)
+    norm.bias = _parameter(norm.running_mean + shift, norm.bias)
 
 
 def set_consumer(layer: nn.Module, weight_OK: Tensor) -> None:
@@ -178,14 +187,14 @@ def set_consumer(layer: nn.Module, weight_OK: Tensor) -> None:
     taps = old.shape[2:]
     weight = weight_OK if not taps else weight_OK.reshape(old.shape[0], *taps, -1).movedim(-1, 1)
     # a tensor of axes of length one counts as contiguous with any strides, and other strides take other kernels
-    layer.weight = _parameter(torch.empty(weight.shape, dtype=old.dtype, device=old.device).copy_(weight))
+    layer.weight = _parameter(torch.empty(weight.shape, dtype=old.dtype, device=old.device).copy_(weight), old)
     width = layer.weight.shape[1]
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", width)
 
 
 def set_bias(layer: nn.Module, bias: Tensor) -> None:
     """A bias [o] in place of the old one, if there is one."""
-    layer.bias = _parameter(bias.to(layer.weight.dtype))
+    layer.bias = _parameter(bias.to(layer.weight.dtype), layer.weight if layer.bias is None else layer.bias)
 
 
 def _set_outputs(layer: nn.Module) -> None:
@@ -195,14 +204,38 @@ def _set_outputs(layer: nn.Module) -> None:
 def permute(network: Network, site: ModuleSite, order_U: Tensor) -> None:
     """Reorder a site's units everywhere: the network computes the same."""
     rearranged = _Order(order_U, site.units.size)
+    _rearrange(network, site, rearranged)
+    for consumer in map(network.layer, site.consumers):
+        set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
+
+
+def _rearrange(network: Network, site: ModuleSite, rearranged: _Order) -> None:
+    """All that stands before the consumers."""
     for producer, norm in _with_norms(network, site):
         _slice_rows(network.layer(producer.name), producer, rearranged)
         if norm is not None:
             _slice_norm(norm, rearranged)
     for norm in map(network.layer, site.reader_norms):
         _slice_norm(norm, rearranged)
+
+
+def duplicate(network: Network, site: ModuleSite, pair: Tensor) -> None:
+    """Make the second of two units a copy of the first, in all that stands before the consumers."""
+    order_U = torch.arange(site.units.count)
+    order_U[pair[1]] = pair[0]
+    _rearrange(network, site, _Order(order_U, site.units.size))
+
+
+def fold_copies(network: Network, site: ModuleSite, pair: Tensor) -> None:
+    """The same, and the two folded into one: the network computes the same. pair: ascending; units of one channel."""
+    duplicate(network, site, pair)
+    cluster_H = torch.arange(site.units.width)
+    cluster_H[pair[1]] = pair[0]
+    cluster_H[pair[1] + 1 :] -= 1
+    folding = Folding(cluster_H)
+    narrow_producers(network, site, folding)
     for consumer in map(network.layer, site.consumers):
-        set_consumer(consumer, consumer_matrix(consumer)[:, rearranged.channels])
+        set_consumer(consumer, folding.lift_consumer(consumer_matrix(consumer)))
 
 
 def prune(network: Network, site: ModuleSite, kept_U: Tensor) -> None:
@@ -234,5 +267,6 @@ class _Order:
         return rows[(self.order[:, None] * rows_per_unit + torch.arange(rows_per_unit)).flatten().to(rows.device)]
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _parameter(tensor: Tensor, old: Tensor) -> nn.Parameter:
+    """One in the place of another, trained where that was."""
+    return nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)

@@ -18,7 +18,7 @@ from ..selectors import Selector
 from .addition import verify_additions
 from .recipe import ModuleRecipe
 from .towers import Tower
-from .verify import REFUSALS, TOLERANCE, answer, in_float32, verify
+from .verify import REFUSALS, TOLERANCE, answer, for_proofs, verify
 
 FACTORS = 0.5, -0.5, 1.0, -1.0, 2.0, -2.0
 """Powers of two, so that a weight divided by them times an input multiplied by them is the same to the last bit."""
@@ -42,7 +42,7 @@ def prove(
     for tower in filter(lambda tower: tower.batches, towers):
         network, example = tower.dense, tower.batches[0][:2]
         changed = [site for site in tower.sites if kept[site.name] < site.units.count]
-        verify(network, changed, example)
+        verify(network, changed, example, [site for site in changed if _is_folded(site, selector)])
         seen = {}
         if recipe.compensate or affine or selector.updates_weights():
             seen = _seen(network, changed, example)
@@ -50,6 +50,11 @@ def prove(
         if recipe.streams:
             recipe = _following(network, changed, example, seen, recipe, progress, by_hand=by_hand)
     return recipe
+
+
+def _is_folded(site: ModuleSite, selector: Selector) -> bool:
+    """Others that a folding method meets are refused (compress.py)."""
+    return selector.folds(site.role) and site.units.size == 1 and not site.reader_norms
 
 
 def _following(
@@ -99,7 +104,7 @@ class _Calls:
 @torch.no_grad()
 def _seen(network: Network, sites: Iterable[ModuleSite], example: Tensor) -> dict[str, _Calls]:
     """Of all consumers of the sites, by name."""
-    network, example = in_float32(network, example)
+    network, example = for_proofs(network, example)
     found = {name: _Calls() for site in sites for name in site.consumers}
 
     def note(name: str) -> Callable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..allocation import ERROR
 from ..errors import GrailError
 from ..numbers import is_number
 from ..recipe import AUTO, SEARCH, STREAM, Recipe, shown
@@ -14,6 +15,14 @@ ELSEWHERE = (
     "gqa", "dtype", "output_dtype", "format", "head_multiple", "store", "memory", "resume", "seq_len", "sweeps",
     "profile",
 )  # fmt: skip
+
+
+def by_errors_refused() -> GrailError:
+    """What a network in memory's error costs is not known: its outputs need not be logits."""
+    return GrailError(
+        f"--allocation {ERROR} measures what errors do to a language model's logits, and is for language models; "
+        f"choose uniform, log or global"
+    )
 
 
 @dataclass
@@ -57,6 +66,8 @@ class ModuleRecipe(Recipe):
             )
         if self.alpha == SEARCH:
             raise GrailError("--alpha search judges by perplexity: it is for language models; give a number, or auto")
+        if self.allocation == ERROR:
+            raise by_errors_refused()
         plain = Recipe(model=None)
         for option in ELSEWHERE:
             if getattr(self, option) != getattr(plain, option):

@@ -18,9 +18,10 @@ from .recipe import ModuleRecipe
 @dataclass(repr=False)
 class ModuleReport(Readable):
     """`model` is the narrower module; `output` the folder it was written to, if any. parameters and macs (for one
-    input of each tower) are (before, after); repaired_norms: how many BatchNorms were estimated anew; examples: an
-    input by the method that takes it ("": forward); evaluation: accuracies by name. At a prompt it is a few lines
-    (`summary`), in a notebook a table with plots."""
+    input of each tower; None where they cannot be counted) are (before, after); repaired_norms: how many BatchNorms
+    were estimated anew; examples: two inputs (not one, of which there are no statistics) by the method that takes them
+    ("": forward); evaluation: accuracies by name. At a prompt it is a few lines (`summary`), in a notebook a table with
+    plots."""
 
     recipe: ModuleRecipe
     model: nn.Module

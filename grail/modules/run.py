@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..allocation import kept_per_group, rounded
 from ..calibration.images import ImageSet
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.writer import OutputFolder
-from ..errors import GrailError
+from ..errors import GrailError, first_line
 from ..evaluation.macs import macs
 from ..evaluation.zero_shot import is_clip
+from ..families.buffers import put_back
 from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
 from ..machine import usable_device
@@ -33,10 +35,10 @@ from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, check_reads, classifier, held_out
 from .folder import config_of, reopen, reopen_here, write
-from .given import check_module, check_preprocessing, check_storable
+from .given import check_module, check_preprocessing, check_storable, check_untied
 from .names import is_hf_module
 from .proof import prove
-from .recipe import ModuleRecipe
+from .recipe import ModuleRecipe, by_errors_refused
 from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
@@ -177,6 +179,7 @@ def _write(
     report.output = str(out.finish())
 
 
+@torch.no_grad()
 def _compressed(
     module: nn.Module, recipe: ModuleRecipe, progress: Progress, tell: Callable[[dict], None], **inputs: Any
 ) -> ModuleReport:
@@ -195,9 +198,13 @@ def _compressed(
     if recipe.repair and not images:
         raise GrailError("--repair estimates statistics from images: give --calibration, or leave it out for text")
     plan = WidthPlan.of(every, recipe, selector, _Shapes(dense))
+    if plan.measures_errors:  # an allocation of the method's own
+        raise by_errors_refused()
     kept = plan.before_work()
     for site in streams:
         kept[site.name] = rounded(site, recipe, kept_per_group(site.units.count, recipe.residual_ratio))
+    for tower in towers:
+        check_untied(tower.dense, (site for site in tower.sites if kept[site.name] < site.units.count))
     recipe = prove(towers, kept, recipe, selector, progress, by_hand=inputs["sites"] is not None)
     for tower in towers:
         tower.part(recipe)
@@ -212,9 +219,13 @@ def _compressed(
         kept |= plan.from_scores({name: scores for found in ranked for name, scores in found.items()})
     start = time.perf_counter()
     results = [result for job in passes for result in job.run(progress, tell)]
-    repaired = repair(work, images[0].everything(recipe.batch), images[0].dense.call) if recipe.repair else 0
+    narrowed = any(result.reduction is not None for result in results)
+    repaired = 0
+    if recipe.repair and narrowed:  # statistics of a network that is as it was given are its own
+        repaired = repair(work, images[0].everything(recipe.batch), images[0].dense.call)
+    put_back(work, module)
     seconds = time.perf_counter() - start
-    examples = {tower.dense.call: tower.batches[0][:1] for tower in towers if tower.batches}
+    examples = {tower.dense.call: tower.batches[0][:2].clone() for tower in towers if tower.batches}
     return ModuleReport(
         recipe=recipe.told(),
         model=work,
@@ -223,7 +234,7 @@ def _compressed(
         calibration_text=next((tower.told for tower in towers if tower.dense.reads == TEXT), None),
         source={"id": recipe.called or type(module).__name__},
         parameters=(_parameters(module), _parameters(work)),
-        macs=(_macs(dense, examples), _macs(work, examples)) if examples else None,
+        macs=_counted((dense, work), examples, progress) if examples else None,
         allocation=plan.allocation,
         affine=passes[-1].affine,
         repaired_norms=repaired,
@@ -253,8 +264,17 @@ def _passes(tower: Tower, work: nn.Module, *asked: Any) -> list[ModulePass]:
     return [ModulePass(n, replace(n, module=work), tower.batches, *asked, tower.counted, *trial) for n in networks]
 
 
-def _macs(module: nn.Module, examples: dict[str, Tensor]) -> int:
-    return sum(macs(module, example, call) for call, example in examples.items())
+def _counted(
+    modules: tuple[nn.Module, nn.Module], examples: dict[str, Tensor], progress: Progress
+) -> tuple[int, int] | None:
+    """Multiply-accumulates of both. None, with a warning, where a forward cannot be counted: the work is done, and
+    torch's counter or a network that takes no single input must not cost it."""
+    try:
+        before, after = (sum(macs(module, x, call) for call, x in examples.items()) for module in modules)
+    except Exception as error:  # whatever a forward of the user's raises under the counter
+        progress.warn(f"multiply-accumulates are not counted: {first_line(error)}")
+        return None
+    return before, after
 
 
 class _Info(NamedTuple):
@@ -265,7 +285,7 @@ class _Shapes:
     """Weight shapes by name, as the allocation asks for them; taps of a convolution count as inputs."""
 
     def __init__(self, module: nn.Module):
-        self._tensors = dict(module.named_parameters())
+        self._tensors = dict(module.named_parameters(remove_duplicate=False))
 
     def info(self, name: str) -> Any:
         """rows, and numbers per row."""

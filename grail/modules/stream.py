@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import GrailError
-from ..families.network import OUTPUT, ModuleSite, Network
+from ..families.network import INPUT, OUTPUT, ModuleSite, Network
 from .verify import answer, unlike
 
 
@@ -158,21 +158,33 @@ def _first(output: Any) -> Tensor:
     return output[0] if several and len(output) else output
 
 
+class _Transformed(Exception):
+    """Unwinds a forward that calls the named layer with what is no plain tensor."""
+
+
 @torch.no_grad()
 def in_order(network: Network, example: Tensor) -> None:
     """Let the network's sites, consumers and blocks stand in the order in which a forward comes to them."""
     order: dict[str, int] = {}
 
     def note(name: str) -> Callable:
-        def hook(_: nn.Module, arguments: tuple) -> None:
+        def hook(_: nn.Module, arguments: tuple, options: dict) -> None:
             order.setdefault(name, len(order))
+            tensors = (t for t in (*arguments, *options.values()) if isinstance(t, Tensor))
+            if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+                raise _Transformed(name)
 
         return hook
 
     names = {*network.blocks, *(name for site in (*network.residual, *network.sites) for name in site.consumers)}
-    handles = [network.layer(name).register_forward_pre_hook(note(name)) for name in names]
+    handles = [network.layer(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
     try:
         answer(network.run, example)
+    except _Transformed as called:
+        raise GrailError(
+            f"{called} is called inside torch.vmap or another transform of torch.func, where what it reads is hidden; "
+            f"let the network's forward call its layers on whole batches"
+        ) from None
     except GrailError as error:
         raise GrailError(f"{error}{unlike(network.module)}") from error
     finally:
@@ -216,11 +228,7 @@ def chained(network: Network, example: Tensor) -> bool:
 @contextmanager
 def watched(layers: list[nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While forwards run, `see` is given the number of a layer and its input."""
-
-    def hook(number: int) -> Callable:
-        return lambda _, arguments: see(number, arguments[0])
-
-    handles = [layer.register_forward_pre_hook(hook(i)) for i, layer in enumerate(layers)]
+    handles = [seeing(layer, INPUT, partial(see, i)) for i, layer in enumerate(layers)]
     try:
         yield
     finally:

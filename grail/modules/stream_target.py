@@ -40,13 +40,14 @@ PIECE = 2**26
 
 
 class Rows(NamedTuple):
-    """z [T, X], y_c and D [T, O], and how much a row counts in a choice [T]: 1 / mean((r + a y + b)²) of the larger
-    stream."""
+    """z [T, X], y_c and D [T, O], how much a row counts in a choice [T]: 1 / mean((r + a y + b)²) of the larger stream;
+    and a [O]."""
 
     z: Tensor
     own: Tensor
     difference: Tensor
     weight: Tensor
+    scale: Tensor
 
 
 @dataclass
@@ -65,28 +66,23 @@ class Beside:
         """The layer whose weight is sought."""
         return self.narrowed.network.layer(self.site.consumer)
 
-    @property
-    def scale(self) -> Tensor:
-        """a [O]."""
-        return scale_of(self.dense.network, self.site)[0]
-
     def rows(self) -> Iterator[Rows]:
         """Of all inputs that count, some at a time."""
         site, layer = self.site, self.consumer
-        scale_O, shift_O = scale_of(self.dense.network, site)
-        taking_part_O = scale_O.abs() > NO_SCALE * scale_O.abs().median()
-        inverse_O = torch.where(taking_part_O, 1 / scale_O, 0.0)
         each = zip(self.dense.added(site), self.own.added(site), self.narrowed.hidden(site.consumer), strict=True)
         for number, (dense, own, hidden) in enumerate(each):
+            scale_O, shift_O = scale_of(self.dense.network, site, dense[0])
+            taking_part_O = scale_O.abs() > NO_SCALE * scale_O.abs().median()
+            inverse_O = torch.where(taking_part_O, 1 / scale_O, 0.0)
+            hidden, *others = (narrow.batched(layer, tensor) for tensor in (hidden, *dense, *own))
             for some in _pieces(layer, hidden):
                 made_d, before_d, made_c, before_c = (
-                    self._counted(narrow.outputs_of(layer, tensor[some]).float(), number, some)
-                    for tensor in (*dense, *own)
+                    self._counted(narrow.outputs_of(layer, tensor[some]).float(), number, some) for tensor in others
                 )
                 z_TX = self._counted(narrow.patches_of(layer, hidden[some]), number, some)
                 difference_TO = (made_d - made_c) * taking_part_O + (before_d - before_c) * inverse_O
                 streams = (b + scale_O * made + shift_O for b, made in ((before_d, made_d), (before_c, made_c)))
-                yield Rows(z_TX, made_c, difference_TO, importance(*streams))
+                yield Rows(z_TX, made_c, difference_TO, importance(*streams), scale_O)
 
     def _counted(self, rows: Tensor, number: int, some: slice) -> Tensor:
         return rows.flatten(0, -2) if self.counted is None else rows[self.counted[number][some]]
@@ -101,11 +97,12 @@ def _pieces(layer: nn.Module, hidden: Tensor) -> list[slice]:
 
 class Moments:
     """Σ z zᵀ, Σ z Dᵀ and Σ z (y_c + D)ᵀ of calibration rows, about the means where a bias is fitted; bias_O: what the
-    consumer adds to every output (None: nothing)."""
+    consumer adds to every output (None: nothing); `scale`: a [O]."""
 
     def __init__(self, beside: Beside, bias_O: Tensor | None, *, affine: bool):
         self.bias = bias_O
         for rows in beside.rows():
+            self.scale = rows.scale
             if not hasattr(self, "difference"):
                 sizes = rows.z.shape[1], rows.own.shape[1]
                 self.difference = PairStatistics(*sizes, device=rows.z.device, affine=affine)
@@ -178,7 +175,7 @@ def repair(
     for ridge in RIDGES if recipe.ridge == AUTO else (recipe.ridge,):
         candidate = _candidate(layer, moments, own(ridge), ridge, beside.site.name, affine)
         if held is not None:
-            candidate.judge(held, beside.scale, bias_O)
+            candidate.judge(held, moments.scale, bias_O)
         alpha = candidate.errors.best_alpha if recipe.alpha == AUTO else float(recipe.alpha)
         value = 0.0 if held is None else candidate.errors.at(alpha)
         if best is None or value < best[0]:
@@ -188,11 +185,11 @@ def repair(
 
 def _held(trial: Beside, biased: bool) -> TrialMoments:
     """Moments of the inputs that decide, targets as they reach the stream."""
-    found, scale_O = None, trial.scale
+    found = None
     for rows in trial.rows():
         if found is None:
             found = TrialMoments(rows.z.shape[1], rows.own.shape[1], device=rows.z.device, biased=biased)
-        found.update(rows.z, scale_O * (rows.own + rows.difference), rows.weight)
+        found.update(rows.z, rows.scale * (rows.own + rows.difference), rows.weight)
     return found
 
 

@@ -143,7 +143,7 @@ def _absent(source: object) -> bool:
 def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: ModuleRecipe) -> list[Network]:
     """The networks of a copy of the module in evaluation mode. Raises GrailError where their sites do not fit it."""
     still = frozenset(kind for kind in (*KINDS, RESIDUAL) if recipe.ratio_of(kind) == 0)
-    own = copied(module).eval().requires_grad_(False)
+    own = copied(module).eval()
     found = describe(own, still) if sites is None else [_by_hand(own, list(sites))]
     if not any(network.sites or network.residual for network in found):
         raise GrailError("no sites are given: there is nothing to make narrower")

@@ -13,43 +13,86 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import GrailError, circumstance
 from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
-from .narrow import permute, prune, silence
+from .narrow import duplicate, fold_copies, permute, prune, silence
 
 TOLERANCE = 1e-3
+FAINT = 1e-3
+"""A parameter whose numbers are all below this may hide what stands before it from the output."""
+ORDER = "the order of its units changes the network's output, so something else reads or makes them"
+REMOVAL = "units that are removed are missed by something that mixes units or computes its weight"
+FOLDING = (
+    "units that are copies of each other cannot be folded into one, as norms must stand directly behind their "
+    "producers and in their order"
+)
 REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 """What torch raises where shapes do not fit."""
 
 
 @torch.no_grad()
-def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> None:
-    """A description is right only if the order of a site's units means nothing, and if to remove some is the same as
-    to let the consumer ignore them. Raises GrailError naming the first site of `sites` for which that is not so, or
-    where the network answers with NaN. example: one input batch; float32 arithmetic, whatever the network's."""
+def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor, folded: Sequence[ModuleSite] = ()) -> None:
+    """A description is right only if the order of a site's units means nothing, if to remove some is the same as to let
+    the consumer ignore them, and if units that are copies of each other can be folded into one (asked of those of the
+    sites that are `folded`). Each tensor of the output is judged by itself. Raises GrailError naming the first site for
+    which that is not so; or where the network answers with NaN or infinity, but for the -∞ of masks, or with nothing
+    but zeros. example: one input batch; arithmetic as `for_proofs` says."""
     network, example = in_float32(network, example)
-    if not answer(network.run, example).isfinite().all():
+    _check_answer(network, example)
+    network, example = for_proofs(network, example)
+    if sites and not any(tensor.any() for tensor in answers(network.run, example)):
+        raise GrailError(
+            f"the network answers calibration {network.reads} with zeros alone, that prove no description; give inputs "
+            f"that it tells apart"
+        )
+    _prove(_order_matters, ORDER, network, sites, example)
+    _prove(_removal_matters, REMOVAL, network, sites, example)
+    _prove(_folding_matters, FOLDING, network, folded, example)
+
+
+def _check_answer(network: Network, example: Tensor) -> None:
+    found = answer(network.run, example)
+    if bool(found.isnan().any() | found.isposinf().any()):
         option = "--calibration-text" if network.reads == TEXT else "--calibration"
         raise GrailError(
             f"the network answers calibration {network.reads} with NaN or infinity, though its weights hold none: "
             f"numbers of theirs or of {option} are too large"
         )
-    for wrong, why in (
-        (_order_matters, "the order of its units changes the network's output, so something else reads or makes them"),
-        (_removal_matters, "units that are removed are missed by something that mixes units or computes its weight"),
-    ):
-        if not wrong(network, sites, example):
-            continue
-        for site in sites:
-            if wrong(network, [site], example):
-                layers = f"{', '.join(p.name for p in site.producers)} and {', '.join(site.consumers)}"
-                way = (
-                    "leave out --residual-ratio" if site.kind == RESIDUAL else "describe the site anew or leave it out"
-                )
-                raise GrailError(f"{site.name}: {why}, beside {layers}; {way}")
-        raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
+
+
+def _prove(wrong: Wrong, why: str, network: Network, sites: Sequence[ModuleSite], example: Tensor) -> None:
+    """All sites at once, and one by one where that fails."""
+    if not sites or not wrong(network, sites, example):
+        return
+    for site in sites:
+        if wrong(network, [site], example):
+            layers = f"{', '.join(p.name for p in site.producers)} and {', '.join(site.consumers)}"
+            way = "leave out --residual-ratio" if site.kind == RESIDUAL else "describe the site anew or leave it out"
+            raise GrailError(f"{site.name}: {why}, beside {layers}; {way}")
+    raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
+
+
+def for_proofs(network: Network, example: Tensor) -> tuple[Network, Tensor]:
+    """The network and an input as all proofs take them: in float32, and with random numbers in the place of parameters
+    that are next to nothing (zero-initialised heads, gates, scales of branches; no biases), behind which no wrong
+    description could be seen. What is true of a description does not hang on the weights. A copy where that changes
+    anything."""
+    network, example = in_float32(network, example)
+    if next(_faint(network.module), None) is not None:
+        network = network.clone()
+        random = torch.Generator().manual_seed(0)
+        for parameter in _faint(network.module):
+            # positive ones, since a forward may take a root or a logarithm
+            parameter.copy_(0.05 + 0.1 * torch.rand(parameter.shape, generator=random))
+    return network, example
+
+
+def _faint(module: nn.Module) -> Iterator[nn.Parameter]:
+    for name, parameter in module.named_parameters():
+        if not name.endswith("bias") and parameter.numel() and parameter.abs().max() < FAINT:
+            yield parameter
 
 
 def in_float32(network: Network, example: Tensor) -> tuple[Network, Tensor]:
-    """The network and an input in the arithmetic of all proofs; a copy where it computes in another."""
+    """The network and an input in float32; a copy where it computes in another arithmetic."""
     if any(p.dtype != torch.float32 for p in network.module.parameters()):
         network = network.clone()
         network.module.float()
@@ -80,7 +123,12 @@ def unlike(module: nn.Module) -> str:
 
 
 def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
-    """All tensors of a network's output, flat in float64. Raises GrailError where it cannot run on the input."""
+    """All of `answers` in one."""
+    return torch.cat(answers(run, example))
+
+
+def answers(run: Callable[[Tensor], Any], example: Tensor) -> list[Tensor]:
+    """The tensors of a network's output, each flat in float64. Raises GrailError where it cannot run on the input."""
     try:
         found = run(example.clone())
     except REFUSALS as error:
@@ -94,7 +142,7 @@ def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
             f"the network's output holds no tensor that can be seen (it is a {type(found).__name__}); let its forward "
             f"return tensors, or a list, tuple or dict of them"
         )
-    return torch.cat(tensors)
+    return tensors
 
 
 def _order_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
@@ -110,6 +158,14 @@ def _removal_matters(network: Network, sites: Sequence[ModuleSite], example: Ten
     return _differs(example, *changed)
 
 
+def _folding_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
+    random = torch.Generator().manual_seed(0)
+    pairs = [torch.randperm(site.units.count, generator=random)[:2].sort().values for site in sites]
+    changed = (functools.partial(_changed, network, sites, pairs, change) for change in (duplicate, fold_copies))
+    return _differs(example, *changed)
+
+
+Wrong = Callable[[Network, Sequence[ModuleSite], Tensor], bool]
 Change = Callable[[Network, ModuleSite, Tensor], None]
 
 
@@ -126,17 +182,24 @@ def _changed(network: Network, sites: Sequence[ModuleSite], units: list[Tensor],
 
 def _differs(example: Tensor, *makes: Callable[[], Network | None]) -> bool:
     """Whether two networks, made one after the other to spare memory, answer differently."""
-    answers = []
+    found = []
     for make in makes:
         network = make()
         if network is None:
             return True
         try:
-            answers.append(answer(network.run, example))
+            found.append(answers(network.run, example))
         except GrailError:
             return True
         del network
-    expected, found = answers
+    return len(found[0]) != len(found[1]) or any(map(_are_different, *found))
+
+
+def _are_different(expected: Tensor, found: Tensor) -> bool:
     if found.shape != expected.shape:
         return True
+    masked = expected.isneginf()
+    if not torch.equal(masked, found.isneginf()):
+        return True
+    expected, found = expected[~masked], found[~masked]
     return not torch.linalg.vector_norm(found - expected) <= TOLERANCE * torch.linalg.vector_norm(expected)
