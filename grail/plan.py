@@ -58,6 +58,7 @@ class Plan:
             "allocation": session.widths.allocation,
             "layers": job.model.layer_count,
             "sites": _site_kinds(session),
+            "widths_settled": not session.widths.needs_scores,
             "parameters": {"before": session.parameters, "after": after},
             "bytes": {"before": session.source_bytes, "after": _bytes_after(session)},
             "calibration_tokens": self.costs.tokens,
