@@ -19,7 +19,7 @@ import grail_kernels
 
 from .calibration.mixture import absolute, parts_of
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
-from .checkpoint.carried import stamps
+from .checkpoint.carried import check_carried, stamps
 from .checkpoint.journal import understood
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
@@ -68,6 +68,7 @@ class Session:
         self.out.check()
         self.located: Located = locate(self.recipe.model)
         self.out.check(self.located.folder, *self._local_texts())
+        check_carried(self.located.folder)
         self.carried = stamps(self.located.folder)
         self.phases: dict[str, float] = {}
         self.raised: dict[str, list[float]] = {}

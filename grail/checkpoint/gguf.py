@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..bars import without_bars
+from ..bars import without_bars, without_warnings
 from ..errors import GrailError
 
 log = logging.getLogger(__name__)
@@ -69,13 +69,8 @@ def converted(file: Path) -> Path:
 def _convert(file: Path, work: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what its report of the loading tells is judged here
-    try:
-        with without_bars(transformers_logging):
-            _write_converted(file, work)
-    finally:
-        transformers_logging.set_verbosity(before)
+    with without_bars(transformers_logging), without_warnings():
+        _write_converted(file, work)
 
 
 def _write_converted(file: Path, work: Path) -> None:

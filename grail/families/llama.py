@@ -67,8 +67,8 @@ class LlamaFamily(Decoder):
 
     @property
     def class_name(self) -> str:
-        """The source's own class, as a plain one."""
-        return (self.plain_raw.get("architectures") or ["AutoModelForCausalLM"])[0]
+        """The source's own class, as a plain one with a language model's head, whatever config.json names."""
+        return CLASSES[self.base_type]
 
     @cached_property
     def tokenizer_files(self) -> dict[str, str]:
