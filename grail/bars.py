@@ -1,4 +1,4 @@
-"""Progress bars of other libraries, which are switched for the whole process."""
+"""Progress bars and reports of other libraries, which are switched for the whole process."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def without_bars(library: Any) -> Iterator[None]:
             library.enable_progress_bar()
         if hub_on == are_progress_bars_disabled():
             (enable_progress_bars if hub_on else disable_progress_bars)()
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Without transformers' warnings and reports of what was loaded, where that is judged here; then as before."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

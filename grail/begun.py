@@ -16,7 +16,7 @@ from .session import Session
 from .store import CachedStore, DiskStore, MemoryStore
 from .workspace import Workspace
 
-HASHED = ("model", "calibration", "evaluation")
+HASHED = ("model", "config.json", "calibration", "evaluation")
 MOST = {"chunk_tokens": 2**20, "threads": 2**12}
 """More than any run begins with."""
 EVERYWHERE = ("output", "overwrite", "resume", "store", "memory", "strict")
@@ -87,8 +87,8 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str
 
 
 def check_same_everywhere(session: Session) -> None:
-    """Raises GrailError, on every process of a run, where one was started with other options, text, weights or versions
-    than the main one: their statistics would be added up, or they would wait for each other for ever."""
+    """Raises GrailError, on every process of a run, where one was started with other options, text, weights, settings
+    or versions than the main one: their statistics would be added up, or they would wait for each other for ever."""
     if session.group.size == 1:
         return
     recipe, group = session.recipe, session.group

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint import reopen
+from .checkpoint.carried import check_carried
 from .checkpoint.locate import locate
 from .checkpoint.pieces import Piece
 from .checkpoint.reader import read_json
@@ -52,6 +53,7 @@ def convert(path: str | Path, output: str | Path, *, to: str, overwrite: bool = 
     out.check()
     folder = locate(str(path)).folder
     out.check(folder)
+    check_carried(folder)
     model: LlamaFamily = open_family(folder)
     record = read_json(folder / "grail.json") if (folder / "grail.json").exists() else {}
     current = "grail" if model.in_grail_format else record.get("format")

@@ -114,9 +114,10 @@ def _open(folder: Path, precision: dict[str, Any]) -> Decoder | WholeModel:
 def _perplexity(network: Decoder | WholeModel, windows: Windows, label: str, progress: Progress) -> float:
     if isinstance(network, WholeModel):
         progress.say(f"{label}: not of a family that is opened layer by layer; it is loaded whole")
-        return network.perplexity(windows.ids)
+        return network.perplexity(windows.ids, windows.weights)
+    track = progress.layers(f"evaluating {label}")
     with _workspace(network, windows) as work:
-        return perplexity(network, windows.ids, work, track=progress.layers(f"evaluating {label}"))
+        return perplexity(network, windows.ids, work, weights_NL=windows.weights, track=track)
 
 
 def _whole_models(

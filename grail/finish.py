@@ -98,8 +98,8 @@ def _perplexity_of(session: Session, work: Workspace, out: OutputFolder, name: s
 def _perplexity(session: Session, work: Workspace, label: str, folder: Path) -> float:
     session.group.barrier()  # what the main process wrote is there for all
     with session.phase(label):
-        ids = session.evaluated.ids
-        return perplexity(session.open(folder), ids, work, track=session.progress.layers(label))
+        windows, track = session.evaluated, session.progress.layers(label)
+        return perplexity(session.open(folder), windows.ids, work, weights_NL=windows.weights, track=track)
 
 
 def _pruned_perplexity(session: Session, work: Workspace, out: OutputFolder) -> float:

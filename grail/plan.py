@@ -58,6 +58,7 @@ class Plan:
             "allocation": session.widths.allocation,
             "layers": job.model.layer_count,
             "sites": _site_kinds(session),
+            "widths_settled": not session.widths.needs_scores,
             "parameters": {"before": session.parameters, "after": after},
             "bytes": {"before": session.source_bytes, "after": _bytes_after(session)},
             "calibration_tokens": self.costs.tokens,
@@ -201,7 +202,8 @@ def _parameters_after(session: Session) -> int:
     for site in filter(job.changes, job.sites):
         if job.format is None or job.format.name != "padded":
             gone = (site.units.per_group - job.kept[site.name]) * site.units.groups
-            found -= gone * session.widths.costs[site.name]
+            biases = sum(p.rows_per_unit for p in site.producers if p.name in job.biased_producers(site))
+            found -= gone * (session.widths.costs[site.name] + biases)
         if job.affine and f"{site.consumer}.bias" not in job.model.source:
             found += job.model.source.info(f"{site.consumer}.weight").shape[0]
     return found

@@ -20,6 +20,7 @@ from .documents import is_utf8, not_utf8
 from .errors import Circumstance, GrailError, Interrupted, Lost, circumstance
 from .finish import evaluate, reopen_written, write_rest
 from .flags import Flags, Savable
+from .loaded import save, told_as
 from .modules.architecture import Architecture
 from .modules.folder import load as load_module
 from .modules.hf import as_tokenizer
@@ -123,12 +124,9 @@ def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleRe
         source, output, tokenizer = Path(work) / "source", flags.pop("output", None), flags.pop("tokenizer", None)
         flags["called"] = type(model).__name__
         Recipe(model=str(source), **flags)
-        model.save_pretrained(source)
-        if tokenizer is not None:
-            if not hasattr(tokenizer, "save_pretrained"):
-                raise GrailError(f"tokenizer must be one of transformers; got {type(tokenizer).__name__}")
-            tokenizer.save_pretrained(source)
-        report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
+        save(model, tokenizer, source)
+        with told_as(type(model).__name__, source):
+            report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
         assert report is not None and report.output is not None, "there is one process, and it is the main one"
         report.model = load(report.output).to(next(model.parameters()).device)
         report.output = output and report.output

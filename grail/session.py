@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import grail_kernels
 
 from .calibration.mixture import absolute, parts_of
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
-from .checkpoint.carried import stamps
+from .checkpoint.carried import check_carried, stamps
 from .checkpoint.journal import understood
 from .checkpoint.locate import Located, locate
 from .checkpoint.writer import OutputFolder
@@ -67,6 +68,7 @@ class Session:
         self.out.check()
         self.located: Located = locate(self.recipe.model)
         self.out.check(self.located.folder, *self._local_texts())
+        check_carried(self.located.folder)
         self.carried = stamps(self.located.folder)
         self.phases: dict[str, float] = {}
         self.raised: dict[str, list[float]] = {}
@@ -189,6 +191,7 @@ class Session:
             "compute dtype": str(self.model.dtype).removeprefix("torch."),
             "compute device": self.model.device.type,
             "model": weights or self.source_entry()["sha256"],
+            "config.json": hashlib.sha256((self.located.folder / "config.json").read_bytes()).hexdigest(),
             "calibration": self.windows and self.windows.sha256,
             "evaluation": self.evaluated and self.evaluated.sha256,
         }
@@ -196,6 +199,8 @@ class Session:
     def notes(self) -> list[str]:
         """What a user should know before work begins, beside the headline."""
         said = []
+        if left_out := self.model.left_out:
+            said.append(f"{left_out[0]} ({len(left_out)} such tensors) is left out: config.json does not ask for it")
         if self.widths.needs_scores:
             said.append("two passes over the model: one to score the dense network, one to compress it")
         if self.searches:

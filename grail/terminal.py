@@ -132,14 +132,15 @@ def show_plan(found: dict, console: Console) -> None:
         else f"{kind} keep their width"
         for kind, entry in found["sites"].items()
     )
+    stand_in = "" if found["widths_settled"] else " (before the network is scored)"
     chosen = f" and {found['trial_tokens']:,} to choose by" if found["trial_tokens"] else ""
     lines = {
         "model": f"{found['model']}, {found['layers']} layers",
         "method": f"{found['method']}, allocation {found['allocation']}, passes over the text: {found['passes']}",
         "target": found["target"] or "none: no repair",
-        "widths": kinds + (" (before the network is scored)" if found["allocation"] == "global" else ""),
-        "parameters": before_after(found["parameters"]["before"], found["parameters"]["after"], 1e6, "M"),
-        "size on disk": before_after(found["bytes"]["before"], found["bytes"]["after"], 1e6, "MB"),
+        "widths": kinds + stand_in,
+        "parameters": before_after(found["parameters"]["before"], found["parameters"]["after"], 1e6, "M") + stand_in,
+        "size on disk": before_after(found["bytes"]["before"], found["bytes"]["after"], 1e6, "MB") + stand_in,
         "text": f"{found['calibration_tokens']:,} calibration tokens{chosen}, {found['chunk_tokens']:,} at a time; "
         f"{found['evaluation_tokens']:,} for evaluation",
         "activations": f"in the {found['store']} store, hidden vectors {found['hidden_states']}, "

@@ -19,7 +19,7 @@ from .selectors import Selector
 
 @dataclass
 class WidthPlan:
-    """allocation: uniform, global, log or error; asked: the ratios; costs: parameters of one unit, by site name."""
+    """allocation: uniform, global, log or error; asked: the ratios; costs: weights of one unit, by site name."""
 
     sites: list[Site]
     recipe: Recipe
@@ -96,6 +96,6 @@ class WidthPlan:
 
 
 def _unit_cost(site: Site, source: SafetensorsFolder) -> int:
-    """Parameters that one unit of a site carries: its producers' rows and its consumer's columns."""
+    """Weights that one unit of a site carries: its producers' rows and its consumer's columns, without biases."""
     rows = sum(p.rows_per_unit * source.info(f"{p.name}.weight").shape[1] for p in site.producers)
     return rows + site.units.size * source.info(f"{site.consumer}.weight").shape[0]

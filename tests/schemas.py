@@ -62,10 +62,10 @@ VISION = COMMON | {
 }  # fmt: skip
 PLAN = {
     "schema_version": COUNT, "model": TEXT, "layers": COUNT, "method": TEXT, "allocation": TEXT,
-    "sites": Each({"sites": COUNT, "changed": COUNT, "before": COUNT, "after": COUNT}), "parameters": BEFORE_AFTER,
-    "bytes": BEFORE_AFTER, "calibration_tokens": COUNT, "trial_tokens": COUNT, "target": Maybe(TEXT),
-    "evaluation_tokens": COUNT, "passes": COUNT, "chunk_tokens": COUNT, "processes": COUNT, "store": TEXT,
-    "hidden_states": TEXT, "flops": Each(NUMBER), "bytes_read": COUNT, "bytes_written": COUNT,
+    "sites": Each({"sites": COUNT, "changed": COUNT, "before": COUNT, "after": COUNT}), "widths_settled": SWITCH,
+    "parameters": BEFORE_AFTER, "bytes": BEFORE_AFTER, "calibration_tokens": COUNT, "trial_tokens": COUNT,
+    "target": Maybe(TEXT), "evaluation_tokens": COUNT, "passes": COUNT, "chunk_tokens": COUNT, "processes": COUNT,
+    "store": TEXT, "hidden_states": TEXT, "flops": Each(NUMBER), "bytes_read": COUNT, "bytes_written": COUNT,
     "store_traffic_bytes": COUNT, "disk_bytes": COUNT, "memory_bytes": Each(NUMBER), "seconds": Each(NUMBER),
     "format": Maybe(TEXT), "loads_with": Maybe(TEXT),
 }  # fmt: skip

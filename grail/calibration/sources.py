@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,12 +100,13 @@ def _text_split(path: Path, split: str) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise GrailError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if error.object.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "LATIN1"
         raise GrailError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, as with iconv -f LATIN1 -t UTF-8"
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, as with iconv -f {encoding} -t UTF-8"
         ) from error
 
 

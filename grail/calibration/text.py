@@ -154,7 +154,7 @@ def _of_one(
     tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * (samples + trial * chooses) * length)
     if len(tokens) < length:
         if not len(tokens):
-            raise GrailError(f"--calibration {source} is empty; give more text")
+            raise GrailError(f"--calibration {source} is empty, or nothing that the tokenizer makes tokens of")
         raise GrailError(
             f"--calibration {source} holds {len(tokens)} tokens, less than one window of {length}; "
             f"give more text or a smaller --seq-len"
@@ -185,7 +185,8 @@ def evaluation_windows(
 
     held_out: of a local text file only the part that calibration never sees (built-in text and data sets have splits
     of their own; a pre-tokenised file is always evaluated whole). seq_len None: the file's own, or the default. Of
-    texts joined by "+" as many windows each, all of the shortest.
+    texts joined by "+" as many windows each, all of the shortest. A pre-tokenised file may have weights, but not among
+    texts that are joined: raises GrailError for that.
     """
     parts = parts_of(source)
     seq_len = seq_len or (default_length(source) if len(parts) > 1 else None)
@@ -201,8 +202,13 @@ def evaluation_windows(
         found.append(tokens[: len(tokens) // length * length].view(-1, length))
     least = min(map(len, found))
     counts = [least] * len(parts) if samples is None else [min(least, n) for n in shares(samples, len(parts))]
-    ids = torch.cat([windows[:count] for windows, count in zip(found, counts, strict=True)])
-    return Windows.of(ids.contiguous(), source) if len(ids) else None
+    ids = torch.cat([windows[:count] for windows, count in zip(found, counts, strict=True)]).contiguous()
+    if not len(ids):
+        return None
+    weights = [stored_weights(Path(part)) for part in parts if part.endswith(".safetensors")]
+    if len(parts) > 1 and any(own is not None for own in weights):
+        raise GrailError(f"{option} {source}: texts that are joined cannot have weights; give one file")
+    return Windows.of(ids, source, weights=weigh(weights[0], ids, source) if weights else None)
 
 
 def _reserved(tokens: int, length: int, trial: int) -> list[int]:

@@ -61,17 +61,23 @@ def from_batches(source: Any, samples: int, seq_len: int | None) -> tuple[Tensor
 def stored_weights(path: Path) -> Tensor | None:
     """weights of a file, if it has any."""
     folder = SafetensorsFolder(path)
-    return _parts({name: folder.get(name) for name in (WEIGHTS, MASK) if name in folder} | {IDS: None})[1]
+    return _parts({name: folder.get(name) for name in (IDS, WEIGHTS, MASK) if name in folder}, str(path))[1]
 
 
-def _parts(named: Any) -> tuple[Any, Any]:
-    """Token ids, and how much they count: what a mask hides counts nothing. Raises GrailError for a mask that hides
-    what others look back at."""
+def _parts(named: Any, where: str = "calibration") -> tuple[Any, Any]:
+    """Token ids, and how much they count: what a mask hides counts nothing. Raises GrailError for weights or a mask of
+    another shape than the ids, and for a mask that hides what others look back at."""
     weights, mask = (named.get(name) for name in (WEIGHTS, MASK))
+    for name, given in ((WEIGHTS, weights), (MASK, mask)):
+        if given is None:
+            continue
+        shape, wanted = (list(torch.atleast_2d(torch.as_tensor(tensor)).shape) for tensor in (given, named[IDS]))
+        if shape != wanted:
+            raise GrailError(f"{where}: {name} {shape} do not fit input_ids {wanted}")
     if mask is not None:
         seen = torch.atleast_2d(torch.as_tensor(mask)).bool()
         if bool((seen[:, 1:] & ~seen[:, :-1]).any()):
-            raise GrailError(f"calibration: {MASK} hides tokens before others; pad at the right")
+            raise GrailError(f"{where}: {MASK} hides tokens before others; pad at the right")
         if not bool(seen.all()):
             weights = seen.float() if weights is None else torch.atleast_2d(torch.as_tensor(weights)) * seen
     return named[IDS], weights
@@ -79,11 +85,9 @@ def _parts(named: Any) -> tuple[Any, Any]:
 
 def weigh(weights: Tensor | None, ids_NL: Tensor, where: str) -> Tensor | None:
     """How much each of these tokens counts, float32 [N, L] and 1 in the mean; None where all count the same. weights:
-    at least as many. Raises GrailError naming where they come from when they are none."""
+    of these windows and of those after them. Raises GrailError naming where they come from when they are none."""
     if weights is None:
         return None
-    if weights.dim() != 2 or any(a < b for a, b in zip(weights.shape, ids_NL.shape, strict=True)):
-        raise GrailError(f"{where}: weights {list(weights.shape)} do not fit input_ids {list(ids_NL.shape)}")
     weights_NL = weights[: ids_NL.shape[0], : ids_NL.shape[1]].float().contiguous()
     if not bool(torch.isfinite(weights_NL).all()) or bool((weights_NL < 0).any()) or not bool(weights_NL.any()):
         raise GrailError(f"{where}: weights must be finite numbers, 0 or more, and not all 0")

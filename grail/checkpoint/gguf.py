@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..bars import without_bars
+from ..bars import without_bars, without_warnings
 from ..errors import GrailError
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
 )  # fmt: skip
+CONVERSION = b"2"
+"""Counts up where the same file gives another folder than before."""
 LEAST_LAYER = 256
 """Bytes, of the names of its tensors alone."""
 
@@ -40,7 +42,7 @@ def cache_folder() -> Path:
 def converted(file: Path) -> Path:
     """A safetensors folder (float32, tokenizer included) with the content of a GGUF file; made once per content.
 
-    Raises GrailError naming the file when transformers cannot read it.
+    Raises GrailError naming the file when transformers cannot read it, or would make another network of it.
     """
     target = cache_folder() / f"{file.stem}-{_fingerprint(file)}"
     if (target / "config.json").exists():
@@ -67,7 +69,7 @@ def converted(file: Path) -> Path:
 def _convert(file: Path, work: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
-    with without_bars(transformers_logging):
+    with without_bars(transformers_logging), without_warnings():
         _write_converted(file, work)
 
 
@@ -75,19 +77,31 @@ def _write_converted(file: Path, work: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from .gguf_contents import Contents
+
     try:
         asked = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         _check_sizes(file, asked.to_dict())
+        contents = Contents(file, asked)
         model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            file.parent,
+            gguf_file=file.name,
+            config=asked,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except GrailError:
         raise
     except Exception as error:
         raise GrailError(f"{file} cannot be read as a GGUF language model: {error}") from error
-    if missing := sorted(info["missing_keys"]):  # which would be random numbers
+    absent = set(info["missing_keys"])
+    if missing := sorted(name for name in absent if not contents.optional(name)):  # which would be random numbers
         raise GrailError(f"{file} lacks {missing[0]} ({len(missing)} such tensors); fetch it again")
+    for name in absent:
+        model.get_parameter(name).data.zero_()
+    contents.check_read(model)
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -123,8 +137,8 @@ def _write_card(file: Path, folder: Path) -> None:
 
 
 def _fingerprint(file: Path) -> str:
-    """Content hash, so that a changed file is converted anew."""
-    digest = hashlib.sha256()
+    """Content hash, so that a changed file is converted anew; and all files where they are converted otherwise."""
+    digest = hashlib.sha256(CONVERSION)
     with open(file, "rb") as handle:
         while block := handle.read(16 * 2**20):
             digest.update(block)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,11 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         return list(self._info)
 
+    def leave_out(self, names: Iterable[str]) -> None:
+        """From now on these tensors are not there; they still count for the hash."""
+        for name in names:
+            del self._info[name]
+
     def __contains__(self, name: str) -> bool:
         return name in self._info
 
@@ -128,7 +133,7 @@ class SafetensorsFolder:
     def sha256(self) -> str:
         """Hash over the names, sizes and bytes of all shards."""
         digest = hashlib.sha256()
-        for file in sorted({info.file for info in self._info.values()}):
+        for file in sorted(self._stamps):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with open(file, "rb") as handle:
                 while block := handle.read(16 * 2**20):

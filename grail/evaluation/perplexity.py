@@ -33,7 +33,7 @@ def perplexity(
 
     Raises GrailError when it is not finite.
     """
-    work = work or Workspace()
+    work, targets = work or Workspace(), counted_targets(windows_NL, weights_NL)
     batches = work.split(windows_NL)
     mine = work.mine(len(batches))
     for number in mine:
@@ -50,13 +50,18 @@ def perplexity(
     work.store.drop(SERIES, mine)
     # added up in the order of the windows, whoever computed them
     total = sum(loss for part in work.group.gather(found) for loss in part)
-    targets = windows_NL.numel() - len(windows_NL) if weights_NL is None else weights_NL[:, 1:].double().sum().item()
-    if not targets:
-        raise GrailError("no token of the windows that are judged counts as one to predict; give other windows")
     mean = total / targets
     if not math.isfinite(mean):
         raise GrailError(f"{model.source.path}: the evaluation loss is not finite; try --dtype float32")
     return math.exp(min(mean, 700.0))
+
+
+def counted_targets(windows_NL: Tensor, weights_NL: Tensor | None) -> float:
+    """How many tokens are predicted, each as often as it counts. Raises GrailError where none is."""
+    targets = windows_NL.numel() - len(windows_NL) if weights_NL is None else weights_NL[:, 1:].double().sum().item()
+    if not targets:
+        raise GrailError("no token of the windows that are judged counts as one to predict; give other windows")
+    return targets
 
 
 @torch.no_grad()

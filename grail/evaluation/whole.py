@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..checkpoint.reader import SafetensorsFolder
 from ..documents import check_counts, read_json
 from ..errors import GrailError, first_line
+from .perplexity import counted_targets
 
 AT_ONCE = 2**13
 """Tokens of one forward."""
@@ -61,19 +62,22 @@ class WholeModel:
         return None if rotates else getattr(config, "max_position_embeddings", None)
 
     @torch.no_grad()
-    def perplexity(self, windows_NL: Tensor) -> float:
-        """exp of the mean negative log-likelihood, as evaluation.perplexity has it. Raises GrailError when it is not
-        finite."""
+    def perplexity(self, windows_NL: Tensor, weights_NL: Tensor | None = None) -> float:
+        """exp of the mean negative log-likelihood, as evaluation.perplexity has it. weights_NL: how much each token
+        counts as a target, float32. Raises GrailError when it is not finite."""
         loss, length = 0.0, windows_NL.shape[1]
+        weights_NL = torch.ones(windows_NL.shape) if weights_NL is None else weights_NL
+        targets = counted_targets(windows_NL, weights_NL)
         if self.positions and length > self.positions:
             raise GrailError(
                 f"{self.source.path} knows {self.positions} positions; {length} tokens need a smaller --seq-len"
             )
-        for ids in windows_NL.split(max(1, AT_ONCE // length)):
-            ids = ids.to(self.device)
+        at_once = max(1, AT_ONCE // length)
+        for ids, weights in zip(windows_NL.split(at_once), weights_NL.split(at_once), strict=True):
+            ids, counts = ids.to(self.device), weights[:, 1:].flatten().to(self.device)
             logits = self.model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            loss += cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").item()
-        mean = loss / (windows_NL.numel() - len(windows_NL))
+            loss += (cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="none") @ counts).item()
+        mean = loss / targets
         if not math.isfinite(mean):
             raise GrailError(f"{self.source.path}: the evaluation loss is not finite; try --dtype float32")
         return math.exp(min(mean, 700.0))

@@ -64,6 +64,8 @@ class Decoder(ABC):
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         self._check_tensors(skeleton)
+        self.left_out: list[str] = []
+        """Stored tensors that the class does not ask for, and that count as not there."""
         self._layers = skeleton.model.layers
         self._norm = skeleton.model.norm
         self.tied = self._is_tied(skeleton)

@@ -23,7 +23,7 @@ from ..modeling_grail import BASES, PREFIX
 from ..reduction import Reduction
 from .base import OutputFormat, Site
 from .layout import LINEARS, LayerWidths, move_tensors, reduction_moves, widening_moves
-from .plain import ASKED, BIAS, HEADS, WIDTHS, Reason, biased, never_biased, plain_config, width_fields
+from .plain import ASKED, BIAS, CLASSES, HEADS, WIDTHS, Reason, biased, never_biased, plain_config, width_fields
 
 if TYPE_CHECKING:
     from .llama import LlamaFamily
@@ -179,12 +179,11 @@ def _plain(model: LlamaFamily, widths: LayerWidths, needed: Biases) -> tuple[dic
 def _plain_format(
     name: str, model: LlamaFamily, config: dict, changed: str | None, widths: list[LayerWidths], sites: tuple[Site, ...]
 ) -> LayerFormat:
-    class_name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     # what the class itself will ask for, which may be more than is needed
     fields = {key: value for key, value in config.items() if key != "model_type"}
     asked_for = biased(config["model_type"], AutoConfig.for_model(config["model_type"], **fields))
     files = {} if config["model_type"] == model.plain_raw["model_type"] else model.tokenizer_files
-    loads_with, biases = f"transformers {class_name}", (asked_for,) * len(widths)
+    loads_with, biases = f"transformers {CLASSES[config['model_type']]}", (asked_for,) * len(widths)
     return LayerFormat(name, config, files, loads_with, changed, tuple(widths), biases, model, sites)
 
 

@@ -37,6 +37,8 @@ INSIDE = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+DERIVED = ".rotary_emb.inv_freq"
+"""What old checkpoints store though it follows from config.json; nobody reads it."""
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -107,7 +109,7 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
     for key, value in fields.items():
         if not 0 < value < 2**32:
             raise GrailError(f"{path / 'config.json'}: {value} is no {key} that GGUF can hold")
-    entries = [_entry(model, name) for name in model.source.names()]
+    entries = [_entry(model, name) for name in model.source.names() if not name.endswith(DERIVED)]
     scaling, more = _scaling(model, rope)
     return fields | scaling, entries + more
 

@@ -37,8 +37,9 @@ PARTS = {
 class LlamaFamily(Decoder):
     """A checkpoint of this family, plain or in the format `grail`: its sites, its narrow tensors, its output formats.
 
-    widths and biases (linear layers that have one) are per layer; `original` the widths in the fields of config.json,
-    which in the format `grail` are those before anything was removed; `plain_raw` config.json as a plain one.
+    widths and biases (linear layers that the class gives one) are per layer; `original` the widths in the fields of
+    config.json, which in the format `grail` are those before anything was removed; `plain_raw` config.json as a plain
+    one.
     """
 
     def __init__(self, source: SafetensorsFolder, config: PreTrainedConfig, raw_config: dict, **precision):
@@ -51,14 +52,23 @@ class LlamaFamily(Decoder):
         self.widths = [LayerWidths(c.num_attention_heads, c.num_key_value_heads, c.intermediate_size) for c in layers]
         self.original = _named_widths(raw_config) if self.in_grail_format else self.widths[0]
         self.biases = [
-            frozenset(name for name in LINEARS if f"{self._module(layer, name)}.bias" in source)
-            for layer in range(self.layer_count)
+            frozenset(name for name in LINEARS if made.get_submodule(f"{LINEARS[name]}.{name}").bias is not None)
+            for made in self._layers
         ]
+        self.left_out = self._unasked_biases()
+        source.leave_out(self.left_out)
+
+    def _unasked_biases(self) -> list[str]:
+        """Stored biases that the class does not ask for, and that transformers does not load."""
+        found = []
+        for layer, asked in enumerate(self.biases):
+            found += [f"{self._module(layer, name)}.bias" for name in LINEARS if name not in asked]
+        return [name for name in found if name in self.source]
 
     @property
     def class_name(self) -> str:
-        """The source's own class, as a plain one."""
-        return (self.plain_raw.get("architectures") or ["AutoModelForCausalLM"])[0]
+        """The source's own class, as a plain one with a language model's head, whatever config.json names."""
+        return CLASSES[self.base_type]
 
     @cached_property
     def tokenizer_files(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..checkpoint.writer import JOURNAL
+from ..checkpoint.writer import JOURNAL, OutputFolder
 from ..documents import read_json
 from ..errors import Circumstance, GrailError, Interrupted, circumstance, verdict
 from ..page.command import flags
@@ -84,9 +84,11 @@ def is_finished(asked: Request) -> bool:
 
 def finished_result(asked: Request) -> dict[str, Any] | None:
     """The grail.json that is_finished goes by, with run.json as "run"; None where there is work left, be it to clean
-    up after a run that was cut off at its very end."""
+    up after a run that was cut off at its very end, or to go on with one that was to replace what is there."""
     folder = Path(asked.recipe.output)
     if not (folder / GRAIL).is_file() or (folder / JOURNAL).exists():
+        return None
+    if asked.recipe.overwrite and OutputFolder(folder).partial.exists():
         return None
     found = read_json(folder / GRAIL)
     options = mapping(mapping(found.get("source")).get("options"))

@@ -25,6 +25,9 @@ SPLITS = {
 }
 """Regular expressions of Split, and llama.cpp's name for each."""
 DEFAULT = "default"
+WHOLE_WORDS = "llama-bpe"
+"""The one where llama.cpp takes a word that is a token as it is (ignore_merges)."""
+SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -58,6 +61,11 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
         raise GrailError(f"{file}: --to gguf knows tokenizers of the type BPE only")
     spm = bool(model.get("byte_fallback"))
     _check_unchanged(file, described, spm)
+    pre = DEFAULT if spm else _pre(file, described.get("pre_tokenizer"))
+    if spm:
+        _check_whole(file, described.get("pre_tokenizer"))
+    if model.get("ignore_merges") and pre != WHOLE_WORDS:
+        raise GrailError(f"{file}: llama.cpp merges words that its vocabulary holds too, against ignore_merges")
     try:
         tokens, types = _tokens(file, described, size, spm)
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
@@ -65,14 +73,14 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
         raise GrailError(f"{file}: its words cannot be read ({type(error).__name__}: {error})") from error
     found = Vocabulary(
         model="llama" if spm else "gpt2",
-        pre=DEFAULT if spm else _pre(file, described.get("pre_tokenizer")),
+        pre=pre,
         tokens=tokens,
         types=types,
         scores=_scores(tokens, merges) if spm else [],
         merges=[] if spm else merges,
         special=_special(loaded, size),
         adds=_adds(loaded),
-        space_prefix=spm and "".join(loaded.tokenize("a")).startswith("▁"),
+        space_prefix=spm and "".join(loaded.tokenize("a")).startswith(SPACE),
     )
     template = getattr(loaded, "chat_template", None)
     found.chat_template = template if isinstance(template, str) else None
@@ -83,8 +91,12 @@ def _check_unchanged(file: Path, described: dict, spm: bool) -> None:
     """Raises GrailError where text or words are changed before they are merged, which llama.cpp would not do."""
     normalizer = described.get("normalizer") or {}
     for step in normalizer.get("normalizers", [normalizer]):
-        spaces = step.get("type") == "Replace" and (step.get("pattern"), step.get("content")) == ({"String": " "}, "▁")
-        known = spaces or step.get("type") == "Prepend" if spm else step.get("type") == "NFC"
+        spaces = step.get("type") == "Replace" and (step.get("pattern"), step.get("content")) == (
+            {"String": " "},
+            SPACE,
+        )
+        in_front = step.get("type") == "Prepend" and step.get("prepend") == SPACE
+        known = spaces or in_front if spm else step.get("type") == "NFC"
         if step and not known:
             raise GrailError(f"{file}: llama.cpp does not change text as {step.get('type')} does, its normalizer")
     for key in ("end_of_word_suffix", "continuing_subword_prefix"):
@@ -115,9 +127,25 @@ def _tokens(file: Path, described: dict, size: int, spm: bool) -> tuple[list[str
     return tokens, types
 
 
+def _steps(described: Any) -> list[dict]:
+    """Those of a pre-tokenizer."""
+    return described.get("pretokenizers", [described]) if isinstance(described, dict) else []
+
+
+def _check_whole(file: Path, described: Any) -> None:
+    """Raises GrailError where text is split or put in other characters before it is merged, which SentencePiece does
+    not do."""
+    for step in _steps(described):
+        spaces = step.get("type") == "Metaspace" and step.get("replacement", SPACE) == SPACE
+        if not spaces or step.get("split", True):
+            raise GrailError(
+                f"{file}: llama.cpp merges text with byte_fallback as a whole, and {step.get('type')} splits it before"
+            )
+
+
 def _pre(file: Path, described: Any) -> str:
     """llama.cpp's name for how text is split before merging."""
-    steps = described.get("pretokenizers", [described]) if isinstance(described, dict) else []
+    steps = _steps(described)
     kinds = [step.get("type") for step in steps]
     if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
         if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
