@@ -16,7 +16,6 @@ from .errors import GrailError
 from .families.base import Site
 from .recipe import Recipe
 
-UNIFORM, GLOBAL, LOG, ERROR = "uniform", "global", "log", "error"
 KINDS = ("heads", "channels")
 LOG_START = 0.5
 """SlimGPT's first layer loses this share of the mean ratio; the last one follows from the mean."""

@@ -25,9 +25,10 @@ TRIAL_SHARE = 5
 GIVEN = "given in Python"
 """What a recipe says of data that have no name."""
 DTYPES = ("float32", "bfloat16", "float16")
+UNIFORM, GLOBAL, LOG, ERROR = ALLOCATIONS = ("uniform", "global", "log", "error")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "ridge_form": ("anchored", "paper"),
-    "allocation": (None, "uniform", "global", "log", "error"),
+    "allocation": (None, *ALLOCATIONS),
     "format": ("auto", "uniform", "grail", "padded"),
     "gqa": ("query", "group"),
     "store": ("auto", "memory", "disk"),

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .allocation import ERROR, GLOBAL, LOG, Shares, global_threshold, logarithmic, shares, uniform
+from .allocation import Shares, global_threshold, logarithmic, shares, uniform
 from .checkpoint.reader import SafetensorsFolder
 from .error_allocation import ErrorCurve, least_error
 from .errors import GrailError
 from .families.base import Site
-from .recipe import Recipe
+from .recipe import ERROR, GLOBAL, LOG, Recipe
 from .selectors import Selector
 
 

@@ -23,7 +23,7 @@ from grail.errors import GrailError
 from grail.modules.recipe import ELSEWHERE, ModuleRecipe
 from grail.page.command import recipe_text
 from grail.page.run import Run, read_run
-from grail.recipe import CHOICES, LEFT_OUT, Recipe
+from grail.recipe import CHOICES, ERROR, LEFT_OUT, Recipe
 from grail.recipes.document import dump, parse, read
 from grail.recipes.grid import requests_of
 from grail.recipes.options import TYPES
@@ -96,6 +96,7 @@ text_only = {
 vision_only = {
     "weights": st.none() | given_words, "repair": st.booleans(), "one_shot": st.booleans(),
     "batch": st.integers(1, 10**4), "residual_ratio": shares, "calibration_text": st.none() | given_words,
+    "allocation": st.sampled_from([choice for choice in CHOICES["allocation"] if choice != ERROR]),
 }  # fmt: skip
 streams = st.fixed_dictionaries(
     {},

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..allocation import ERROR
 from ..errors import GrailError
 from ..numbers import is_number
-from ..recipe import AUTO, SEARCH, STREAM, Recipe, shown
+from ..recipe import AUTO, ERROR, SEARCH, STREAM, Recipe, shown
 
 DENSE, OWN = "dense", "own"
 ELSEWHERE = (
