@@ -16,7 +16,7 @@ from .session import Session
 from .store import CachedStore, DiskStore, MemoryStore
 from .workspace import Workspace
 
-HASHED = ("model", "config.json", "calibration", "evaluation")
+HASHED = ("model", "model's config.json", "calibration", "evaluation")
 MOST = {"chunk_tokens": 2**20, "threads": 2**12}
 """More than any run begins with."""
 EVERYWHERE = ("output", "overwrite", "resume", "store", "memory", "strict")

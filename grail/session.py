@@ -191,7 +191,7 @@ class Session:
             "compute dtype": str(self.model.dtype).removeprefix("torch."),
             "compute device": self.model.device.type,
             "model": weights or self.source_entry()["sha256"],
-            "config.json": hashlib.sha256((self.located.folder / "config.json").read_bytes()).hexdigest(),
+            "model's config.json": hashlib.sha256((self.located.folder / "config.json").read_bytes()).hexdigest(),
             "calibration": self.windows and self.windows.sha256,
             "evaluation": self.evaluated and self.evaluated.sha256,
         }

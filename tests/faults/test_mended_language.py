@@ -162,7 +162,7 @@ class TestGoingOn:
         begun()
         before = (tmp_path / "model" / "config.json").read_bytes()
         change(tmp_path / "model", **field)
-        with pytest.raises(GrailError, match=r"begun with config\.json sha256 \w+, this command has"):
+        with pytest.raises(GrailError, match=r"begun with model's config\.json sha256 \w+, this command has"):
             grail.compress(tmp_path / "model", output=tmp_path / "out", resume=True, **flags)
         (tmp_path / "model" / "config.json").write_bytes(before)
         assert grail.compress(tmp_path / "model", output=tmp_path / "out", resume=True, **flags).output
