@@ -61,9 +61,11 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
         raise GrailError(f"{file}: --to gguf knows tokenizers of the type BPE only")
     spm = bool(model.get("byte_fallback"))
     _check_unchanged(file, described, spm)
-    pre = DEFAULT if spm else _pre(file, described.get("pre_tokenizer"))
+    pre = DEFAULT
     if spm:
         _check_whole(file, described.get("pre_tokenizer"))
+    else:
+        pre = _pre(file, described.get("pre_tokenizer"))
     if model.get("ignore_merges") and pre != WHOLE_WORDS:
         raise GrailError(f"{file}: llama.cpp merges words that its vocabulary holds too, against ignore_merges")
     try:
@@ -91,10 +93,8 @@ def _check_unchanged(file: Path, described: dict, spm: bool) -> None:
     """Raises GrailError where text or words are changed before they are merged, which llama.cpp would not do."""
     normalizer = described.get("normalizer") or {}
     for step in normalizer.get("normalizers", [normalizer]):
-        spaces = step.get("type") == "Replace" and (step.get("pattern"), step.get("content")) == (
-            {"String": " "},
-            SPACE,
-        )
+        changed = step.get("pattern"), step.get("content")
+        spaces = step.get("type") == "Replace" and changed == ({"String": " "}, SPACE)
         in_front = step.get("type") == "Prepend" and step.get("prepend") == SPACE
         known = spaces or in_front if spm else step.get("type") == "NFC"
         if step and not known:
