@@ -14,7 +14,7 @@ from .recipes.command import run_command
 from .shared import Json, Quiet, Verbose, results, write_json
 from .terminal import show_evaluation
 
-VISION_EVAL = ("weights", "classes", "templates", "probe")
+VISION_EVAL = ("weights", "model_option", "classes", "templates", "probe")
 
 
 @guarded
@@ -51,6 +51,7 @@ def evaluate_command(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     weights: Annotated[str | None, typer.Option(help="Weights of timm/NAME, ...: a .safetensors file.")] = None,
+    model_option: Annotated[list[str], typer.Option(help="For its factory, such as img_size=98; repeatable.")] = [],  # noqa: B006
     classes: Annotated[str | None, typer.Option(help="Zero-shot: names of the classes, a file, one to a line.")] = None,
     templates: Annotated[str | None, typer.Option(help="Zero-shot: sentences with {} for the name, a file.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Also a linear classifier on the features of images.")] = False,
@@ -76,7 +77,7 @@ def evaluate_command(
         return
     for name in VISION_EVAL:
         if asked.pop(name):
-            raise GrailError(f"--{name} is for timm/NAME, torchvision/NAME and open_clip/NAME")
+            raise GrailError(f"--{name.replace('_', '-')} is for timm/NAME, torchvision/NAME and open_clip/NAME")
     from .evaluate import evaluate
 
     found = evaluate(path, **asked, progress=progress)

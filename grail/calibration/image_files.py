@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ..documents import about, check_regular
 from ..errors import GrailError, sentence_of
-from .preprocessing import imported
+from .preprocessing import MOST_PIXELS, imported
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """All that PIL may take a file for: it goes by the content, and would have a PostScript file run by Ghostscript."""
-MOST_PIXELS = 2**26
+WHITE = 65535
+"""Of images with 16 bits, to which those with 32 bits are held."""
 BLOCK = 2**20
 MOST_NAMES = 16
 """Of one folder, by links: those of a part or a class to another are few; n that hold each other have about e * n!."""
@@ -61,6 +62,9 @@ class Folder:
     def take(self, indices: list[int]) -> list[Tensor]:
         return [decode(self.path / self.files[index]) for index in indices]
 
+    def called(self, index: int) -> str:
+        return str(self.path / self.files[index])
+
     def content(self, index: int) -> Iterator[bytes]:
         """The relative name and the bytes of one file, for hashing."""
         try:
@@ -74,22 +78,41 @@ class Folder:
 
 def open_folder(path: Path, split: str) -> tuple[Folder, bool]:
     """The images of a folder, and whether calibration never sees them: a folder whose sub-folders are called train,
-    test, val, ... gives the one that the split asks for. Raises GrailError when there is none."""
+    test, val, ... (in small letters or capitals) gives the one that the split asks for. Raises GrailError when there is
+    none, and where images lie beside such parts, of which test images could be some."""
     files = _image_files(path)
     if not files:
         raise GrailError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))}), idx files or sub-folders of images")
     tops = {file.partition("/")[0] if "/" in file else "" for file in files}
-    if not tops <= {name for names in PARTS.values() for name in names}:
+    parts = _parts(path, tops)
+    if not parts:
         return Folder(path, files), False
-    part = next((name for name in PARTS[split] if name in tops), None)
+    if odd := sorted(tops - set(parts.values())):
+        beside = f"the folder {odd[0]}" if odd[0] else f"the image {next(file for file in files if '/' not in file)}"
+        first = min(parts.values())
+        raise GrailError(
+            f"{path} holds {beside} beside {first}, the name of a part of a data set: take it out or name the "
+            f"sub-folder to use; where {first} is a class, rename its folder"
+        )
+    part = next((parts[name] for name in PARTS[split] if name in parts), None)
     if part is None:
         held = ", ".join(sorted(tops))
         raise GrailError(f"{path} holds only {held}, no {PARTS[split][0]}; name the sub-folder to use")
     prefix = f"{part}/"
     inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
-    known = next((name for name in PARTS["calibration"] if name in tops), part)
+    known = next((parts[name] for name in PARTS["calibration"] if name in parts), part)
     trained = {file.split("/")[1] for file in files if file.startswith(f"{known}/") and file.count("/") > 1}
     return Folder(path / part, inside, trained), split == "test"
+
+
+def _parts(path: Path, tops: set[str]) -> dict[str, str]:
+    """Sub-folders that are called like parts of a data set, by the name in PARTS. Raises GrailError for two of one."""
+    known = {name for names in PARTS.values() for name in names}
+    found: dict[str, str] = {}
+    for top in sorted(tops):
+        if (name := top.lower()) in known and found.setdefault(name, top) != top:
+            raise GrailError(f"{path} holds both {found[name]} and {top}; name the sub-folder to use")
+    return found
 
 
 def _image_files(path: Path) -> list[str]:
@@ -137,7 +160,10 @@ def pixels(image: Any) -> Tensor:
     if image.mode == "F":
         raise GrailError("the pixels are 32-bit floats; save them with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits; PIL's own conversion clips them to 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        values = np.asarray(image).astype(np.int64)
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most > WHITE:
+            raise GrailError(f"its pixels run from {least} to {most}, {WHITE} being white; save them with 8 or 16 bits")
         return torch.from_numpy(((values + 128) // 257).astype(np.uint8))[None]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -37,6 +37,9 @@ class Rows:
                 f"{self.name}: an image of {where} cannot be decoded ({type(error).__name__}); name another data set"
             ) from error
 
+    def called(self, index: int) -> str:
+        return f"{self.name}: row {index}"
+
     def content(self, index: int) -> Iterator[bytes]:
         return pixel_content(self.take([index])[0])
 

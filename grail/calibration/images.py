@@ -30,13 +30,15 @@ GIVEN = "images given in Python"
 
 class Pictures(Protocol):
     """Where the pixels are: `take` gives them (one tensor [B, C, H, W], or a list of [C, H, W] of any size),
-    `content` the bytes of one for hashing."""
+    `content` the bytes of one for hashing; `called` says which one it is."""
 
     def __len__(self) -> int: ...
 
     def take(self, indices: list[int]) -> Tensor | list[Tensor]: ...
 
     def content(self, index: int) -> Iterator[bytes]: ...
+
+    def called(self, index: int) -> str: ...
 
 
 @dataclass
@@ -78,7 +80,12 @@ class ImageSet:
         Raises GrailError naming a file that cannot be decoded, or images that do not fit the preprocessing.
         """
         for some in self._indices(indices).split(size):
-            yield self._prepared(self.pictures.take(some.tolist()), preprocess)
+            images = self.pictures.take(some.tolist())
+            if isinstance(images, list):
+                each = zip(some.tolist(), images, strict=True)
+                yield torch.cat([self._one(index, image, preprocess) for index, image in each])
+            else:
+                yield self._prepared(images, preprocess)
 
     def sha256(self, indices: Tensor | None = None) -> str:
         """Hash of the chosen images, all of them by default: of names and bytes of files, else of pixels."""
@@ -91,9 +98,13 @@ class ImageSet:
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.count) if indices is None else torch.as_tensor(indices)
 
-    def _prepared(self, images: Tensor | list[Tensor], preprocess: Callable[[Tensor], Tensor] | None) -> Tensor:
-        if isinstance(images, list):
-            return torch.cat([self._prepared(image[None], preprocess) for image in images])
+    def _one(self, index: int, image: Tensor, preprocess: Callable[[Tensor], Tensor] | None) -> Tensor:
+        try:
+            return self._prepared(image[None], preprocess)
+        except GrailError as error:
+            raise type(error)(f"{self.pictures.called(index)}: {error}") from error
+
+    def _prepared(self, images: Tensor, preprocess: Callable[[Tensor], Tensor] | None) -> Tensor:
         if images.is_floating_point():
             wanted = (preprocess.channels, *preprocess.size) if isinstance(preprocess, Preprocessing) else None
             if wanted and tuple(images.shape[1:]) != wanted:
@@ -121,6 +132,9 @@ class Stack:
 
     def content(self, index: int) -> Iterator[bytes]:
         return pixel_content(self.images[index])
+
+    def called(self, index: int) -> str:
+        return f"image {index}"
 
 
 def open_images(

@@ -20,6 +20,8 @@ from ..errors import GrailError
 log = logging.getLogger("grail")
 
 INTERPOLATIONS = ("bicubic", "bilinear")
+MOST_PIXELS = 2**26
+"""Of one image, as it is read and as it is resized."""
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601, as PIL and torchvision turn RGB into grey."""
 
@@ -64,7 +66,8 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """[..., C, H, W], uint8 or float in 0..1, C 1 or 3 -> float32 [..., channels, *size].
 
-        Images that have the size already are not resized. Raises GrailError for other shapes, dtypes and values.
+        Images that have the size already are not resized. Raises GrailError for other shapes, dtypes and values, and
+        for images so thin that they would be resized to more than MOST_PIXELS.
         """
         if images.dim() < 3 or images.shape[-3] not in (1, 3) or 0 in images.shape:
             raise GrailError(f"an image must be [C, H, W] with 1 or 3 channels, not {list(images.shape)}")
@@ -80,6 +83,12 @@ class Preprocessing:
         functional = imported("torchvision.transforms.v2.functional")
         modes = imported("torchvision.transforms").InterpolationMode
         target = list(self._covering(*images.shape[-2:]))
+        if math.prod(target) > MOST_PIXELS:
+            (height, width), (tall, wide) = images.shape[-2:], target
+            raise GrailError(
+                f"an image of {width} x {height} pixels, so thin, would be resized to {wide} x {tall} before its "
+                f"centre is cropped; crop it or take it out"
+            )
         resized = functional.resize(images, target, interpolation=modes(self.interpolation), antialias=True)
         return resized.clamp(0, 1) if resized.is_floating_point() else resized  # bicubic overshoots at edges
 

@@ -37,8 +37,11 @@ def _plain_attention():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def latency(modules: dict[str, nn.Module], example: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """By label: 20th, 50th and 80th percentile, in seconds, of one call with `example` (all on one device).
+def latency(
+    modules: dict[str, nn.Module], example: Tensor | dict[str, Tensor], rounds: int
+) -> dict[str, dict[str, float]]:
+    """By label: 20th, 50th and 80th percentile, in seconds, of one call with `example` (all on one device), or with
+    each one's own by label.
 
     Every round times each module once, in alternating order, so that drift of the machine hits them alike; one round
     before does not count. Raises GrailError for less than one round.
@@ -46,10 +49,11 @@ def latency(modules: dict[str, nn.Module], example: Tensor, rounds: int) -> dict
     if rounds < 1:
         raise GrailError(f"latency: at least 1 round is needed, not {rounds}")
     times: dict[str, list[float]] = {label: [] for label in modules}
+    examples = example if isinstance(example, dict) else dict.fromkeys(modules, example)
     with evaluating(*modules.values()):
         for number in range(rounds + 1):
             for label in list(modules)[:: 1 if number % 2 else -1]:
-                seconds = _once(modules[label], example)
+                seconds = _once(modules[label], examples[label])
                 if number:
                     times[label].append(seconds)
     return {label: _quantiles(seconds) for label, seconds in times.items()}

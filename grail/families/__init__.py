@@ -9,28 +9,27 @@ from torch import nn
 from ..checkpoint.reader import read_json
 from ..errors import GrailError
 from ..modeling_grail import PREFIX
+from ..modules.names import is_network
 from ..registration import register
-from . import clip, hf_vision, llama, resnet, vit
+from . import clip, hf_vision, joined, llama
 from .base import Producer, Site
 from .network import STILL, Network
 
 __all__ = ["Producer", "Site", "describe", "open_family", "register", "supports"]
 
 FAMILIES = (llama,)
-IN_MEMORY = (resnet, vit)
 
 
 def describe(module: nn.Module, still: frozenset[str] = STILL) -> list[Network]:
     """The sites of a network in memory, tower by tower; those of kinds that stay as they are may be missing where they
     could not be narrowed. Attention modules may be replaced by equal ones. Raises GrailError where no family knows its
-    blocks."""
+    blocks, or they are but a small part of it."""
     towers = clip.describe(module, still) or hf_vision.describe(module)
     if towers:
         return towers
-    for family in IN_MEMORY:
-        network = family.describe(module, still)
-        if network is not None:
-            return [network]
+    network = joined.describe(module, still)
+    if network is not None:
+        return [network]
     raise GrailError(
         f"{type(module).__name__} has no blocks that a family knows (conv1, conv2 or attn, mlp): describe its sites by "
         f"hand, grail.compress(module, sites=[grail.channels(...), ...])"
@@ -56,6 +55,8 @@ def open_family(folder: Path, **options):
     for family in FAMILIES:
         if plain_type in family.MODEL_TYPES:
             return family.open_folder(folder, **options)
+    if is_network(str(folder)):
+        raise GrailError(f"{folder} holds a vision network, and this command is for language models")
     known = ", ".join(name for family in FAMILIES for name in family.MODEL_TYPES)
     model_type = read_json(folder / "config.json").get("model_type")
     raise GrailError(f"{folder / 'config.json'}: model type {model_type!r} is not supported; supported: {known}")

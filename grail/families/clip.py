@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from . import resnet, vit
+from . import joined
 from .base import Producer
 from .network import IMAGES, STILL, TEXT, ModuleSite, Network
 from .packed import blocks_of, tower
@@ -57,12 +57,11 @@ def _counted(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def _of_another_family(module: nn.Module, still: frozenset[str]) -> Network:
-    """An image tower of timm or a ResNet: its own family's description under the longer names."""
-    for family in (vit, resnet):
-        found = family.describe(module.visual, still)
-        if found is not None:
-            sites, residual = ([_moved(site) for site in part] for part in (found.sites, found.residual))
-            return Network(module, sites, [f"visual.{name}" for name in found.blocks], residual)
+    """An image tower of timm or a ResNet: the description of its own families under the longer names."""
+    found = joined.describe(module.visual, still)
+    if found is not None:
+        sites, residual = ([_moved(site) for site in part] for part in (found.sites, found.residual))
+        return Network(module, sites, [f"visual.{name}" for name in found.blocks], residual)
     return Network(module, [])
 
 

@@ -1,5 +1,5 @@
-"""Vision transformers of timm: ViT, DeiT, DINOv2 and whatever else is made of blocks with `attn` and `mlp`; those of
-torchvision, whose blocks are described in packed.py.
+"""Vision transformers of timm: ViT, DeiT, DINOv2, Hiera and whatever else is made of blocks with `attn` and `mlp`;
+those of torchvision, whose blocks are described in packed.py.
 
 Heads: attn.qkv -> attn.proj, the projection to queries, keys and values being one matrix of three sections. Channels:
 mlp.fc1 -> mlp.fc2; in gated MLPs fc1 holds two sections, or fc1_g and fc1_x stand beside each other. LayerScale
@@ -26,7 +26,7 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
     for number, name in enumerate(blocks):
         block = module.get_submodule(name)
         for kind, part in (("heads", block.attn), ("channels", block.mlp)):
-            if kind not in still or not _norms(part):
+            if kind not in still or not (_norms(part) or (kind == "heads" and _counted(part) is None)):
                 if kind == "heads" and kind not in still:
                     _refuse_old(name, part)
                 found = _attention(name, part, number) if kind == "heads" else _mlp(name, part, number)
@@ -68,6 +68,9 @@ def _has_parameters(block: nn.Module, child: str) -> bool:
     return any(True for _ in getattr(block, child).parameters())
 
 
+ATTRIBUTES = (("num_heads", "attn_dim"), ("heads", "dim_out"))
+"""What an attention calls the number of its heads and the width of all, which its forward reshapes by; the second pair
+is Hiera's."""
 PLAIN = ("timm.models.vision_transformer", "timm.layers.attention")
 """Where the attention of timm's ViT lies, in older and in newer versions."""
 
@@ -79,18 +82,27 @@ def _refuse_old(name: str, attention: nn.Module) -> None:
         raise GrailError(f"{name}.attn: to remove heads needs timm 1.0.23 or newer; update it, or use --attn-ratio 0")
 
 
+def _counted(attention: nn.Module) -> tuple[str, str] | None:
+    """Those of ATTRIBUTES that an attention has; None where it says its number of heads nowhere."""
+    return next((names for names in ATTRIBUTES if isinstance(getattr(attention, names[0], None), int)), None)
+
+
 def _attention(name: str, attention: nn.Module, number: int) -> ModuleSite:
     for child in _norms(attention):
         raise GrailError(f"{name}.attn has a {child} over all heads, which cannot be narrowed; use --attn-ratio 0")
-    size = attention.qkv.out_features // 3 // attention.num_heads
-    widths = [(f"{name}.attn", "attn_dim")] if hasattr(attention, "attn_dim") else []
+    attributes = _counted(attention)
+    if attributes is None:
+        raise GrailError(f"{name}.attn says its number of heads nowhere (num_heads); use --attn-ratio 0")
+    count, whole = attributes
+    size = attention.qkv.out_features // 3 // getattr(attention, count)
+    widths = [(f"{name}.attn", whole)] if hasattr(attention, whole) else []
     return heads(
         f"{name}.attn.qkv",
         f"{name}.attn.proj",
-        count=attention.num_heads,
+        count=getattr(attention, count),
         size=size,
         sections=3,
-        counts=[(f"{name}.attn", "num_heads")],
+        counts=[(f"{name}.attn", count)],
         widths=widths,
         name=f"{name}.attn",
         layer=number,

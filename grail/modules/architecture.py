@@ -157,8 +157,9 @@ class Architecture:
 
 
 def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tuple[nn.Module, Architecture, dict]:
-    """(the network with its weights, what builds it, where they came from). Number of classes and input channels follow
-    the weights unless `options` say otherwise. Raises GrailError naming the file and what does not fit."""
+    """(the network with its weights, what builds it, where they came from). Number of classes (of timm's and some of
+    torchvision's) and input channels (of timm's) follow the weights unless `options` say otherwise. Raises GrailError
+    naming the file and what does not fit."""
     found = _named(model)
     if found.library == hf.LIBRARY:
         return _open_folder(found, model, weights, options)

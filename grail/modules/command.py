@@ -36,7 +36,8 @@ def evaluate_network(path: str, asked: dict) -> dict[str, Any]:
             raise GrailError(f"--{name.replace('_', '-')} is for language models")
     from .evaluate import evaluate_folders
 
-    return evaluate_folders(path, **{name: asked[name] for name in EVALUATED})
+    options = factory_options(asked["model_option"])
+    return evaluate_folders(path, **{name: asked[name] for name in EVALUATED}, options=options)
 
 
 def factory_options(options: list[str]) -> dict[str, object]:

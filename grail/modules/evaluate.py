@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from ..calibration.images import ImageSet, open_images
 from ..calibration.preprocessing import Preprocessing
 from ..checkpoint.reader import read_json
-from ..errors import GrailError
-from ..evaluation.accuracy import accuracy, dtype_of
+from ..errors import GrailError, circumstance, first_line
+from ..evaluation.accuracy import accuracy, dtype_of, evaluating
 from ..evaluation.linear_probe import features_of, linear_probe
 from ..evaluation.macs import latency, macs
 from ..evaluation.zero_shot import TEMPLATES, ZeroShot, calls_of, features, is_clip, read_lines, read_templates
@@ -28,6 +29,7 @@ from .folder import load
 from .names import NAMED, is_module_folder
 from .stream import given_to
 from .towers import Tokenizer
+from .verify import REFUSALS
 
 BATCH = 64
 ROUNDS = 20
@@ -106,60 +108,98 @@ def evaluate_folders(
     templates: str | None = None,
     probe: bool = False,
     device: str = "auto",
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a folder (of this kind), or of `timm/NAME` with weights, on labelled images; beside it that of
-    another. data: default what grail.json records; classes, templates: files for the zero-shot accuracy of a CLIP;
-    probe: also that of a linear classifier on the features. Raises GrailError for bad input."""
+    another. Each reads the images as its own preprocessing makes them. data: default what grail.json records; classes,
+    templates: files for the zero-shot accuracy of a CLIP; probe: also that of a linear classifier on the features;
+    options: for the factory of what is named. Raises GrailError for bad input."""
     where = usable_device(device)
     labels = list(filter(None, (model, against)))
-    if weights is not None and all(Path(label).is_dir() for label in labels):
-        raise GrailError(f"--weights: {model} is a folder with weights of its own; leave out --weights")
-    modules = {label: _opened(label, weights).to(where) for label in labels}
+    for option, given in (("--weights", weights is not None), ("--model-option", bool(options))):
+        if given and all(Path(label).is_dir() for label in labels):
+            raise GrailError(f"{option}: {model} is a folder with weights of its own; leave out {option}")
+    modules = {label: _opened(label, weights, options or {}).to(where) for label in labels}
     for option, value in (("--classes", classes), ("--templates", templates)):
         if value is not None and not any(map(is_clip, modules.values())):
             raise GrailError(f"{option} is for networks that read text; {model} is a plain classifier")
-    preprocessing = _preprocessing(model, modules[model])
+    prepared = {label: _preprocessing(label, module) for label, module in modules.items()}
     source = data or _recorded(model) or "builtin"
     images = held_out(None, source, "--data")
     if images is None:
         for option, value in (("--classes", classes), ("--templates", templates)):
             if value is not None:
                 raise GrailError(f"{option} is for images: name some with --data")
-        return _without_data(modules, preprocessing, where, speed, probe)
+        return _without_data(modules, prepared, where, speed, probe)
     names = read_lines(classes, "--classes") if classes else None
     judged = {
         label: classifier(module, images, _tokenizer(label), names, read_templates(templates))
         for label, module in modules.items()
     }
-    example = next(images.batches(preprocessing, 1)).to(where, dtype_of(modules[model]))
-    told = accuracies(judged, images, preprocessing, where, samples)
-    found = {}
+    found, examples = {}, {}
     for label, module in modules.items():
-        found[label] = told["accuracy"][label] | _sizes(module, example)
-        if probe:
-            found[label]["probe"] = _probed(module, source, images, preprocessing, where, samples)
+        with _about(label, labels):
+            examples[label] = _example(judged[label], images, prepared[label], where)
+            told = accuracies({label: judged[label]}, images, prepared[label], where, samples)
+            found[label] = told["accuracy"][label] | _sizes(module, examples[label])
+            if probe:
+                found[label]["probe"] = _probed(module, source, images, prepared[label], where, samples)
     if speed:
-        _time(found, judged, example)
+        _time(found, judged, examples)
     return {"schema_version": SCHEMA_VERSION, "data": told["data"], "images": told["images"], "models": found}
 
 
+@contextmanager
+def _about(label: str, labels: Sequence[str]) -> Iterator[None]:
+    """Let what is refused say of which of several networks."""
+    try:
+        yield
+    except GrailError as error:
+        if len(labels) == 1 or label in str(error):
+            raise
+        raise type(error)(f"{label}: {error}") from error
+
+
+def _example(module: nn.Module, images: ImageSet, preprocessing: Preprocessing | None, where: torch.device) -> Tensor:
+    """[1, C, H, W], the first image. Raises GrailError where the module does not take it, as may be with floats, which
+    are taken as preprocessed already."""
+    example = next(images.batches(preprocessing, 1)).to(where, dtype_of(module))
+    try:
+        with evaluating(module):
+            module(example)
+    except REFUSALS as error:
+        if circumstance(error):
+            raise
+        raise GrailError(
+            f"{images.name}: the network does not take images {list(example.shape[1:])} ({first_line(error)}); give "
+            f"those that it was made for"
+        ) from error
+    return example
+
+
 def _without_data(
-    modules: dict[str, nn.Module], preprocessing: Preprocessing | None, where: torch.device, speed: bool, probe: bool
+    modules: dict[str, nn.Module],
+    prepared: dict[str, Preprocessing | None],
+    where: torch.device,
+    speed: bool,
+    probe: bool,
 ) -> dict[str, Any]:
     """What of evaluate_folders needs no images but one, of which only the size counts. Without preprocessing that size
     is not known, and parameters are all there is."""
     if probe:
         raise GrailError("--probe measures on images: name them with --data, or leave out --data none")
-    if preprocessing is None:
-        if speed:
-            raise GrailError("--speed: of which size the images are is not recorded: name some with --data")
-        return {"schema_version": SCHEMA_VERSION, "models": {label: _sizes(m, None) for label, m in modules.items()}}
-    kind = dtype_of(next(iter(modules.values())))
-    example = torch.zeros(1, preprocessing.channels, *preprocessing.size, device=where, dtype=kind)
-    found = {label: _sizes(module, example) for label, module in modules.items()}
+    found, examples = {}, {}
+    for label, module in modules.items():
+        preprocessing = prepared[label]
+        if preprocessing is not None:
+            shape = (1, preprocessing.channels, *preprocessing.size)
+            examples[label] = torch.zeros(shape, device=where, dtype=dtype_of(module))
+        elif speed:
+            raise GrailError(f"--speed: of which size the images of {label} are is not recorded: name some with --data")
+        found[label] = _sizes(module, examples.get(label))
     if speed:
         timed = {label: Encoder(module, IMAGES) if is_clip(module) else module for label, module in modules.items()}
-        _time(found, timed, example)
+        _time(found, timed, examples)
     return {"schema_version": SCHEMA_VERSION, "models": found}
 
 
@@ -170,9 +210,9 @@ def _sizes(module: nn.Module, example: Tensor | None) -> dict[str, Any]:
     return found | {"macs": macs(module, example.to(dtype_of(module)), (calls_of(module) or ("",))[0])}
 
 
-def _time(found: dict[str, dict[str, Any]], modules: dict[str, nn.Module], example: Tensor) -> None:
+def _time(found: dict[str, dict[str, Any]], modules: dict[str, nn.Module], examples: dict[str, Tensor]) -> None:
     """Milliseconds, into what was found of each."""
-    for label, seconds in latency(modules, example, ROUNDS).items():
+    for label, seconds in latency(modules, examples, ROUNDS).items():
         found[label]["milliseconds"] = {name: round(1e3 * value, 3) for name, value in seconds.items()}
 
 
@@ -219,12 +259,12 @@ def _tokenizer(model: str) -> Tokenizer | None:
     return known and known.tokenizer()
 
 
-def _opened(model: str, weights: str | None) -> nn.Module:
+def _opened(model: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     if is_module_folder(Path(model)):
         return load(model)
     if Architecture.parse(model) is None:
         raise GrailError(f"{model} is no folder of a compressed network, and not {NAMED}")
-    return open_network(model, None if Path(model).is_dir() else weights, {})[0]
+    return open_network(model, *((None, {}) if Path(model).is_dir() else (weights, options)))[0]
 
 
 def _preprocessing(model: str, module: nn.Module) -> Preprocessing | None:

@@ -50,9 +50,9 @@ def show_accuracy(found: dict, console: Console) -> None:
     rows = {"top1": "{:.2%}", "top5": "{:.2%}", "parameters": "{:,}", "macs": "{:,}", "milliseconds": "{}"}
     for key, form in rows.items():
         values = [found["models"][label].get(key) for label in labels]
-        if None not in values:
+        if any(value is not None for value in values):
             values = [value["p50"] if isinstance(value, dict) else value for value in values]
-            table.append([key, *(form.format(value) for value in values)])
+            table.append([key, *("-" if value is None else form.format(value) for value in values)])
     probes = [found["models"][label].get("probe") for label in labels]
     if all(probes):
         table.append(["linear probe", *(f"{probe['top1']:.2%}" for probe in probes)])

@@ -229,7 +229,7 @@ def _rights(source: SourceCard, base: list[str]) -> list[str]:
 
 def _inline(text: Any) -> str:
     """Text that is no Markdown of its own, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#&])", r"\\\1", " ".join(str(text).split()))
 
 
 def _code(text: str) -> str:
