@@ -39,6 +39,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 LEFT_OUT = {"output", "overwrite", "resume", "store", "memory", "profile", "called", "strict"}
 """Where the result goes, how it is computed and what is refused; the rest decides what it is."""
 MOST_BYTES = 2**60
+MOST_CHARACTERS = 4096
+"""Of a path, and of each of several that + joins."""
 LONGEST = 60
 """Characters of a value in a sentence."""
 SWITCHES = ("compensate", "strict", "compare_pruned", "overwrite", "resume", "profile")
@@ -161,9 +163,16 @@ class Recipe:
         the current folder. An empty method is refused with the list of those that there are."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "method" and isinstance(value, str) and (not value or "\0" in value):
+            if f.name == "method" or not isinstance(value, str):
+                continue
+            if not value or "\0" in value:
                 wrong = "has a NUL character in it" if value else "is empty"
                 raise GrailError(f"{_flag(f.name)} {wrong}: give it a value, or leave it out")
+            if len(longest := max(value.split("+"), key=len)) > MOST_CHARACTERS:
+                raise GrailError(
+                    f"{_flag(f.name)} {shown(value)}: {len(longest):,} characters, and no path has more than "
+                    f"{MOST_CHARACTERS:,}"
+                )
 
     def _settle_target(self) -> None:
         """The target, and with it the ridge that is not given."""

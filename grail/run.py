@@ -113,7 +113,9 @@ def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleRe
         raise GrailError(f"compress takes a module or a checkpoint's folder or name; got {given}")
     unknown = set(flags) - {f.name for f in fields(Recipe)} - ({"tokenizer"} if loaded else set())
     if unknown:
-        raise GrailError(f"compress has no option {', '.join(sorted(unknown))}")
+        of_networks = not loaded and unknown <= {f.name for f in fields(ModuleRecipe)} | {"model_options"}
+        known = f" for a language model, and {model} is no vision network by its name or config.json"
+        raise GrailError(f"compress has no option {', '.join(sorted(unknown))}{known if of_networks else ''}")
     if not loaded:
         if not flags.get("output"):
             raise GrailError("compress needs output=FOLDER: where to write the smaller checkpoint")

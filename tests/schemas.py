@@ -39,7 +39,7 @@ RUN = {"schema_version": COUNT, "host": TEXT, "platform": TEXT, "argv": [TEXT], 
 COMMON = {
     "schema_version": COUNT, "recipe": Each(ANY), "versions": Each(TEXT), "calibration": Maybe(Each(ANY)),
     "sites": [SITE], "allocation": TEXT, "bias": SWITCH, "parameters": BEFORE_AFTER, "format": TEXT, "loads_with": TEXT,
-    "output": TEXT,
+    "output": TEXT, "allocation_raised": Each([NUMBER]),
 }  # fmt: skip
 CANDIDATE = {"alpha": ANY, "perplexity": NUMBER, "taken": SWITCH}
 SOURCE = {"id": TEXT, "revision": Maybe(TEXT), "sha256": TEXT}
@@ -51,7 +51,6 @@ TOP = {"top1": NUMBER, "top5?": NUMBER, "count": COUNT}
 LANGUAGE = COMMON | {
     "source": SOURCE | {"hub": Maybe(TEXT)}, "ratio": Each({"asked": Maybe(NUMBER), "reached": NUMBER}),
     "bytes": BEFORE_AFTER, "evaluation": Maybe(PERPLEXITY), "alpha_search": Maybe([CANDIDATE]),
-    "allocation_raised": Each([NUMBER]),
     "regional": [Each(ANY)], "tensor_parallel": COUNT, "original_widths": ANY, "class_changed": Maybe(TEXT),
     "run": RUN | {"profile": Each(Each(ANY)), "planned": Each(ANY), "reopened": Each(ANY)},
 }  # fmt: skip

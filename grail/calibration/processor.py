@@ -23,12 +23,10 @@ def preprocessing_of(folder: Path, channels: int, image_size: Any = None) -> Pre
     """What preprocessor_config.json (or processor_config.json) of a folder says; None without either. Raises GrailError
     naming the file where it asks for something else than to resize, crop, scale to 0..1 and normalise, or for images
     far beyond the network's own image_size (a number or two, as its configuration has it)."""
-    file, found = folder / FILE, None
-    if file.is_file():
-        found = read_json(file)
-    elif (folder / TOGETHER).is_file():
-        file = folder / TOGETHER
-        found = read_json(file).get(PART)
+    file = file_of(folder)
+    if file is None:
+        return None
+    found: Any = read_json(file) if file.name == FILE else read_json(file).get(PART)
     if not isinstance(found, dict):
         return None
     try:
@@ -36,6 +34,11 @@ def preprocessing_of(folder: Path, channels: int, image_size: Any = None) -> Pre
     except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
         reason = str(error) if isinstance(error, GrailError) else f"no size, mean or std that GRAIL reads ({error})"
         raise GrailError(f"{file}: {reason}") from error
+
+
+def file_of(folder: Path) -> Path | None:
+    """The file of a folder that says how images become inputs."""
+    return next((folder / name for name in (FILE, TOGETHER) if (folder / name).is_file()), None)
 
 
 def _most(image_size: Any) -> int:

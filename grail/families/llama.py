@@ -17,6 +17,7 @@ from ..checkpoint.reader import SafetensorsFolder, read_json
 from ..documents import check_counts, check_writable
 from ..errors import GrailError
 from ..modeling_grail import BASES, PREFIX
+from ..numbers import as_whole
 from ..reduction import Reduction, Units
 from ..registration import register
 from .base import OutputFormat, Producer, Site
@@ -187,6 +188,9 @@ def open_folder(
     try:
         if config.max_position_embeddings < 1:
             raise ValueError("max_position_embeddings must be at least 1")
+        window = getattr(config, "sliding_window", None)
+        if window is not None and (as_whole(window) or 0) < 1:
+            raise ValueError(f"sliding_window must be null or a whole number, 1 or more, not {window!r}")
         return LlamaFamily(source, config, raw, device=device, dtype=dtype, written_as=written_as)
     except GrailError:
         raise

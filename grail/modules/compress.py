@@ -96,19 +96,22 @@ class ModulePass:
                 stream.advance(blocks[number])
         return [results[site.name] for site in self.work.sites]
 
-    def scores(self) -> dict[str, Tensor]:
-        """Unit scores of the dense network, for an allocation over all of it: a pass of its own."""
+    def scores(self) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+        """Unit scores of the dense network, for an allocation over all of it: a pass of its own. Beside them, by site,
+        λ as asked and as used where the method's own had to be raised. Raises GrailError there where that is strict."""
         self.work_stream, self.dense_stream = None, Stream(self.dense, self.batches)
-        found = {}
+        found, raised = {}, {}
         for block in self.dense.blocks or [""]:
             for site in (s for s in self.dense.sites if self.dense.block_of(s.consumer) == block):
                 statistics = self._gather(site)
                 view = self._view(site, statistics)
                 found[site.name] = self.selector.global_scores(view)
-                if self.recipe.strict and view.damping is not None:
-                    view.damping.refuse_raised(site.name)
+                if view.damping is not None and view.damping.raised is not None:
+                    raised[site.name] = list(view.damping.raised)
+                    if self.recipe.strict:
+                        view.damping.refuse_raised(site.name)
             self.dense_stream.advance(block)
-        return found
+        return found, raised
 
     def _compress(self, site: ModuleSite) -> SiteResult:
         view = self._view(site, self._gather(site))

@@ -18,8 +18,9 @@ from .recipe import ModuleRecipe
 @dataclass(repr=False)
 class ModuleReport(Readable):
     """`model` is the narrower module; `output` the folder it was written to, if any. parameters and macs (for one
-    input of each tower; None where they cannot be counted) are (before, after); repaired_norms: how many BatchNorms
-    were estimated anew; examples: two inputs (not one, of which there are no statistics) by the method that takes them
+    input of each tower; None where they cannot be counted) are (before, after); raised: λ of the method, as asked and
+    as used, that had to be raised to measure what a site can spare; repaired_norms: how many BatchNorms were estimated
+    anew; examples: two inputs (not one, of which there are no statistics) by the method that takes them
     ("": forward); evaluation: accuracies by name. At a prompt it is a few lines (`summary`), in a notebook a table with
     plots."""
 
@@ -32,6 +33,7 @@ class ModuleReport(Readable):
     macs: tuple[int, int] | None
     allocation: str
     affine: bool
+    raised: dict[str, list[float]] = field(default_factory=dict)
     repaired_norms: int = 0
     calibration_text: dict[str, Any] | None = None
     classes: list[str] | None = None
@@ -74,6 +76,7 @@ class ModuleReport(Readable):
             "calibration_text": self.calibration_text,
             "sites": self.sites,
             "allocation": self.allocation,
+            "allocation_raised": self.raised,
             "bias": self.affine,
             "ratio": self.ratio,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},

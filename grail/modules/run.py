@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..allocation import kept_per_group, rounded
 from ..calibration.images import ImageSet
 from ..calibration.preprocessing import Preprocessing
+from ..calibration.processor import file_of
 from ..checkpoint.writer import OutputFolder
 from ..errors import GrailError, first_line
 from ..evaluation.macs import macs
@@ -43,7 +44,7 @@ from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
 from .towers import Tokenizer, Tower, spare, towers_of
-from .verify import check_numbers
+from .verify import NotTaken, check_numbers
 
 
 @undisturbed()
@@ -58,7 +59,13 @@ def compress_named(recipe: ModuleRecipe, options: dict[str, Any], progress: Prog
     source |= {"options": options} if options else {}
     module.to(usable_device(recipe.device))
     inputs = {"preprocessing": architecture.preprocessing(module), "tokenizer": architecture.tokenizer()}
-    return compress_module(module, recipe, progress, architecture=architecture, source=source, out=out, **inputs)
+    try:
+        return compress_module(module, recipe, progress, architecture=architecture, source=source, out=out, **inputs)
+    except NotTaken as error:
+        made = inputs["preprocessing"]
+        if not architecture.folder or made is None or error.shape[2:] != made.size:
+            raise
+        raise GrailError(f"{error}; {file_of(architecture.folder)} says this size: correct it") from error
 
 
 def _asked_for(module: nn.Module, recipe: ModuleRecipe, tokenizer: Tokenizer | None) -> ImageSet | None:
@@ -214,9 +221,13 @@ def _compressed(
         _warn_of_few_inputs(towers, progress)
     work = copied(dense)
     passes = [job for tower in towers for job in _passes(tower, work, kept, selector, recipe)]
+    scores: dict[str, Tensor] = {}
+    raised: dict[str, list[float]] = {}
     if plan.needs_scores:
-        ranked = [job.scores() for job in passes if job.work.sites[0].kind != RESIDUAL]
-        kept |= plan.from_scores({name: scores for found in ranked for name, scores in found.items()})
+        for job in (job for job in passes if job.work.sites[0].kind != RESIDUAL):
+            found, more = job.scores()
+            scores, raised = scores | found, raised | more
+        kept |= plan.from_scores(scores)
     start = time.perf_counter()
     results = [result for job in passes for result in job.run(progress, tell)]
     narrowed = any(result.reduction is not None for result in results)
@@ -237,6 +248,7 @@ def _compressed(
         macs=_counted((dense, work), examples, progress) if examples else None,
         allocation=plan.allocation,
         affine=passes[-1].affine,
+        raised=raised,
         repaired_norms=repaired,
         classes=images[0].classes if images else None,
         examples=examples,

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import GrailError
 from ..families.network import INPUT, OUTPUT, ModuleSite, Network
-from .verify import answer, unlike
+from .verify import NotTaken, answer, unlike
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ def in_order(network: Network, example: Tensor) -> None:
             f"{called} is called inside torch.vmap or another transform of torch.func, where what it reads is hidden; "
             f"let the network's forward call its layers on whole batches"
         ) from None
-    except GrailError as error:
-        raise GrailError(f"{error}{unlike(network.module)}") from error
+    except NotTaken as error:
+        raise NotTaken(error.shape, f"{error.why}{unlike(network.module)}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -26,7 +26,7 @@ def show_network(report: ModuleReport, console: Console) -> None:
     if repaired:
         before, after = (mean(repaired, key) for key in ("error_before", "error_after"))
         lines["output error"] = f"mean of {len(repaired)} sites: without repair {before:.4f}, with it {after:.4f}"
-    lines |= raised(report.sites)
+    lines |= raised(report.sites, report.raised)
     if report.repaired_norms:
         lines["BatchNorms"] = f"{report.repaired_norms} estimated anew"
     if report.evaluation:

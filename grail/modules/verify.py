@@ -28,6 +28,14 @@ REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, As
 """What torch raises where shapes do not fit."""
 
 
+class NotTaken(GrailError):
+    """The network cannot run on the inputs that it is calibrated with, of this shape."""
+
+    def __init__(self, shape: torch.Size, why: str):
+        super().__init__(f"the network does not take calibration inputs {list(shape)}: {why}")
+        self.shape, self.why = shape, why
+
+
 @torch.no_grad()
 def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor, folded: Sequence[ModuleSite] = ()) -> None:
     """A description is right only if the order of a site's units means nothing, if to remove some is the same as to let
@@ -128,14 +136,15 @@ def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
 
 
 def answers(run: Callable[[Tensor], Any], example: Tensor) -> list[Tensor]:
-    """The tensors of a network's output, each flat in float64. Raises GrailError where it cannot run on the input."""
+    """The tensors of a network's output, each flat in float64. Raises NotTaken where it cannot run on the input, and
+    GrailError where there are none."""
     try:
         found = run(example.clone())
     except REFUSALS as error:
         if circumstance(error):
             raise
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GrailError(f"the network does not take calibration inputs {list(example.shape)}: {what}") from error
+        raise NotTaken(example.shape, what) from error
     tensors = [t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)]
     if not tensors:
         raise GrailError(

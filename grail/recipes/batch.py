@@ -95,7 +95,7 @@ def finished_result(asked: Request) -> dict[str, Any] | None:
     if found.get("recipe") != _recipe_of_result(asked.recipe, found) or options != asked.model_options:
         return None
     if asked.recipe.strict:
-        _refuse_raised(folder, found.get("sites"))
+        _refuse_raised(folder, found)
     return found | ({"run": read_json(folder / RAN)} if (folder / RAN).is_file() else {})
 
 
@@ -107,14 +107,19 @@ def _recipe_of_result(recipe: Recipe, found: dict[str, Any]) -> Any:
     return json.loads(json.dumps(recipe.to_json()))
 
 
-def _refuse_raised(folder: Path, sites: Any) -> None:
+def _refuse_raised(folder: Path, found: dict[str, Any]) -> None:
     """Raises GrailError for a result that --strict would not have let through."""
-    for site in map(mapping, sites if isinstance(sites, list) else []):
-        if site.get("retries") or mapping(site.get("damping")).get("retries"):
-            raise GrailError(
-                f"{folder} is finished, and a λ was raised at {site.get('name')}; leave out --strict, or start over "
-                f"with other options and --overwrite"
-            )
+    sites = found.get("sites")
+    raised = [
+        str(site.get("name"))
+        for site in map(mapping, sites if isinstance(sites, list) else [])
+        if site.get("retries") or mapping(site.get("damping")).get("retries")
+    ]
+    for name in [*raised, *mapping(found.get("allocation_raised"))]:
+        raise GrailError(
+            f"{folder} is finished, and a λ was raised at {name}; leave out --strict, or start over with other options "
+            f"and --overwrite"
+        )
 
 
 def states(requests: list[Request], *, overwrite: bool = False, resume: bool = False) -> list[Outcome]:

@@ -122,6 +122,21 @@ class TestVision:
 
 
 class TestOpening:
+    def test_a_size_of_images_that_the_network_does_not_take(self, tmp_path):
+        config = ViTConfig(**tiny_hf.IMAGES, id2label={0: "a", 1: "b"})
+        ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+        made = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(made))
+        asked = {"method": "wanda", "calibration": "builtin", "output": tmp_path / "out"}
+        with pytest.raises(GrailError, match=r"not take .* 3, 24, 24\].*preprocessor_config\.json says this size"):
+            grail.compress(str(tmp_path / "vit"), **asked)
+        assert not (tmp_path / "out").exists()
+
+    def test_one_whose_type_is_changed_is_no_vision_network(self, tmp_path):
+        tiny_checkpoint(tmp_path / "clip")
+        with pytest.raises(GrailError, match=r"no option calibration_text for a language model, and .*clip is no vis"):
+            grail.compress(str(tmp_path / "clip"), calibration_text="x.txt", output=tmp_path / "out")
+
     def test_whole_numbers_are_no_weights(self, tmp_path):
         tensors = timm.create_model("test_resnet", num_classes=4).state_dict()
         save_file(tensors | {"bn1.weight": tensors["bn1.weight"].long()}, tmp_path / "w.safetensors")

@@ -20,6 +20,8 @@ from grail.convert import convert
 from grail.errors import GrailError
 from grail.evaluate import evaluate
 from grail.evaluation.whole import WholeModel
+from grail.families import open_family
+from grail.recipe import Recipe
 from grail.serving.vocabulary import vocabulary
 from tests.faults.test_mended_language import change, command, flags  # noqa: F401 - a fixture
 from tests.test_gguf_export import VOCABULARY, byte_level, sentencepiece, with_tokenizer
@@ -118,6 +120,22 @@ class TestSentences:
         change(model, architectures=["LlamaForSequenceClassification"])
         report = grail.compress(model, output=tmp_path / "out", **flags)
         assert report.loads_with == "transformers LlamaForCausalLM"
+
+    @pytest.mark.parametrize("option", ["model", "output", "calibration", "eval"])
+    def test_a_path_longer_than_any(self, option):
+        asked = {"model": "m", "calibration": "a+b", option: "x+" + "y" * 100_000}
+        with pytest.raises(GrailError, match=rf"^--{option} x\+yyy.* \.\.\.: 100,000 characters, and no path has more"):
+            Recipe(**asked)
+
+    def test_many_paths_that_are_joined_may_be_longer_together(self):
+        assert Recipe("m", calibration="+".join(["y" * 1000] * 9)).samples == 128
+
+    @pytest.mark.parametrize("window", ["llama", 0, -1, True, 2.5])
+    def test_a_sliding_window_of_no_length(self, tmp_path, window):
+        folder = tiny_checkpoint(tmp_path / "model")
+        change(folder, sliding_window=window)
+        with pytest.raises(GrailError, match=r"config\.json .*sliding_window"):
+            open_family(folder)
 
 
 class TestGenerationConfig:

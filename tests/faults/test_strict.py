@@ -218,3 +218,34 @@ def test_vision_networks_too(tmp_path, options):
     with (tmp_path / "shown").open("w") as file:
         show_network(report, Console(file=file, width=200))
     assert "ridge raised   at 1 site," in (tmp_path / "shown").read_text()
+
+
+def test_what_networks_are_measured_by_is_told_too(tmp_path):
+    images = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    flags = {"sites": [grail.channels("up", "down", width=16)], "calibration": images, "method": "gram", "ratio": 0.2}
+    flags |= {"allocation": "global", "ridge": 0.1}
+    singular = {"set": {"damping": "0"}}
+    report = grail.compress(Net(), **flags, **singular, output=tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "grail.json").read_text())
+    (site,) = record["sites"]
+    ((asked, taken),) = record["allocation_raised"].values()
+    assert list(record["allocation_raised"]) == [site["name"]] and asked == 0.0 and taken > 0
+    with (tmp_path / "shown").open("w") as file:
+        show_network(report, Console(file=file, width=200))
+    assert "raised to measure at 1 site," in (tmp_path / "shown").read_text()
+    sound = grail.compress(Net(), **flags, set={"damping": "1"})
+    assert sound.to_json()["allocation_raised"] == {}
+
+
+def test_a_finished_result_that_took_more_to_measure_is_not_taken_for_a_strict_one(runs, tmp_path):
+    flags = runs | {"model": str(runs["model"]), "method": "gram", "ridge": 0.1, "allocation": "global"}
+    flags |= {"set": {"damping": "0"}}
+    grail.compress(**flags, output=tmp_path / "out")
+    file = tmp_path / "out" / "grail.json"
+    record = json.loads(file.read_text())
+    (name, *_) = record["allocation_raised"]
+    for site in record["sites"]:
+        site["damping"]["retries"] = 0
+    file.write_text(json.dumps(record))
+    with pytest.raises(grail.GrailError, match=rf"finished.*{name}"):
+        finished_result(Request(Recipe(**flags, output=str(tmp_path / "out"), strict=True), {}))
