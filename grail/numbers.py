@@ -9,13 +9,15 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+TRUTH = ("bool", "torch.bool")
+"""What types of truth values are called."""
 MOST = 2**31 - 1
 """What a whole number may be at most: torch counts no further everywhere."""
 
 
 def as_whole(value: Any) -> int | None:
     """A whole number as Python's own; None for anything else."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
+    if str(getattr(value, "dtype", type(value).__name__)) in TRUTH or not isinstance(value, SupportsIndex):
         return None
     try:
         return operator.index(value)

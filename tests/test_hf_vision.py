@@ -48,7 +48,7 @@ class TestSites:
         for network in describe(KINDS[kind].build()):
             example = inputs_of(network, 3)
             verify(network, network.sites, example)
-            assert network.blocks and chained(network, example)
+            assert network.blocks and chained(network, [example])
 
     def test_a_description_without_the_values_is_refused(self):
         (network,) = describe(KINDS["vit"].build())

@@ -315,7 +315,7 @@ class TestSites:
     def test_blocks_are_run_one_by_one(self, kind):
         """Else each site would cost forwards of the whole network."""
         (network,) = describe(built(kind))
-        assert network.blocks and chained(network, images(2))
+        assert network.blocks and chained(network, [images(2)])
 
     def test_sites_stand_in_the_order_of_execution_not_of_registration(self):
         class Backwards(SmallResNet):

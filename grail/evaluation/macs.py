@@ -21,9 +21,22 @@ def macs(module: nn.Module, example: Tensor, call: str = "") -> int:
     [B, C, H, W] or [B, L]. call: the method that is counted (default: forward)."""
     counter = FlopCounterMode(display=False)
     # neither the CPU's fused attention nor the fast path of torch's own transformer layers is known to the counter
-    with evaluating(module), _plain_attention(), counter:
+    with evaluating(module), _frozen(module), _plain_attention(), counter:
         (getattr(module, call) if call else module)(example[:1])
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _frozen(module: nn.Module):
+    """The counter follows gradients, and fails at a view of a parameter that has none here."""
+    trained = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

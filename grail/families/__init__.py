@@ -29,6 +29,7 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> list[Network]:
         return towers
     network = joined.describe(module, still)
     if network is not None:
+        joined.check_share(network)
         return [network]
     raise GrailError(
         f"{type(module).__name__} has no blocks that a family knows (conv1, conv2 or attn, mlp): describe its sites by "

@@ -57,9 +57,10 @@ def _counted(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def _of_another_family(module: nn.Module, still: frozenset[str]) -> Network:
-    """An image tower of timm or a ResNet: the description of its own families under the longer names."""
+    """An image tower of timm or a ResNet: the description of its own families under the longer names; of one that
+    they hardly know, none."""
     found = joined.describe(module.visual, still)
-    if found is not None:
+    if found is not None and joined.share(found) >= joined.LEAST:
         sites, residual = ([_moved(site) for site in part] for part in (found.sites, found.residual))
         return Network(module, sites, [f"visual.{name}" for name in found.blocks], residual)
     return Network(module, [])

@@ -16,19 +16,18 @@ log = logging.getLogger("grail")
 
 FAMILIES = (resnet, vit)
 LEAST, MOST = 0.1, 0.5
-"""Shares of a network's parameters that known blocks hold: with less than the first it is refused, with less than the
-second there is a warning. ResNets and transformers have 0.65 to 0.99, networks of which only the stem looks like one
-0.01 and less."""
+"""Shares of a network's weights (tensors, whatever their sizes: a head for many classes may hold most numbers) that
+known blocks have: with less than the first it is refused, with less than the second there is a warning. ResNets and
+transformers have 0.5 to 0.98, networks of which only the stem looks like one 0.05 and less."""
 
 
 def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None:
     """The sites that all families find, or None where none finds a block. Raises GrailError naming a block that
-    computes otherwise, and where the blocks are but a small part of the network."""
+    computes otherwise."""
     found = [network for family in FAMILIES if (network := family.describe(module, still)) is not None]
     if not found:
         return None
     blocks = [name for network in found for name in network.blocks]
-    _check_share(module, blocks)
     sites, started = [], 0
     for network in found:
         sites += [replace(site, layer=site.layer + started) for site in network.sites]
@@ -36,16 +35,22 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
     return Network(module, sites, blocks, [stream for network in found for stream in network.residual])
 
 
-def _check_share(module: nn.Module, blocks: list[str]) -> None:
-    inside = tuple(f"{name}." for name in blocks)
-    counts = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    share = sum(count for name, count in counts.items() if name.startswith(inside)) / sum(counts.values())
+def share(network: Network) -> float:
+    """Which part of a network's weights, matrices and convolutions, lies in its blocks."""
+    weights = [name for name, parameter in network.module.named_parameters() if parameter.dim() > 1]
+    inside = tuple(f"{name}." for name in network.blocks)
+    return sum(name.startswith(inside) for name in weights) / max(len(weights), 1)
+
+
+def check_share(network: Network) -> None:
+    """Raises GrailError where the blocks are but a small part of the network."""
+    known, blocks = share(network), network.blocks
     few = ", ".join([*blocks[:3], *(["..."] if len(blocks) > 3 else [])])
-    found = f"{type(module).__name__}: the blocks that a family knows ({few}) hold {share:.1%} of its parameters"
-    if share < LEAST:
+    found = f"{type(network.module).__name__}: the blocks that a family knows ({few}) hold {known:.1%} of its weights"
+    if known < LEAST:
         raise GrailError(
             f"{found}, and all others would stay as they are: describe its sites by hand, "
             f"grail.compress(module, sites=[grail.channels(...), ...])"
         )
-    if share < MOST:
+    if known < MOST:
         log.warning("%s; all others stay as they are", found)

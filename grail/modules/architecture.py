@@ -35,6 +35,7 @@ UNBUILT = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, OSError,
 )  # fmt: skip
 """What factories raise for options that do not fit their network."""
+COUNTER = "num_batches_tracked"
 TORCHVISION_HEADS = ("fc.weight", "classifier.weight", "heads.head.weight")
 
 
@@ -171,20 +172,23 @@ def open_network(model: str, weights: str | None, options: dict[str, Any]) -> tu
         with _about_options(options):
             found.check_size(source)
     module = found.build()
-    wanted = {name: _kind(tensor) for name, tensor in module.state_dict().items()}
-    missing = [name for name in wanted if name not in shapes and not name.endswith("num_batches_tracked")]
-    other = [name for name in shapes if _kind(source.info(name)) != wanted.get(name)]
+    wanted = {name: _kind(tensor, name) for name, tensor in module.state_dict().items()}
+    missing = [name for name in wanted if name not in shapes and not name.endswith(COUNTER)]
+    other = [name for name in shapes if _kind(source.info(name), name) != wanted.get(name)]
     for what, names in (("lacks", missing), ("holds another", other)):
         if names:
             few = f"{names[0]} ({len(names)} such tensors)"
             raise GrailError(f"{source.path} {what} {few}: these are not weights of {model}")
-    module.load_state_dict({name: source.get(name) for name in shapes}, strict=False, assign=True)
+    tensors = {name: source.get(name) for name in shapes}
+    counters = {name: tensor.long() for name, tensor in tensors.items() if name.endswith(COUNTER)}
+    module.load_state_dict(tensors | counters, strict=False, assign=True)
     return module.eval(), found, {"id": model, "revision": None, "sha256": source.sha256()}
 
 
-def _kind(tensor: Tensor | TensorInfo) -> tuple[tuple[int, ...], bool]:
-    """(shape, whether of floating point) of a tensor, or of what a file says of one."""
-    return tuple(tensor.shape), tensor.dtype.is_floating_point
+def _kind(tensor: Tensor | TensorInfo, name: str) -> tuple[tuple[int, ...], bool]:
+    """(shape, whether of floating point) of a tensor, or of what a file says of one. A counter of batches is a whole
+    number, also where a script has cast all tensors."""
+    return tuple(tensor.shape), tensor.dtype.is_floating_point and not name.endswith(COUNTER)
 
 
 def _named(model: str) -> Architecture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,8 @@ from .names import NAMED, is_module_folder
 from .stream import given_to
 from .towers import Tokenizer
 from .verify import REFUSALS
+
+log = logging.getLogger("grail")
 
 BATCH = 64
 ROUNDS = 20
@@ -207,7 +210,13 @@ def _sizes(module: nn.Module, example: Tensor | None) -> dict[str, Any]:
     found = {"parameters": sum(p.numel() for p in module.parameters())}
     if example is None:
         return found
-    return found | {"macs": macs(module, example.to(dtype_of(module)), (calls_of(module) or ("",))[0])}
+    try:
+        return found | {"macs": macs(module, example.to(dtype_of(module)), (calls_of(module) or ("",))[0])}
+    except Exception as error:  # whatever a forward raises under torch's counter
+        if circumstance(error):
+            raise
+        log.warning("multiply-accumulates are not counted: %s", first_line(error))
+        return found
 
 
 def _time(found: dict[str, dict[str, Any]], modules: dict[str, nn.Module], examples: dict[str, Tensor]) -> None:

@@ -145,7 +145,7 @@ def _narrow(network: Network, site: ModuleSite, count: int) -> None:
 
 def _filled(module: nn.Module, source: SafetensorsFolder) -> nn.Module:
     tensors = {name: source.get(name) for name in source.names()}
-    layers = dict(module.named_modules())
+    layers, tied = dict(module.named_modules()), _tied(module)
     try:
         for name in tensors:
             owner, _, leaf = name.rpartition(".")
@@ -157,7 +157,18 @@ def _filled(module: nn.Module, source: SafetensorsFolder) -> nn.Module:
         raise GrailError(
             f"{source.path} does not fit its config.json: {str(error).splitlines()[-1].strip()}"
         ) from error
+    for first, *others in tied:
+        for owner, leaf in (name.rpartition(".")[::2] for name in others if tensors[name].equal(tensors[first])):
+            setattr(module.get_submodule(owner), leaf, module.get_parameter(first))
     return module.eval()
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [several for several in names.values() if len(several) > 1]
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ def _compressed(
     recipe = prove(towers, kept, recipe, selector, progress, by_hand=inputs["sites"] is not None)
     for tower in towers:
         tower.part(recipe)
-        if tower.batches and not chained(tower.dense, tower.batches[0][:2]):
+        if tower.batches and not chained(tower.dense, tower.batches):
             tower.dense.blocks = []
     if recipe.compensate:
         _warn_of_few_inputs(towers, progress)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import GrailError
+from ..errors import GrailError, circumstance
 from ..families.network import INPUT, OUTPUT, ModuleSite, Network
-from .verify import NotTaken, answer, unlike
+from .verify import REFUSALS, NotTaken, answer, unlike
+
+ROUNDING = 1e-3
+"""Of the same products in the same order, in 16 bits on a GPU at most."""
 
 
 @dataclass(frozen=True)
@@ -196,12 +199,29 @@ def in_order(network: Network, example: Tensor) -> None:
 
 
 @torch.no_grad()
-def chained(network: Network, example: Tensor) -> bool:
-    """Whether every site lies in a block, and each block is called once: with the output of the one before, and beside
-    it with the same masks and flags as all others."""
+def chained(network: Network, batches: list[Tensor]) -> bool:
+    """Whether a Stream sees at every site what whole forwards see there: every site lies in a block, each block is
+    called once, with what the one before gave and beside it with the same masks and flags as all others, and nothing
+    between them or beside them (work in place, what is kept from call to call) has a part in it. Tried on two inputs
+    of the first of the batches and two of the last, one after another."""
     if not network.blocks or not all(network.block_of(site.consumer) for site in network.sites):
         return False
+    examples = [batches[0][:2], batches[-1][-2:]]
+    seen = [_whole(network, x) for x in examples]
+    if None in seen:
+        return False
+    try:
+        return _agrees(Stream(network, examples), seen)
+    except REFUSALS as error:
+        if circumstance(error):
+            raise
+        return False
+
+
+def _whole(network: Network, example: Tensor) -> dict[str, Tensor] | None:
+    """What blocks and consumers are given in one forward; None where the blocks are no chain."""
     calls: list[tuple[str, tuple, dict, object]] = []
+    given: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable:
         def hook(_: nn.Module, arguments: tuple, options: dict, output: object) -> None:
@@ -209,20 +229,47 @@ def chained(network: Network, example: Tensor) -> bool:
 
         return hook
 
-    handles = [network.layer(b).register_forward_hook(note(b), with_kwargs=True) for b in network.blocks]
+    def keep(name: str, tensor: Tensor) -> None:
+        given.setdefault(name, tensor.clone())
+
+    layers = [network.layer(name) for name in network.blocks]
+    handles = [b.register_forward_hook(note(n), with_kwargs=True) for n, b in zip(network.blocks, layers, strict=True)]
+    for name in (*network.blocks, *(name for site in network.sites for name in site.consumers)):
+        handles.append(seeing(network.layer(name), INPUT, partial(keep, name)))
     try:
         network.run(example.clone())
     finally:
         for handle in handles:
             handle.remove()
     if [name for name, *_ in calls] != network.blocks or not all(arguments for _, arguments, *_ in calls):
-        return False
-    rests = [Rest(arguments[1:], options) for _, arguments, options, _ in calls]
+        return None
     outputs = [output for *_, output in calls]
     if not all(isinstance(out, Tensor) or (isinstance(out, tuple) and isinstance(out[0], Tensor)) for out in outputs):
+        return None
+    first, *others = [Rest(arguments[1:], options) for _, arguments, options, _ in calls]
+    return given if all(rest.same(first) for rest in others) else None
+
+
+def _agrees(stream: Stream, seen: list[dict[str, Tensor]]) -> bool:
+    """Whether a stream comes to the same inputs as whole forwards."""
+    network = stream.network
+    for block in network.blocks:
+        sites = [site for site in network.sites if network.block_of(site.consumer) == block]
+        for name in (name for site in sites for name in site.consumers):
+            if not all(_alike(x, given[name]) for x, given in zip(stream.hidden(name), seen, strict=True)):
+                return False
+        if not all(_alike(x, given[block]) for (x, _), given in zip(stream.states, seen, strict=True)):
+            return False
+        stream.advance(block)
+    return True
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """Whether they are equal but for rounding."""
+    if found.shape != wanted.shape:
         return False
-    follows = (call[1][0] is _first(before) for call, before in zip(calls[1:], outputs, strict=False))
-    return all(rest.same(rests[0]) for rest in rests) and all(follows)
+    found, wanted = found.double(), wanted.double()
+    return bool(torch.linalg.vector_norm(found - wanted) <= ROUNDING * torch.linalg.vector_norm(wanted))
 
 
 @contextmanager

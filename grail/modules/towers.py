@@ -94,8 +94,7 @@ def towers_of(
     is given nothing to calibrate with. Raises GrailError where the description does not fit, inputs cannot be read or
     all are missing."""
     networks = _described(module, sites, recipe)
-    if recipe.calibration_text is not None and not any(network.reads == TEXT for network in networks):
-        raise GrailError(f"--calibration-text: {type(module).__name__} has no text tower that a family knows")
+    _check_given(module, networks, recipe)
     found = []
     for network in networks:
         text = network.reads == TEXT
@@ -103,8 +102,7 @@ def towers_of(
             option = "--calibration-text" if text else "--calibration"
             progress.say(f"the tower that reads {network.reads} stays as it is: no {option} is given")
             continue
-        builtin = isinstance(recipe.calibration, str) and recipe.calibration == BUILTIN
-        if len(networks) > 1 and not text and builtin:
+        if len(networks) > 1 and not text and _is(recipe.calibration, BUILTIN):
             progress.say("the tower that reads images is calibrated with built-in digits; --calibration DATA or none")
         found.append((_of_text if text else _of_images)(network, recipe, preprocessing, tokenizer))
     if not found:
@@ -137,7 +135,24 @@ def spare(towers: list[Tower], recipe: ModuleRecipe, progress: Progress) -> Modu
 
 
 def _absent(source: object) -> bool:
-    return source is None or (isinstance(source, str) and source == NONE)
+    return source is None or _is(source, NONE)
+
+
+def _is(source: object, name: str) -> bool:
+    return isinstance(source, str) and source == name
+
+
+def _check_given(module: nn.Module, networks: list[Network], recipe: ModuleRecipe) -> None:
+    """Raises GrailError for data that no tower reads, and where the only one has none."""
+    known, called = {network.reads for network in networks}, type(module).__name__
+    if recipe.calibration_text is not None and TEXT not in known:
+        raise GrailError(f"--calibration-text: {called} has no text tower that a family knows")
+    if known != {TEXT}:
+        return
+    if not _absent(recipe.calibration) and not _is(recipe.calibration, BUILTIN):
+        raise GrailError(f"--calibration: {called} has no image tower that a family knows; leave it out")
+    if _absent(recipe.calibration_text):
+        raise GrailError(f"{called} has only a text tower that a family knows: give --calibration-text")
 
 
 def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: ModuleRecipe) -> list[Network]:

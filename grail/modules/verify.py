@@ -16,6 +16,8 @@ from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
 from .narrow import duplicate, fold_copies, permute, prune, silence
 
 TOLERANCE = 1e-3
+ROUNDING = 1e-6
+"""Of the largest number of all outputs: what is left of differences and sums that are nothing in exact arithmetic."""
 FAINT = 1e-3
 """A parameter whose numbers are all below this may hide what stands before it from the output."""
 ORDER = "the order of its units changes the network's output, so something else reads or makes them"
@@ -88,8 +90,11 @@ def for_proofs(network: Network, example: Tensor) -> tuple[Network, Tensor]:
         network = network.clone()
         random = torch.Generator().manual_seed(0)
         for parameter in _faint(network.module):
-            # positive ones, since a forward may take a root or a logarithm
-            parameter.copy_(0.05 + 0.1 * torch.rand(parameter.shape, generator=random))
+            drawn = torch.rand(parameter.shape, generator=random)
+            if parameter.dim() > 1 and (inputs := parameter[0].numel()) > 1:
+                parameter.copy_((drawn - 0.5) * (3 / inputs) ** 0.5)  # outputs half as large as inputs
+            else:  # positive ones, since a forward may take a root or a logarithm
+                parameter.copy_(0.05 + 0.1 * drawn)
     return network, example
 
 
@@ -201,14 +206,18 @@ def _differs(example: Tensor, *makes: Callable[[], Network | None]) -> bool:
         except GrailError:
             return True
         del network
-    return len(found[0]) != len(found[1]) or any(map(_are_different, *found))
+    largest = max((tensor[~tensor.isneginf()].abs().max().item() for tensor in found[0] if len(tensor)), default=0.0)
+    different = functools.partial(_are_different, least=ROUNDING * largest)
+    return len(found[0]) != len(found[1]) or any(map(different, *found))
 
 
-def _are_different(expected: Tensor, found: Tensor) -> bool:
+def _are_different(expected: Tensor, found: Tensor, least: float) -> bool:
+    """least: what a number of an output may be off, which may be nothing but what rounding left."""
     if found.shape != expected.shape:
         return True
     masked = expected.isneginf()
     if not torch.equal(masked, found.isneginf()):
         return True
     expected, found = expected[~masked], found[~masked]
-    return not torch.linalg.vector_norm(found - expected) <= TOLERANCE * torch.linalg.vector_norm(expected)
+    allowed = TOLERANCE * torch.linalg.vector_norm(expected) + least * len(expected) ** 0.5
+    return not torch.linalg.vector_norm(found - expected) <= allowed

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from ..checkpoint.carried import check_carried
 from ..checkpoint.reader import PICKLES, SafetensorsFolder, TensorInfo, read_json
 from ..documents import check_regular, check_writable
 from ..errors import GrailError
@@ -83,6 +84,7 @@ def _opened(path: Path) -> Ingredient:
         found = Ingredient(path, SafetensorsFolder(path))
     else:
         config = _config(path)
+        check_carried(path)
         found = Ingredient(path, SafetensorsFolder(path), config)
     if not found.tensors.names():
         raise GrailError(f"{path} holds no tensors")

@@ -70,21 +70,29 @@ class TestNetworksOfSeveralKindsOfBlocks:
         assert all(site["after"] == site["before"] / 2 for site in report.sites)
         assert [result.site.layer for result in report.results] == [0, 1, 1]
 
-    def test_one_of_which_a_hundredth_is_known_is_refused_by_what_was_found(self):
+    @staticmethod
+    def mostly_others(count: int) -> nn.Module:
         class Other(nn.Sequential):
             pass
 
-        network = Other(BasicBlock(8, 8), nn.Flatten(), nn.Linear(128, 1000))
-        with pytest.raises(GrailError, match=r"Other: the blocks that a family knows \(0\) hold 0\.9% .* by hand"):
-            compressed(network, torch.randn(4, 8, 4, 4))
+        return Other(BasicBlock(8, 8), *(nn.Conv2d(8, 8, 1) for _ in range(count)), nn.Flatten(), nn.Linear(128, 3))
+
+    def test_one_of_which_little_is_known_is_refused_by_what_was_found(self):
+        with pytest.raises(GrailError, match=r"Other: the blocks that a family knows \(0\) hold 8\.7% of .* by hand"):
+            compressed(self.mostly_others(20), torch.randn(4, 8, 4, 4))
 
     def test_one_of_which_less_than_half_is_known_is_told_of(self, caplog):
         with caplog.at_level(logging.WARNING, logger="grail"):
-            describe(hybrid(outputs=500))
-        assert "Hybrid: the blocks that a family knows (stem, block) hold 31.1% of its parameters" in caplog.text
+            describe(self.mostly_others(3))
+        assert "Other: the blocks that a family knows (0) hold 33.3% of its weights" in caplog.text
+
+    def test_a_head_for_many_classes_is_one_layer(self, caplog):
+        with caplog.at_level(logging.WARNING, logger="grail"):
+            describe(hybrid(outputs=100_000))
+        assert not caplog.text
 
     def test_sites_by_hand_need_no_share(self):
-        network = nn.Sequential(BasicBlock(8, 8), nn.Flatten(), nn.Linear(128, 1000))
+        network = self.mostly_others(20)
         site = grail.channels("0.conv1", "0.conv2", width=8, norms=["0.bn1"])
         assert compressed(network, torch.randn(4, 8, 4, 4), sites=[site]).ratio == {"channels": 0.5}
 
