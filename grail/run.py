@@ -103,7 +103,8 @@ def compress(
 
 
 def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleReport | None:
-    if isinstance(model, torch.nn.Module) and (not hasattr(model, "save_pretrained") or is_hf_module(model)):
+    by_hand = flags.get("sites") is not None or not hasattr(model, "save_pretrained")
+    if isinstance(model, torch.nn.Module) and (by_hand or is_hf_module(model)):
         return _compress_in_memory(model, progress, **flags)
     if isinstance(model, (str, Path)) and is_network(str(model)):
         return _compress_named(str(model), progress, **flags)

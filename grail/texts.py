@@ -88,12 +88,14 @@ def evaluated_windows(session: Session) -> Windows | None:
             session.progress.warn(f"{named} has no tokenizer: no evaluation (name token ids with --eval)")
             return None
     source = absolute(asked or given)
-    length = session.recipe.seq_len or (session.windows.ids.shape[1] if session.windows else default_length(source))
+    stored = any(part.endswith(".safetensors") for part in parts_of(source))  # whose windows are cut already
+    least = default_length(source)
+    length = session.recipe.seq_len or (session.windows.ids.shape[1] if session.windows and not stored else least)
     found = evaluation_windows(
         source,
         lambda: session.tokenizer,
         session.model.config.vocab_size,
-        seq_len=None if source.endswith(".safetensors") and session.recipe.seq_len is None else length,
+        seq_len=session.recipe.seq_len if stored else length,
         held_out=session.held_out(source),
     )
     if found is None and asked is not None:

@@ -16,7 +16,7 @@ from ..machine import available_memory
 from ..recipe import TRIAL_SHARE
 from .mixture import parts_of, shares
 from .sources import BUILTIN, blocks, documents
-from .tokens import checked, from_batches, pretokenised, stored_weights, weigh, within
+from .tokens import checked, from_batches, pretokenised, stored_length, stored_weights, weigh, within
 
 JOINER = dict.fromkeys([*BUILTIN, "wikitext2"], "\n\n")
 BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
@@ -71,8 +71,13 @@ class Windows:
 
 def default_length(source: Any) -> int:
     """Tokens of a window where --seq-len is not given; of a mixture the least of its parts."""
-    parts = parts_of(source) if isinstance(source, str) else [None]
-    return min(BUILTIN_LENGTH if part in BUILTIN else DEFAULT_LENGTH for part in parts)
+    return min(map(_length_of, parts_of(source) if isinstance(source, str) else [None]))
+
+
+def _length_of(part: str | None) -> int:
+    if part is not None and part.endswith(".safetensors"):
+        return stored_length(Path(part)) or DEFAULT_LENGTH
+    return BUILTIN_LENGTH if part in BUILTIN else DEFAULT_LENGTH
 
 
 def load_calibration(

@@ -29,6 +29,13 @@ def pretokenised(path: Path, vocabulary: int, option: str, seq_len: int | None) 
     return ids[:, :seq_len]
 
 
+def stored_length(path: Path) -> int | None:
+    """Tokens of a window of a file; None where there is none, which `pretokenised` says."""
+    if not path.is_file() or IDS not in (folder := SafetensorsFolder(path)):
+        return None
+    return folder.info(IDS).shape[-1] if folder.info(IDS).shape else None
+
+
 def from_batches(source: Any, samples: int, seq_len: int | None) -> tuple[Tensor, Tensor | None]:
     """Token ids, and the weights of those batches that have them (1 in the others; None: none has)."""
     found: list[Tensor] = []
@@ -44,6 +51,8 @@ def from_batches(source: Any, samples: int, seq_len: int | None) -> tuple[Tensor
             if len(found) >= samples:
                 break
         ids = torch.stack(found[:samples])[:, :seq_len].cpu()
+        if seq_len is not None and ids.shape[1] < seq_len:
+            raise GrailError(f"calibration holds windows of {ids.shape[1]} tokens; --seq-len {seq_len} is longer")
         if all(own is None for own in weights):
             return ids, None
         ones = torch.ones(len(found[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ..bars import without_bars, without_warnings
+from ..documents import read_json
 from ..errors import GrailError
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
 )  # fmt: skip
-CONVERSION = b"2"
+CONVERSION = b"3"
 """Counts up where the same file gives another folder than before."""
 LEAST_LAYER = 256
 """Bytes, of the names of its tensors alone."""
@@ -113,6 +115,19 @@ def _write_converted(file: Path, work: Path) -> None:
     plain.generation_config = model.generation_config
     plain.save_pretrained(work)
     tokenizer.save_pretrained(work)
+    _forget_words_beyond(work, config.vocab_size)
+
+
+def _forget_words_beyond(folder: Path, vocabulary: int) -> None:
+    """Without the words that transformers adds of its own accord and that the network has no embedding for."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    found = read_json(file)
+    words = found.get("added_tokens") or []
+    within = [word for word in words if word["id"] < vocabulary]
+    if len(within) < len(words):
+        file.write_text(json.dumps(found | {"added_tokens": within}, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_sizes(file: Path, config: dict) -> None:

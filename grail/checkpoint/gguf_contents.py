@@ -54,7 +54,8 @@ class Contents:
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self.config.to_dict())
         places = get_gguf_hf_weights_map(model, processor)
         for tensor in self.reader.tensors:
-            if tensor.name not in places and tensor.name != FREQUENCIES:
+            known = tensor.name in places or tensor.name.removesuffix(".weight") in places  # experts have no suffix
+            if not known and tensor.name != FREQUENCIES:
                 raise GrailError(
                     f"{self.file}: {type(model).__name__} has no place for the tensor {tensor.name}, without which it "
                     f"would be another network; give the checkpoint that the file was made from"

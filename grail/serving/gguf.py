@@ -134,6 +134,8 @@ def _general(folder: Path, dtype: str) -> dict[str, Any]:
     """What the file says of itself."""
     card = source_card(folder)
     name = folder.resolve().name.encode(errors="replace").decode()
+    if name == "mistral":  # transformers takes a file of just this name for one of another architecture
+        name = name.capitalize()
     found: dict[str, Any] = {"type": "model", "name": name, "file_type": ENCODINGS[dtype].file_type}
     for called, key in STATED.items():
         value = card.language if key == "language" else card.licence.get(key)
