@@ -17,7 +17,7 @@ from torch import Tensor
 
 import grail_kernels
 
-from .calibration.mixture import absolute, parts_of
+from .calibration.mixture import TOKENISED, in_common, parts_of
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint.carried import check_carried, stamps
 from .checkpoint.journal import understood
@@ -244,9 +244,17 @@ class Session:
         return torch.randint(self.model.config.vocab_size, (1, length), generator=generator)
 
     def held_out(self, source: str) -> bool:
-        """Whether only the part of `source` that calibration never sees may be used for evaluation."""
+        """Whether only the part of `source` that calibration never sees is used for evaluation: of all local texts that
+        it joins, where one of them is one of calibration's. Token ids have no such part."""
         given = self.recipe.calibration
-        return isinstance(given, str) and source in (given, absolute(given))
+        return isinstance(given, str) and any(not part.endswith(TOKENISED) for part in in_common(source, given))
+
+    def warn_of_seen(self, source: str) -> None:
+        """Of token ids that calibration reads too, which are evaluated whole."""
+        given = self.recipe.calibration
+        for part in sorted(in_common(source, given)) if isinstance(given, str) else ():
+            if part.endswith(TOKENISED):
+                self.progress.warn(f"{part} is evaluated whole, and calibration reads it too; name others with --eval")
 
     @cached_property
     def _source_sha256(self) -> str:

@@ -88,6 +88,7 @@ def evaluated_windows(session: Session) -> Windows | None:
             session.progress.warn(f"{named} has no tokenizer: no evaluation (name token ids with --eval)")
             return None
     source = absolute(asked or given)
+    session.warn_of_seen(source)
     stored = any(part.endswith(".safetensors") for part in parts_of(source))  # whose windows are cut already
     least = default_length(source)
     length = session.recipe.seq_len or (session.windows.ids.shape[1] if session.windows and not stored else least)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 SEPARATOR = "+"
+TOKENISED = ".safetensors"
+"""How the name of a file of token ids ends."""
 
 
 def parts_of(source: str) -> list[str]:
@@ -16,6 +18,12 @@ def parts_of(source: str) -> list[str]:
 def absolute(source: str) -> str:
     """The same name wherever it is read: files by their full paths."""
     return SEPARATOR.join(os.path.abspath(part) if Path(part).is_file() else part for part in parts_of(source))
+
+
+def in_common(source: str, given: str) -> set[str]:
+    """The texts that are in both, files by their full paths."""
+    found, known = ({os.path.realpath(p) if Path(p).is_file() else p for p in parts_of(s)} for s in (source, given))
+    return found & known
 
 
 def shares(count: int, parts: int) -> list[int]:

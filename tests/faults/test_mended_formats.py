@@ -19,13 +19,18 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
 
 import grail
+from grail.calibration.mixture import absolute
 from grail.calibration.text import evaluation_windows, load_calibration
 from grail.checkpoint.gguf import converted
+from grail.distributed import Group
 from grail.errors import GrailError
 from grail.evaluate import evaluate
+from grail.progress import Progress
+from grail.recipe import Recipe
 from grail.serving.gguf import export_gguf
+from grail.session import Session
 from tests.test_gguf_export import VOCABULARY, byte_level, with_tokenizer
-from tests.tiny import tiny_calibration, tiny_checkpoint
+from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("reopen_here")
 DRAWN = {"vocabulary": 64, "samples": 8, "seed": 0}
@@ -73,6 +78,54 @@ class TestTokenFiles:
     def test_shorter_windows_than_asked_for_are_refused_in_python_too(self):
         with pytest.raises(GrailError, match="calibration holds windows of 16 tokens; --seq-len 32 is longer"):
             load_calibration(torch.ones(8, 16, dtype=torch.long), no_tokenizer, seq_len=32, **DRAWN)
+
+
+class TestHeldOutText:
+    @pytest.fixture
+    def texts(self, tmp_path, monkeypatch) -> Path:
+        """One and other, with words of their own; and a folder of a model that knows them."""
+        tiny_tokenizer(tiny_checkpoint(tmp_path / "model", num_hidden_layers=1))
+        for name, first in (("one", 3), ("other", 30)):
+            (tmp_path / f"{name}.txt").write_text("\n".join(f"w{first + i % 9}" for i in range(2000)))
+        tiny_calibration(tmp_path / "a.safetensors", windows=8, length=16)
+        (tmp_path / "link.txt").symlink_to(tmp_path / "one.txt")
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("calibration", "asked", "expected"),
+        [
+            ("one.txt+other.txt", "one.txt", True),
+            ("one.txt", "one.txt+other.txt", True),
+            ("one.txt+other.txt", "other.txt+one.txt", True),
+            ("one.txt+builtin", "one.txt", True),
+            ("link.txt", "one.txt", True),
+            ("one.txt", "other.txt", False),
+            ("builtin", "builtin", True),
+            ("a.safetensors", "a.safetensors", False),
+        ],
+    )
+    def test_what_calibration_reads_in_any_mixture_is_held_out(self, texts, calibration, asked, expected):
+        given = {"samples": 4, "seq_len": 16, "output": "out"}
+        recipe = Recipe("model", calibration=calibration, eval=asked, **given)
+        assert Session(recipe, Progress(), Group()).held_out(absolute(asked)) is expected
+
+    def test_an_evaluation_takes_the_last_tenth(self, texts):
+        asked = {"calibration": "one.txt+other.txt", "samples": 8, "seq_len": 16, "output": texts / "out"}
+        found = grail.compress("model", eval="one.txt", **asked).evaluation
+        assert found["held_out"] and found["windows"] == len((texts / "one.txt").read_text().split()) // 10 // 16
+
+    def test_token_ids_that_calibration_reads_are_evaluated_with_a_word(self, texts):
+        ids = str(tiny_calibration(texts / "ids.safetensors", windows=8, length=16))
+        said: list[str] = []
+
+        class Heard(Progress):
+            def warn(self, text):
+                said.append(text)
+
+        report = grail.compress("model", calibration=ids, eval=ids, output=texts / "out", progress=Heard())
+        assert any("ids.safetensors is evaluated whole, and calibration reads it too" in text for text in said)
+        assert report.evaluation["held_out"] is False
 
 
 class TestGguf:
