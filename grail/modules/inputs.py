@@ -30,15 +30,11 @@ def calibration_inputs(
     """`samples` inputs drawn with the seed, in batches; what they are; names of classes where images have some. Raises
     GrailError naming what cannot be read."""
     given = recipe.calibration
-    if (
-        isinstance(given, (list, tuple))
-        and given
-        and all(isinstance(t, Tensor) and t.is_floating_point() for t in given)
-    ):
+    if isinstance(given, (list, tuple)) and given and all(map(_is_ready, given)):
         given = _joined([readable(t, "calibration") for t in given])
     if hasattr(given, "__iter__") and not isinstance(given, (str, Path, list, tuple, dict, Tensor)):
         given = _loaded(given, recipe.samples)
-    if isinstance(given, Tensor) and given.is_floating_point():
+    if _is_ready(given):
         return _tensors(given, recipe)
     images = open_images(given, limit=recipe.samples)
     chosen = images.choose(recipe.samples, recipe.seed)
@@ -47,12 +43,19 @@ def calibration_inputs(
     return batches, told | {"size": list(batches[0].shape[1:])}, images.classes
 
 
+def _is_ready(given: Any) -> bool:
+    """Whether it goes into a network as it is: floats, and whole numbers [N, L], which are no images but tokens."""
+    if not isinstance(given, Tensor) or given.dtype == torch.bool:
+        return False
+    return given.is_floating_point() or given.dim() == 2
+
+
 def _loaded(batches: Iterable[Any], samples: int) -> Any:
     """Of a loader whose batches are no images, with targets or without: so many inputs in one tensor."""
     items = iter(batches)
     first = next(items, None)
     rows = _inputs_of(first)
-    if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dim() in (0, 1, 3, 4):
+    if not _is_ready(rows) or rows.dim() in (0, 1, 3, 4):
         return itertools.chain([first], items)
     found, count = [], 0
     for number, item in enumerate(itertools.chain([first], items)):

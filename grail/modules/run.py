@@ -261,7 +261,8 @@ def _warn_of_few_inputs(towers: list[Tower], progress: Progress) -> None:
     for tower in towers:
         count = sum(map(len, tower.batches))
         widest = max((site.units.width for site in tower.sites), default=0)
-        if tower.batches and tower.batches[0].dim() == 2 and tower.dense.reads != TEXT and count < widest:
+        rows = tower.batches and tower.batches[0].dim() == 2 and tower.batches[0].is_floating_point()
+        if rows and count < widest:
             progress.warn(
                 f"{count} calibration inputs for {widest} channels: the Gram matrix is singular, and the errors on "
                 f"these inputs say little of others; give more"

@@ -192,7 +192,8 @@ def _of_images(
         return Tower(network, [])
     batches, told, classes = calibration_inputs(recipe, preprocessing)
     device, dtype = _place(network)
-    return Tower(network, [batch.to(device, dtype) for batch in batches], told=told, classes=classes)
+    ready = [batch.to(device, dtype if batch.is_floating_point() else batch.dtype) for batch in batches]
+    return Tower(network, ready, told=told, classes=classes)
 
 
 def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, tokenizer: Tokenizer | None) -> Tower:

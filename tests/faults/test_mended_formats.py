@@ -8,6 +8,8 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -218,6 +220,26 @@ def write_mixture(file: Path, module: Qwen3MoeForCausalLM) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("given", ["tensor", "list", "loader"])
+def test_an_own_network_may_read_tokens(given):
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.up, self.down = nn.Embedding(50, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, ids):
+            return self.down(torch.relu(self.up(self.embed(ids)))).mean(1)
+
+    torch.manual_seed(0)
+    ids = torch.randint(50, (24, 6))
+    calibration = {"tensor": ids, "list": list(ids.split(8)), "loader": DataLoader(TensorDataset(ids), batch_size=8)}
+    sites = [grail.channels("up", "down", width=16)]
+    report = grail.compress(Texts(), sites=sites, calibration=calibration[given], method="wanda", ratio=0.5)
+    (site,) = report.sites
+    assert site["after"] == 8 and site["error_after"] < site["error_before"]
+    assert report.calibration["images"] + report.calibration["trial_windows"] == 24
 
 
 def test_a_vision_network_of_transformers_that_no_family_knows_may_be_described_by_hand():
