@@ -190,7 +190,9 @@ def open_folder(
             raise ValueError("max_position_embeddings must be at least 1")
         window = getattr(config, "sliding_window", None)
         if window is not None and (as_whole(window) or 0) < 1:
-            raise ValueError(f"sliding_window must be null or a whole number, 1 or more, not {window!r}")
+            raise GrailError(
+                f"{folder / 'config.json'}: sliding_window must be null or a whole number, 1 or more, not {window!r}"
+            )
         return LlamaFamily(source, config, raw, device=device, dtype=dtype, written_as=written_as)
     except GrailError:
         raise

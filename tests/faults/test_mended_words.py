@@ -134,7 +134,7 @@ class TestSentences:
     def test_a_sliding_window_of_no_length(self, tmp_path, window):
         folder = tiny_checkpoint(tmp_path / "model")
         change(folder, sliding_window=window)
-        with pytest.raises(GrailError, match=r"config\.json .*sliding_window"):
+        with pytest.raises(GrailError, match=r"config\.json: sliding_window must be"):
             open_family(folder)
 
 
