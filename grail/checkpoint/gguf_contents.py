@@ -1,4 +1,5 @@
-"""What a GGUF file says of its network and transformers' reader passes over: stretched rotations, optional biases.
+"""What a GGUF file says of its network and transformers' reader passes over: stretched rotations, optional biases,
+another kind of attention.
 
 What the configuration has a place for is put there; everything else is refused, since without it the network would be
 another one. llama.cpp is the authority on what the keys mean (llama-model.cpp, load_hparams).
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -28,6 +30,12 @@ BIASES = {
     "mlp_bias": (r"blk\.\d+\.ffn_(gate|up|down)\.bias", ".mlp."),
 }
 """Fields of a configuration: tensors of the file that ask for it, and what the names of its own have in them."""
+WINDOW = "attention.sliding_window"
+NEUTRAL = {
+    "attention.causal": (True,), "attention.scale": (0.0,), "attention.clamp_kqv": (0.0,), "logit_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}  # fmt: skip
+"""Keys under `ARCHITECTURE.` that make another network, and the values with which they do not."""
 LOW, HIGH = 1.0, 4.0
 """Of LLaMA-3: wavelengths above length / LOW are stretched, those below length / HIGH are not."""
 SAME = 1e-5
@@ -43,6 +51,9 @@ class Contents:
         self.reader = GGUFReader(file)
         self.architecture = self.reader.fields["general.architecture"].contents()
         self._parts = tuple(self._ask_for_biases())
+        self._carry_heads()
+        self._carry_window()
+        self._check_neutral()
         self._carry_rotations()
 
     def optional(self, name: str) -> bool:
@@ -69,6 +80,39 @@ class Contents:
                 setattr(self.config, field, True)
                 found.append(part)
         return found
+
+    def _value(self, name: str) -> Any:
+        """Of a key that transformers' reader does not take; None where there is none."""
+        field = self.reader.fields.get(f"{self.architecture}.{name}")
+        return None if field is None or name in self._taken() else field.contents()
+
+    def _taken(self) -> dict[str, Any]:
+        return GGUF_CONFIG_MAPPING.get(self.config.model_type, {})
+
+    def _carry_heads(self) -> None:
+        size = self._value("attention.key_length")
+        if size is not None and getattr(self.config, "head_dim", None) is not None:
+            self.config.head_dim = int(size)
+
+    def _carry_window(self) -> None:
+        window = self._value(WINDOW)
+        if not window or window >= getattr(self.config, "max_position_embeddings", 0):
+            return
+        if not hasattr(self.config, "sliding_window") or hasattr(self.config, "use_sliding_window"):
+            raise self._other_network(WINDOW, window)
+        self.config.sliding_window = int(window)
+
+    def _check_neutral(self) -> None:
+        for name, neutral in NEUTRAL.items():
+            value = self._value(name)
+            if value is not None and value not in neutral:
+                raise self._other_network(name, value)
+
+    def _other_network(self, name: str, value: Any) -> GrailError:
+        return GrailError(
+            f"{self.file}: {self.architecture}.{name} = {value} makes another network than transformers reads; give "
+            f"the checkpoint that the file was made from"
+        )
 
     def _carry_rotations(self) -> None:
         rope = getattr(self.config, "rope_parameters", None) or {}

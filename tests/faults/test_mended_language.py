@@ -10,11 +10,12 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 from typer.testing import CliRunner
 
 import grail
 from grail.checkpoint.gguf import converted
+from grail.checkpoint.gguf_contents import Contents
 from grail.checkpoint.reader import SINGLE
 from grail.cli import app
 from grail.distributed import Group
@@ -130,6 +131,38 @@ class TestGgufIn:
         with pytest.raises(GrailError, match=rf"m\.gguf: .*{name}"):
             converted(file)
         assert not list((file.parent / "cache").iterdir())
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("attention.causal", False),
+            ("attention.scale", 0.5),
+            ("attention.clamp_kqv", 8.0),
+            ("logit_scale", 0.5),
+            ("use_parallel_residual", True),
+            ("attention.sliding_window", 5),
+        ],
+    )
+    def test_another_kind_of_attention_is_refused_by_its_key(self, exported, key, value):
+        _, file = exported(fields={key: value})
+        with pytest.raises(GrailError, match=rf"m\.gguf: llama\.{key} = {value} makes another network"):
+            converted(file)
+
+    def test_values_that_change_nothing_are_taken(self, exported):
+        neutral = {"attention.causal": True, "logit_scale": 1.0, "attention.sliding_window": 10**6}
+        source, file = exported(fields=neutral)
+        assert torch.equal(logits(converted(file)), logits(source))
+
+    def test_heads_of_another_size_than_by_default(self, tmp_path):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3")
+        writer.add_key_length(16)
+        writer.add_rope_dimension_count(16)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        config = Qwen3Config(hidden_size=32, num_attention_heads=4)
+        Contents(tmp_path / "m.gguf", config)
+        assert config.head_dim == 16
 
     def test_what_the_version_before_has_converted_is_not_taken(self, exported, monkeypatch):
         _, file = exported("qwen2")
