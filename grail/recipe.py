@@ -255,6 +255,14 @@ class Recipe:
         return told
 
 
+def uncompared(recipe: Recipe, *, evaluated: bool) -> str | None:
+    """Why --compare-pruned compares nothing; None where it does, or is not asked for."""
+    if not recipe.compare_pruned or (evaluated and recipe.compensate):
+        return None
+    why = "without repair the result is the pruned one" if evaluated else "nothing is evaluated; name data with --eval"
+    return f"--compare-pruned compares nothing: {why}"
+
+
 def alpha_name(alpha: str | float) -> str:
     """An α for people, or that each site has its own."""
     return "by site" if alpha == AUTO else f"{alpha:g}"

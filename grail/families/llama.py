@@ -171,6 +171,8 @@ def open_folder(
     raw = read_json(folder / "config.json")
     if raw.get("quantization_config"):
         raise GrailError(f"{folder / 'config.json'}: the checkpoint is quantised; GRAIL needs its float weights")
+    if not raw.get("return_dict", True):
+        raise GrailError(f"{folder / 'config.json'}: transformers runs no network with return_dict false; take it out")
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise GrailError(f"{folder / 'config.json'}: architectures must be a list of class names; correct it")

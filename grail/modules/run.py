@@ -27,7 +27,7 @@ from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
 from ..machine import usable_device
 from ..page import write_told
 from ..progress import Progress
-from ..recipe import AUTO
+from ..recipe import AUTO, uncompared
 from ..selectors import selector_class
 from ..surroundings import undisturbed
 from ..widths import WidthPlan
@@ -157,6 +157,8 @@ def compress_module(
         plain = replace(recipe, compensate=False, bias=False, repair=False, alpha=AUTO)
         pruned = partial(_compressed, module, plain, progress, lambda entry: None, **inputs)
         images = images or _at_hand(module, recipe, progress, tokenizer)
+        if nothing := uncompared(recipe, evaluated=images is not None):
+            progress.warn(nothing)
         report.evaluation = _evaluated(module, report, recipe, images, pruned, progress, preprocessing, tokenizer)
         if out is not None:
             _write(out, report, module, architecture, preprocessing, tokenizer)

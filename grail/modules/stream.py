@@ -229,8 +229,9 @@ def _whole(network: Network, example: Tensor) -> dict[str, Tensor] | None:
 
         return hook
 
-    def keep(name: str, tensor: Tensor) -> None:
-        given.setdefault(name, tensor.clone())
+    def keep(name: str, seen: object) -> None:
+        if isinstance(seen, Tensor):
+            given.setdefault(name, seen.clone())
 
     layers = [network.layer(name) for name in network.blocks]
     handles = [b.register_forward_hook(note(n), with_kwargs=True) for n, b in zip(network.blocks, layers, strict=True)]
@@ -242,6 +243,8 @@ def _whole(network: Network, example: Tensor) -> dict[str, Tensor] | None:
         for handle in handles:
             handle.remove()
     if [name for name, *_ in calls] != network.blocks or not all(arguments for _, arguments, *_ in calls):
+        return None
+    if not given.keys() >= {*network.blocks, *(name for site in network.sites for name in site.consumers)}:
         return None
     outputs = [output for *_, output in calls]
     if not all(isinstance(out, Tensor) or (isinstance(out, tuple) and isinstance(out[0], Tensor)) for out in outputs):

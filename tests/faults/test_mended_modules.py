@@ -458,7 +458,6 @@ class TestModules:
 
     UNSTORED: ClassVar = {
         "complex": (in_buffer(lambda m: torch.ones(3, dtype=torch.complex64)), "extra is torch.complex64"),
-        "uint16": (in_buffer(lambda m: torch.ones(3, dtype=torch.uint16)), "extra is torch.uint16"),
         "sparse": (in_buffer(lambda m: torch.eye(3).to_sparse()), "extra is sparse"),
         "sparse rows": (in_buffer(lambda m: torch.eye(3).to_sparse_csr()), "extra is sparse"),
     }
@@ -472,6 +471,12 @@ class TestModules:
         monkeypatch.setattr(grail.modules.run, "towers_of", lambda *_, **__: pytest.fail("there was work"))
         refuse(said, module, output=str(tmp_path / "out"))
         assert not list(tmp_path.iterdir())
+
+    def test_unsigned_integers_are_stored(self, tmp_path):
+        module = net()
+        in_buffer(lambda m: torch.arange(3).to(torch.uint16))(module)
+        compressed(module, output=str(tmp_path / "out"))
+        assert grail.load(tmp_path / "out", module=module).extra.tolist() == [0, 1, 2]
 
     NONE: ClassVar = {
         "without data": (lambda: net().to("meta"), r"conv1\.weight holds no data"),

@@ -21,11 +21,12 @@ from grail.errors import GrailError
 from grail.evaluate import evaluate
 from grail.evaluation.whole import WholeModel
 from grail.families import open_family
+from grail.progress import Progress
 from grail.recipe import Recipe
 from grail.serving.vocabulary import vocabulary
 from tests.faults.test_mended_language import change, command, flags  # noqa: F401 - a fixture
 from tests.test_gguf_export import VOCABULARY, byte_level, sentencepiece, with_tokenizer
-from tests.tiny import tiny_checkpoint, tiny_model
+from tests.tiny import tiny_calibration, tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.usefixtures("reopen_here")
 
@@ -136,6 +137,28 @@ class TestSentences:
         change(folder, sliding_window=window)
         with pytest.raises(GrailError, match=r"config\.json: sliding_window must be"):
             open_family(folder)
+
+    @pytest.mark.parametrize(
+        ("asked", "why"),
+        [({"eval": "none"}, "nothing is evaluated"), ({"compensate": False}, "without repair")],
+        ids=["no evaluation", "no repair"],
+    )
+    def test_nothing_to_compare_is_told(self, model, tmp_path, flags, asked, why):  # noqa: F811
+        calibration = str(tiny_calibration(tmp_path / "ids.safetensors", windows=8, length=16))
+        heard: list[str] = []
+
+        class Heard(Progress):
+            def say(self, text):
+                heard.append(text)
+
+        asked = flags | {"calibration": calibration, "eval": calibration, "compare_pruned": True} | asked
+        grail.compress(model, output=tmp_path / "out", progress=Heard(), **asked)
+        assert any(f"--compare-pruned compares nothing: {why}" in text for text in heard)
+
+    def test_a_network_that_returns_tuples(self, model):
+        change(model, return_dict=False)
+        with pytest.raises(GrailError, match=r"config\.json: .*return_dict false; take it out"):
+            open_family(model)
 
 
 class TestGenerationConfig:
