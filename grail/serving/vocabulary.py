@@ -6,6 +6,7 @@ does is read from its pre-tokenizer.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,12 +61,14 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise GrailError(f"{file}: --to gguf knows tokenizers of the type BPE only")
     spm = bool(model.get("byte_fallback"))
-    _check_unchanged(file, described, spm)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    used = described if backend is None else json.loads(backend.to_str())  # a class may split otherwise than its file
+    _check_unchanged(file, used, spm)
     pre = DEFAULT
     if spm:
-        _check_whole(file, described.get("pre_tokenizer"))
+        _check_whole(file, used.get("pre_tokenizer"))
     else:
-        pre = _pre(file, described.get("pre_tokenizer"))
+        pre = _pre(file, used.get("pre_tokenizer"))
     if model.get("ignore_merges") and pre != WHOLE_WORDS:
         raise GrailError(f"{file}: llama.cpp merges words that its vocabulary holds too, against ignore_merges")
     try:

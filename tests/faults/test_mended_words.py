@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import grail
 from grail.calibration import load_calibration
+from grail.calibration.mixture import parts_of
 from grail.calibration.sources import documents
 from grail.cli import app
 from grail.convert import convert
@@ -131,6 +133,11 @@ class TestSentences:
     def test_many_paths_that_are_joined_may_be_longer_together(self):
         assert Recipe("m", calibration="+".join(["y" * 1000] * 9)).samples == 128
 
+    @pytest.mark.parametrize("source", ["+", "a.txt+", "+a.txt", "a.txt++b.txt"])
+    def test_a_text_without_a_name_in_a_mixture(self, source):
+        with pytest.raises(GrailError, match=rf"^'{re.escape(source)}' joins a text without a name"):
+            parts_of(source)
+
     @pytest.mark.parametrize("window", ["llama", 0, -1, True, 2.5])
     def test_a_sliding_window_of_no_length(self, tmp_path, window):
         folder = tiny_checkpoint(tmp_path / "model")
@@ -236,6 +243,14 @@ class TestPlan:
 
 
 class TestVocabularies:
+    def test_a_class_that_splits_otherwise_than_its_file_is_followed(self, tmp_path):
+        tokenizer = byte_level()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's split
+        folder = with_tokenizer(tiny_checkpoint(tmp_path / "m", "qwen2", vocab_size=VOCABULARY), tokenizer)
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+        assert vocabulary(folder, VOCABULARY).pre == "qwen2"
+
     """A tokenizer that llama.cpp would not follow is not written for it."""
 
     @staticmethod
