@@ -70,6 +70,9 @@ def ridge_solve(
     for some: `on_error="raise"` raises RidgeError naming the first of them, "report" marks them (see RidgeSolution).
     Raises ValueError on shapes and devices that do not fit, TypeError on dtypes and on what is no dense tensor.
     """
+    devices = {matrix.device for matrix in (a, rhs, anchor) if isinstance(matrix, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"the matrices are on different devices: {' and '.join(map(str, devices))}")
     a, rhs = plain("A", a), plain("the right-hand side", rhs)
     anchor = None if anchor is None else plain("the anchor", anchor)
     if a.dim() not in (2, 3) or a.shape[-1] != a.shape[-2] or a.shape[:-1] != rhs.shape[:-1] or rhs.dim() != a.dim():
@@ -81,8 +84,6 @@ def ridge_solve(
         raise TypeError(f"expected floating-point matrices, got {' and '.join(str(t.dtype) for t in given)}")
     if a.itemsize == 1:
         raise TypeError(f"A is {a.dtype}, in which no system can be solved; give at least 16 bits")
-    if len({matrix.device for matrix in given}) > 1:
-        raise ValueError(f"the matrices are on different devices: {' and '.join(str(t.device) for t in given)}")
     lams = _checked_ridge(lam)
     if lams.dim() > 1 or (a.dim() == 3 and lams.dim() == 1 and len(lams) != len(a)):
         raise ValueError(f"λ {tuple(lams.shape)} does not fit A {tuple(a.shape)}")
