@@ -189,7 +189,8 @@ class StreamSolution:
 def selection_errors(
     weight_OH: Tensor, candidates: list[Tensor], reduction: Reduction, gram: PackedSymmetric, stream: CrossMoments
 ) -> list[float]:
-    """Σ‖t − W' R h − b'‖² / Σ‖t‖² for each W' [O, K], over the rows behind the moments; with a bias its best."""
+    """Σ‖t − W' R h − b'‖² / Σ‖t‖² for each W' [O, K], over the rows behind the moments; with a bias its best, and
+    both sums about the means."""
     energies, cross_HO = [stream.difference_energy for _ in candidates], stream.cross
     for outputs in blocks(weight_OH):
         weight_BH, cross_BH = weight_OH[outputs].float(), cross_HO[:, outputs].mT

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,10 @@ def write(out: OutputFolder, module: nn.Module, config: dict) -> int:
 
 def load(path: Path | str, module: nn.Module | None = None) -> nn.Module:
     """The network in a folder, in evaluation mode, its parameters trainable where those of the module it is built from
-    are. module: one of the original widths, for a class that no library makes (it is not modified). Raises GrailError
-    naming what is missing or does not fit, and for anything else than such a module."""
+    are. module: one of the original widths, for a class that no library makes (it is not modified); where its
+    parameters are of one dtype and the stored ones of another, buffers that are not stored take theirs, as in
+    `module.to(dtype)`.
+    Raises GrailError naming what is missing or does not fit, and for anything else than such a module."""
     if module is not None and not isinstance(module, nn.Module):
         raise GrailError(
             f"grail.load(path, module=...) takes a network of the original widths; got {_called(module)}, which is none"
@@ -112,6 +115,7 @@ def _written_with(folder: Path) -> str:
 
 
 def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Module | None) -> nn.Module:
+    built = module is None
     if module is None:
         if config.get("architecture") is None:
             raise GrailError(
@@ -133,7 +137,34 @@ def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Mo
     check(network)
     for site, count in zip(sites, kept, strict=True):
         _narrow(network, site, count)
-    return _filled(network.module, source)
+    was = _float_dtypes(network.module.parameters())
+    filled = _filled(network.module, source)
+    if not built:
+        _complete_buffers(filled, source, was)
+    return filled
+
+
+def _float_dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+
+
+def _complete_buffers(module: nn.Module, source: SafetensorsFolder, was: set[torch.dtype]) -> None:
+    """Buffers that no file holds, of a module whose parameters were of other dtypes before they were filled in: those
+    of the module's dtype go with it. (One that was given in 16 bits may keep buffers in float32 on purpose.) Raises
+    GrailError naming one without data."""
+    stored, now = set(source.names()), _float_dtypes(module.parameters())
+    for owner_name, owner in module.named_modules():
+        for key, buffer in owner._buffers.items():
+            name = f"{owner_name}.{key}".lstrip(".")
+            if buffer is None or name in stored:
+                continue
+            if buffer.is_meta:
+                raise GrailError(
+                    f"the module's buffer {name} holds no data (it is on the meta device), and {source.path} does not "
+                    f"store it; make the module on the CPU"
+                )
+            if len(was) == len(now) == 1 and {buffer.dtype} == was:
+                owner._buffers[key] = buffer.to(*now)
 
 
 def _narrow(network: Network, site: ModuleSite, count: int) -> None:

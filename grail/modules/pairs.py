@@ -40,8 +40,8 @@ class HiddenPairs:
         return self._pairs.count
 
     def repair(self, weight_OH: Tensor, *, ridge: float, form: str, name: str) -> Compensation:
-        """W' [O, K] float64 and the errors Σ‖W t − W' z‖² / Σ‖W t‖² of W B0 and of W'. Raises GrailError naming the
-        site where no λ makes the system solvable."""
+        """W' [O, K] float64 and the errors Σ‖W t − W' z‖² / Σ‖W t‖² of W B0 and of W', with `affine` both sums about
+        their means. Raises GrailError naming the site where no λ makes the system solvable."""
         found = compensate_pairs(self.lift_HK.double(), self._pairs, ridge=ridge, form=form, name=name)
         found.error_before, found.error_after = self._errors(weight_OH.double(), found.weight)
         found.weight, found.bias = weight_OH.double() @ found.weight, None

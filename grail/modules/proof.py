@@ -42,7 +42,7 @@ def prove(
     for tower in filter(lambda tower: tower.batches, towers):
         network, example = tower.dense, tower.batches[0][:2]
         changed = [site for site in tower.sites if kept[site.name] < site.units.count]
-        verify(network, changed, example, [site for site in changed if _is_folded(site, selector)])
+        verify(network, changed, example, [site for site in changed if _is_folded(site, selector)], by_hand=by_hand)
         seen = {}
         if recipe.compensate or affine or selector.updates_weights():
             seen = _seen(network, changed, example)

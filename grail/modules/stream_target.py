@@ -125,7 +125,8 @@ class Moments:
         return (mean_O if self.bias is None else mean_O + self.bias.double()) - own_OX @ self.target.mean
 
     def error(self, weight_OX: Tensor) -> float:
-        """Σ‖y_c + D − W' z − b'‖² / Σ‖y_c + D‖², with its best bias where one is fitted."""
+        """Σ‖y_c + D − W' z − b'‖² / Σ‖y_c + D‖², with its best bias where one is fitted: both sums
+        are then about the means."""
         gained = 2 * torch.sum(weight_OX.mT * self.target.cross.double()).item()
         left = self.target.difference_energy - gained + self.difference.normal.quadratic_trace(weight_OX)
         return share_of(left, self.target.target_energy)

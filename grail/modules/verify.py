@@ -16,15 +16,23 @@ from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
 from .narrow import duplicate, fold_copies, permute, prune, silence
 
 TOLERANCE = 1e-3
+TOLERANCE_OF_ENTRY = 1e-2
+"""Of each entry of an output's last axis by its own norm, which may be one of few and small numbers."""
 ROUNDING = 1e-6
 """Of the largest number of all outputs: what is left of differences and sums that are nothing in exact arithmetic."""
 FAINT = 1e-3
 """A parameter whose numbers are all below this may hide what stands before it from the output."""
+OPTIONS = {"heads": "attn", "channels": "mlp"}
 ORDER = "the order of its units changes the network's output, so something else reads or makes them"
 REMOVAL = "units that are removed are missed by something that mixes units or computes its weight"
 FOLDING = (
     "units that are copies of each other cannot be folded into one, as norms must stand directly behind their "
     "producers and in their order"
+)
+REPEATED = (
+    "the network answers the same inputs otherwise when it is run again, so that no description of it can be proven: "
+    "let its forward be the same each time in evaluation mode (no dropout left on, no counter or buffer that it writes "
+    "and reads)"
 )
 REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 """What torch raises where shapes do not fit."""
@@ -39,23 +47,35 @@ class NotTaken(GrailError):
 
 
 @torch.no_grad()
-def verify(network: Network, sites: Sequence[ModuleSite], example: Tensor, folded: Sequence[ModuleSite] = ()) -> None:
+def verify(
+    network: Network,
+    sites: Sequence[ModuleSite],
+    example: Tensor,
+    folded: Sequence[ModuleSite] = (),
+    *,
+    by_hand: bool = True,
+) -> None:
     """A description is right only if the order of a site's units means nothing, if to remove some is the same as to let
     the consumer ignore them, and if units that are copies of each other can be folded into one (asked of those of the
-    sites that are `folded`). Each tensor of the output is judged by itself. Raises GrailError naming the first site for
-    which that is not so; or where the network answers with NaN or infinity, but for the -∞ of masks, or with nothing
-    but zeros. example: one input batch; arithmetic as `for_proofs` says."""
+    sites that are `folded`). Each tensor of the output is judged by itself, and each entry of its last axis. Raises
+    GrailError naming the first site for which that is not so; or where the network answers with NaN or infinity, but
+    for the -∞ of masks, with nothing but zeros, or not the same twice. example: one input batch; arithmetic as
+    `for_proofs` says. by_hand: whoever runs this described the sites, and no family."""
     network, example = in_float32(network, example)
     _check_answer(network, example)
     network, example = for_proofs(network, example)
-    if sites and not any(tensor.any() for tensor in answers(network.run, example)):
+    found = answers(network.run, example)
+    if sites and not any(tensor.any() for tensor in found):
         raise GrailError(
             f"the network answers calibration {network.reads} with zeros alone, that prove no description; give inputs "
             f"that it tells apart"
         )
-    _prove(_order_matters, ORDER, network, sites, example)
-    _prove(_removal_matters, REMOVAL, network, sites, example)
-    _prove(_folding_matters, FOLDING, network, folded, example)
+    if sites and _are_different(found, answers(network.run, example)):
+        raise GrailError(REPEATED)
+    del found
+    _prove(_order_matters, ORDER, network, sites, example, by_hand)
+    _prove(_removal_matters, REMOVAL, network, sites, example, by_hand)
+    _prove(_folding_matters, FOLDING, network, folded, example, by_hand)
 
 
 def _check_answer(network: Network, example: Tensor) -> None:
@@ -68,16 +88,25 @@ def _check_answer(network: Network, example: Tensor) -> None:
         )
 
 
-def _prove(wrong: Wrong, why: str, network: Network, sites: Sequence[ModuleSite], example: Tensor) -> None:
+def _prove(
+    wrong: Wrong, why: str, network: Network, sites: Sequence[ModuleSite], example: Tensor, by_hand: bool
+) -> None:
     """All sites at once, and one by one where that fails."""
     if not sites or not wrong(network, sites, example):
         return
     for site in sites:
         if wrong(network, [site], example):
             layers = f"{', '.join(p.name for p in site.producers)} and {', '.join(site.consumers)}"
-            way = "leave out --residual-ratio" if site.kind == RESIDUAL else "describe the site anew or leave it out"
-            raise GrailError(f"{site.name}: {why}, beside {layers}; {way}")
+            raise GrailError(f"{site.name}: {why}, beside {layers}; {_way_out(site, by_hand)}")
     raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
+
+
+def _way_out(site: ModuleSite, by_hand: bool) -> str:
+    if site.kind == RESIDUAL:
+        return "leave out --residual-ratio"
+    if by_hand:
+        return "describe the site anew or leave it out"
+    return f"--{OPTIONS[site.kind]}-ratio 0 leaves all {site.kind} as they are"
 
 
 def for_proofs(network: Network, example: Tensor) -> tuple[Network, Tensor]:
@@ -137,12 +166,12 @@ def unlike(module: nn.Module) -> str:
 
 def answer(run: Callable[[Tensor], Any], example: Tensor) -> Tensor:
     """All of `answers` in one."""
-    return torch.cat(answers(run, example))
+    return torch.cat([tensor.flatten() for tensor in answers(run, example)])
 
 
 def answers(run: Callable[[Tensor], Any], example: Tensor) -> list[Tensor]:
-    """The tensors of a network's output, each flat in float64. Raises NotTaken where it cannot run on the input, and
-    GrailError where there are none."""
+    """The tensors of a network's output in float64. Raises NotTaken where it cannot run on the input, and GrailError
+    where there are none, or one that is not dense."""
     try:
         found = run(example.clone())
     except REFUSALS as error:
@@ -150,13 +179,26 @@ def answers(run: Callable[[Tensor], Any], example: Tensor) -> list[Tensor]:
             raise
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotTaken(example.shape, what) from error
-    tensors = [t.double().flatten() for t in tree_leaves(found) if isinstance(t, Tensor)]
+    tensors = [_numbers(t) for t in tree_leaves(found) if isinstance(t, Tensor)]
     if not tensors:
         raise GrailError(
             f"the network's output holds no tensor that can be seen (it is a {type(found).__name__}); let its forward "
             f"return tensors, or a list, tuple or dict of them"
         )
     return tensors
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """In float64; of complex ones the real and imaginary parts along the last axis."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+        raise GrailError(
+            f"the network's output holds a {kind} tensor, whose numbers cannot be compared; return dense ones"
+        )
+    if tensor.is_complex():
+        parts = torch.view_as_real(tensor.resolve_conj())
+        tensor = parts.flatten(-2) if parts.dim() > 1 else parts
+    return tensor.double()
 
 
 def _order_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
@@ -206,18 +248,35 @@ def _differs(example: Tensor, *makes: Callable[[], Network | None]) -> bool:
         except GrailError:
             return True
         del network
-    largest = max((tensor[~tensor.isneginf()].abs().max().item() for tensor in found[0] if len(tensor)), default=0.0)
-    different = functools.partial(_are_different, least=ROUNDING * largest)
-    return len(found[0]) != len(found[1]) or any(map(different, *found))
+    return _are_different(*found)
 
 
-def _are_different(expected: Tensor, found: Tensor, least: float) -> bool:
+def _are_different(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether two lists of a network's `answers` are."""
+    if len(expected) != len(found):
+        return True
+    sizes = (tensor.masked_fill(tensor.isneginf(), 0).abs().max().item() for tensor in expected if tensor.numel())
+    different = functools.partial(_is_different, least=ROUNDING * max(sizes, default=0.0))
+    return any(map(different, expected, found))
+
+
+def _is_different(expected: Tensor, found: Tensor, least: float) -> bool:
     """least: what a number of an output may be off, which may be nothing but what rounding left."""
     if found.shape != expected.shape:
         return True
     masked = expected.isneginf()
     if not torch.equal(masked, found.isneginf()):
         return True
-    expected, found = expected[~masked], found[~masked]
-    allowed = TOLERANCE * torch.linalg.vector_norm(expected) + least * len(expected) ** 0.5
-    return not torch.linalg.vector_norm(found - expected) <= allowed
+    if masked.any():
+        expected, found = expected.masked_fill(masked, 0), found.masked_fill(masked, 0)
+    change = found - expected
+    if _exceeds(change.flatten(), expected.flatten(), TOLERANCE, least):
+        return True
+    several = expected.dim() > 1 and expected.numel() > expected.shape[-1]  # one number by itself may be next to zero
+    return several and _exceeds(change.flatten(0, -2), expected.flatten(0, -2), TOLERANCE_OF_ENTRY, least)
+
+
+def _exceeds(change: Tensor, expected: Tensor, tolerance: float, least: float) -> bool:
+    """Whether a change does, along the first axis, anywhere on the others."""
+    change, size = (torch.linalg.vector_norm(tensor, dim=0) for tensor in (change, expected))
+    return not bool((change <= tolerance * size + least * len(expected) ** 0.5).all())

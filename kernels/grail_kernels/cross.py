@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import backend as choose_backend
 from .gram import CHAIN_ROWS, CHAIN_ROWS_PRECISE
 from .gram_torch import add_product, cross_reference
-from .inputs import Device, as_rows, device_dtype, device_of, isolated, positive, to_device
+from .inputs import Device, as_rows, device_dtype, device_of, isolated, plain, positive, to_device, whole_state
 
 COLUMN_MULTIPLE = 16
 """The kernel's output has this many columns or a multiple: every row of it is then aligned."""
@@ -59,8 +59,9 @@ class CrossAccumulator:
 
     @isolated
     def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> CrossAccumulator:
-        """Add rows; mask bool or integer, True = the row counts. Raises ValueError for shapes that do not fit,
-        TypeError for dtypes."""
+        """Add rows; mask bool or integer, True = the row counts. Raises ValueError for shapes that do not fit
+        and for tensors without data, TypeError for dtypes and for what is no dense tensor."""
+        x, y = plain("x", x), plain("y", y)
         leading = () if self.sites is None else (self.sites,)
         fits = x.dim() >= 1 + len(leading) and x.shape[: len(leading)] == leading and x.shape[:-1] == y.shape[:-1]
         if not fits or (x.shape[-1], y.shape[-1]) != (self.width, self.columns):
@@ -129,7 +130,9 @@ class CrossAccumulator:
 
     @isolated
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs."""
+        """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs and
+        where the state is none."""
+        whole_state(state, "value", "count", "precise")
         if state["value"].shape != self.value.shape:
             raise ValueError(f"state is {list(state['value'].shape)}, this {list(self.value.shape)}")
         self.value.copy_(state["value"])

@@ -20,7 +20,18 @@ from torch import Tensor
 
 from .dispatch import backend as choose_backend
 from .gram_torch import add_gram, add_reference, column_sums
-from .inputs import Device, as_rows, device_dtype, device_of, isolated, mean_rows, positive, to_device
+from .inputs import (
+    Device,
+    as_rows,
+    device_dtype,
+    device_of,
+    isolated,
+    mean_rows,
+    plain,
+    positive,
+    to_device,
+    whole_state,
+)
 from .packed import PackedSymmetric, default_tile, packed_size
 
 CHAIN_ROWS = 8192
@@ -85,7 +96,8 @@ class GramAccumulator:
     def update(self, x: Tensor, mask: Tensor | None = None) -> GramAccumulator:
         """Add the rows of x [..., width] (floating point, any strides), or [S, ..., width] with sites. mask: the shape
         of x without its last axis, bool or integer, True = the row counts. Raises ValueError for shapes that do not
-        fit, TypeError for dtypes."""
+        fit and for tensors without data, TypeError for dtypes and for what is no dense tensor."""
+        x = plain("x", x)
         leading = () if self.sites is None else (self.sites,)
         if x.dim() < 1 + len(leading) or x.shape[-1] != self.width or x.shape[: len(leading)] != leading:
             raise ValueError(f"expected {[*leading, '...', self.width]}, got {list(x.shape)}")
@@ -249,7 +261,9 @@ class GramAccumulator:
 
     @isolated
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs."""
+        """Continue from `state_dict`, also one made by another backend; raises ValueError when the shape differs and
+        where the state is none."""
+        whole_state(state, "width", "sites", "tile", "padded", "data", "sum", "count", "precise")
         if (state["width"], state["sites"]) != (self.width, self.sites):
             raise ValueError(f"state is of {state['sites']} x {state['width']}, this of {self.sites} x {self.width}")
         layout = {"tile": state["tile"], "padded": state["padded"]}

@@ -6,9 +6,10 @@ Shapes: S sites, T rows, H width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,15 +67,43 @@ def positive(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {number}")
 
 
+def plain(name: str, tensor: Tensor) -> Tensor:
+    """A tensor without its history, its numbers in memory what they are: a sign that torch keeps as a bit of the view
+    (as of z.conj().imag) is applied, which kernels would not see. Raises TypeError for what is no dense tensor,
+    ValueError for one that holds no data."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor (torch.as_tensor makes one)")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else f"stored as {tensor.layout}"
+        raise TypeError(f"{name} is {kind}; give a dense tensor")
+    if tensor.is_meta:
+        raise ValueError(f"{name} holds no data (it is on the meta device); give numbers")
+    return tensor.detach().resolve_neg()
+
+
+def overlaps(matrix: Tensor) -> bool:
+    """Whether two elements lie at one address: whether a step down, taken often enough, is one to the right."""
+    step = math.gcd(*matrix.stride()) or 1
+    meets = matrix.stride(1) // step < matrix.shape[0] and matrix.stride(0) // step < matrix.shape[1]
+    return meets and matrix.numel() > 1
+
+
+def whole_state(state: dict[str, Any], *names: str) -> None:
+    """Raise ValueError where what `load_state_dict` is given lacks something that it reads."""
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"the state lacks {', '.join(missing)}; give what state_dict() returned")
+
+
 def as_rows(x: Tensor, mask: Tensor | None, sites: int) -> tuple[Tensor, Tensor | None]:
-    """x as [S, T, H], without a copy where its strides allow, and the mask as bool [S, T]."""
+    """x, which is `plain`, as [S, T, H], without a copy where its strides allow, and the mask as bool [S, T]."""
     if not x.is_floating_point():
         raise TypeError(f"expected floating-point activations, got {x.dtype}")
+    mask = None if mask is None else plain("the mask", mask)
     if mask is not None and (mask.is_floating_point() or mask.is_complex()):
         raise TypeError(f"a mask is bool or integer (True or 1 = the row counts), got {mask.dtype}")
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"mask {list(mask.shape)} does not match rows {list(x.shape[:-1])}")
-    x = x.detach()
     x_STH = x.reshape(sites, -1, x.shape[-1]) if x.numel() else x.new_empty(sites, 0, x.shape[-1])
     return x_STH, None if mask is None else mask.bool().reshape(sites, -1)
 

@@ -11,7 +11,6 @@ stays aligned. Source: DESIGN section 5 (packed lower tiles); layout by measurem
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .dispatch import Backend
 from .dispatch import backend as choose_backend
-from .inputs import Device, device_of, isolated, positive
+from .inputs import Device, device_of, isolated, overlaps, plain, positive
 
 LAYOUT = Backend("torch", "the layout is not padded")
 
@@ -39,13 +38,6 @@ def packed_size(width: int, tile: int, *, padded: bool) -> int:
     """Numbers stored for a width."""
     starts = range(0, width, tile)
     return sum(min(s + tile, width) * (tile if padded else min(tile, width - s)) for s in starts)
-
-
-def _overlaps(matrix: Tensor) -> bool:
-    """Whether two elements lie at one address: whether a step down, taken often enough, is one to the right."""
-    step = math.gcd(*matrix.stride()) or 1
-    meets = matrix.stride(1) // step < matrix.shape[0] and matrix.stride(0) // step < matrix.shape[1]
-    return meets and matrix.numel() > 1
 
 
 class PackedSymmetric:
@@ -80,6 +72,8 @@ class PackedSymmetric:
         sizes = [end * stride for (_, end), stride in zip(self.bounds, strides, strict=True)]
         if data is None:
             data = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+        else:
+            data = plain("data", data)
         if not data.is_floating_point():
             raise TypeError(f"expected floating-point numbers, got {data.dtype}")
         if data.shape != (sum(sizes),):
@@ -158,9 +152,9 @@ class PackedSymmetric:
         if out.shape != (len(rows), len(cols)) or out.device != self.device or not out.is_floating_point():
             wanted = f"{[len(rows), len(cols)]} on {self.device}"
             raise ValueError(f"out {list(out.shape)} of {out.dtype} on {out.device} does not fit {wanted}")
-        if _overlaps(out):
+        if overlaps(out):
             raise ValueError(f"elements of out share memory (strides {list(out.stride())}): give a tensor of its own")
-        if self._uses_kernels and out.stride(1) == 1 and out.dtype == torch.float32:
+        if self._uses_kernels and out.stride(1) == 1 and not out.is_neg() and out.dtype == torch.float32:
             if out.numel():
                 from .launch_packed import packed_gather
 
@@ -185,7 +179,7 @@ class PackedSymmetric:
         index = self._index(index)
         if values.shape != (len(index), len(index)) or len(index.unique()) != len(index):
             raise ValueError(f"values {tuple(values.shape)} do not fit {len(index)} distinct indices")
-        values = values.to(self.data).contiguous()
+        values = plain("values", values).to(self.data).contiguous()
         if self._uses_kernels and len(index):
             from .launch_packed import packed_scatter
 
@@ -225,7 +219,7 @@ class PackedSymmetric:
     def matmul(self, dense_HM: Tensor) -> Tensor:
         """G @ dense, [H, M], multiplied in the dense operand's dtype, at least float32 (by the kernel: float32, in
         three passes of tf32), which is that of the result."""
-        self._check(dense_HM, 0)
+        dense_HM = self._checked(dense_HM, 0)
         dense_HM = dense_HM.to(torch.promote_types(dense_HM.dtype, torch.float32))
         if self._uses_kernels and dense_HM.dtype == torch.float32 and dense_HM.numel():
             from .launch_packed import packed_matmul
@@ -242,7 +236,7 @@ class PackedSymmetric:
     def quadratic_trace(self, dense_OH: Tensor) -> float:
         """tr(E G Eᵀ) for E [O, H]: the energy of E's output on the data of G. Products in E's dtype, at least float32,
         sums in float64; half the multiplications of E @ G."""
-        self._check(dense_OH, 1)
+        dense_OH = self._checked(dense_OH, 1)
         dense_OH = dense_OH.to(torch.promote_types(dense_OH.dtype, torch.float32))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
@@ -271,14 +265,16 @@ class PackedSymmetric:
     def __setstate__(self, state: dict[str, Any]) -> None:
         PackedSymmetric.__init__(self, **state)
 
-    def _check(self, dense: Tensor, axis: int) -> None:
+    def _checked(self, dense: Tensor, axis: int) -> Tensor:
         """A dense operand is a floating-point matrix with `width` along `axis`, on this device."""
+        dense = plain("the operand", dense)
         if dense.dim() != 2 or dense.shape[axis] != self.width:
             raise ValueError(f"operand {list(dense.shape)} does not fit a width of {self.width} (axis {axis})")
         if not dense.is_floating_point():
             raise TypeError(f"expected a floating-point operand, got {dense.dtype}")
         if dense.device != self.device:
             raise ValueError(f"the operand is on {dense.device}, the matrix on {self.device}")
+        return dense
 
     def _index(self, index: Tensor) -> Tensor:
         index = torch.as_tensor(index, device=self.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cholesky import NOT_FINITE, SINGULAR, MatrixRows, RidgeError, solve_one
 from .dispatch import backend as choose_backend
-from .inputs import isolated
+from .inputs import isolated, overlaps, plain
 
 __all__ = ["MatrixRows", "RidgeError", "RidgeSolution", "ridge_reference", "ridge_solve", "ridge_solve_"]
 ON_ERROR = ("raise", "report")
@@ -68,8 +68,13 @@ def ridge_solve(
     rule above, also for small problems. No argument is changed; `ridge_solve_` needs less memory.
     Every problem of a stack is solved, whatever becomes of its neighbours. Then, where no λ up to mean(diag A) worked
     for some: `on_error="raise"` raises RidgeError naming the first of them, "report" marks them (see RidgeSolution).
-    Raises ValueError on shapes and devices that do not fit, TypeError on dtypes.
+    Raises ValueError on shapes and devices that do not fit, TypeError on dtypes and on what is no dense tensor.
     """
+    devices = {matrix.device for matrix in (a, rhs, anchor) if isinstance(matrix, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"the matrices are on different devices: {' and '.join(map(str, devices))}")
+    a, rhs = plain("A", a), plain("the right-hand side", rhs)
+    anchor = None if anchor is None else plain("the anchor", anchor)
     if a.dim() not in (2, 3) or a.shape[-1] != a.shape[-2] or a.shape[:-1] != rhs.shape[:-1] or rhs.dim() != a.dim():
         raise ValueError(f"A {tuple(a.shape)} and right-hand side {tuple(rhs.shape)} do not fit")
     if anchor is not None and anchor.shape != rhs.shape:
@@ -77,8 +82,8 @@ def ridge_solve(
     given = [a, rhs] if anchor is None else [a, rhs, anchor]
     if not all(matrix.is_floating_point() for matrix in given):
         raise TypeError(f"expected floating-point matrices, got {' and '.join(str(t.dtype) for t in given)}")
-    if len({matrix.device for matrix in given}) > 1:
-        raise ValueError(f"the matrices are on different devices: {' and '.join(str(t.device) for t in given)}")
+    if a.itemsize == 1:
+        raise TypeError(f"A is {a.dtype}, in which no system can be solved; give at least 16 bits")
     lams = _checked_ridge(lam)
     if lams.dim() > 1 or (a.dim() == 3 and lams.dim() == 1 and len(lams) != len(a)):
         raise ValueError(f"λ {tuple(lams.shape)} does not fit A {tuple(a.shape)}")
@@ -102,11 +107,14 @@ def ridge_solve_(a: MatrixRows, rhs_KM: Tensor, lam: float, *, backend: str | No
     A is read by rows into the one float64 [K, K] buffer that there is (where the rule above takes float32, that and two
     more right-hand sides), factored there, and read anew whenever λ is raised. `rhs_KM` is float64 [K, M] on A's
     device, best with itself or its transpose contiguous, else it is copied; its values are lost when RidgeError is
-    raised. Raises ValueError for another shape, dtype or device, and for more than one λ.
+    raised. Raises ValueError for another shape, dtype or device, where two of its elements are one number in memory,
+    and for more than one λ.
     """
     if rhs_KM.dim() != 2 or len(rhs_KM) != a.size or rhs_KM.dtype != torch.float64 or rhs_KM.device != a.device:
         wanted = f"float64 with {a.size} rows on {a.device}"
         raise ValueError(f"right-hand side {tuple(rhs_KM.shape)}, {rhs_KM.dtype} on {rhs_KM.device}: expected {wanted}")
+    if overlaps(rhs_KM):
+        raise ValueError(f"elements of the right-hand side share memory (strides {list(rhs_KM.stride())}): clone it")
     lams = _checked_ridge(lam)
     if lams.dim():
         raise ValueError(f"one problem takes one λ, got {lam}")
