@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from .narrow import duplicate, fold_copies, permute, prune, silence
 TOLERANCE = 1e-3
 TOLERANCE_OF_ENTRY = 1e-2
 """Of each entry of an output's last axis by its own norm, which may be one of few and small numbers."""
-ROUNDING = 1e-6
-"""Of the largest number of all outputs: what is left of differences and sums that are nothing in exact arithmetic."""
+ULP, ROUNDING = 2**-22, 10
+"""Relative change of weights that rounding could make, and how many times what it does to an output is no difference:
+all of an output that is nothing in exact arithmetic."""
 FAINT = 1e-3
 """A parameter whose numbers are all below this may hide what stands before it from the output."""
 OPTIONS = {"heads": "attn", "channels": "mlp"}
@@ -70,12 +73,37 @@ def verify(
             f"the network answers calibration {network.reads} with zeros alone, that prove no description; give inputs "
             f"that it tells apart"
         )
-    if sites and _are_different(found, answers(network.run, example)):
+    exact = [
+        ROUNDING * ULP * tensor.nan_to_num(neginf=0).abs().max().item() if tensor.numel() else 0 for tensor in found
+    ]
+    if sites and _are_different(found, answers(network.run, example), exact):
         raise GrailError(REPEATED)
+    given = Given(example, _rounding(network, example, found))
     del found
-    _prove(_order_matters, ORDER, network, sites, example, by_hand)
-    _prove(_removal_matters, REMOVAL, network, sites, example, by_hand)
-    _prove(_folding_matters, FOLDING, network, folded, example, by_hand)
+    _prove(_order_matters, ORDER, network, sites, given, by_hand)
+    _prove(_removal_matters, REMOVAL, network, sites, given, by_hand)
+    _prove(_folding_matters, FOLDING, network, folded, given, by_hand)
+
+
+@dataclass(frozen=True)
+class Given:
+    """One input batch, and for each tensor of the output what rounding may do to a number of it."""
+
+    example: Tensor
+    rounding: list[float]
+
+
+def _rounding(network: Network, example: Tensor, found: Sequence[Tensor]) -> list[float]:
+    """Measured with weights that are scaled by next to nothing, each by its own factor."""
+    other = network.clone()
+    for number, parameter in enumerate(other.module.parameters()):
+        parameter.mul_(1 + ULP * (-1) ** number)
+    changed = answers(other.run, example)
+    if [tensor.shape for tensor in changed] != [tensor.shape for tensor in found]:
+        return [0.0] * len(found)
+    differences = ((a - b).masked_fill(a.isneginf() | b.isneginf(), 0) for a, b in zip(changed, found, strict=True))
+    sizes = (torch.linalg.vector_norm(d).item() / max(d.numel(), 1) ** 0.5 for d in differences)
+    return [ROUNDING * size if math.isfinite(size) else 0.0 for size in sizes]
 
 
 def _check_answer(network: Network, example: Tensor) -> None:
@@ -88,14 +116,12 @@ def _check_answer(network: Network, example: Tensor) -> None:
         )
 
 
-def _prove(
-    wrong: Wrong, why: str, network: Network, sites: Sequence[ModuleSite], example: Tensor, by_hand: bool
-) -> None:
+def _prove(wrong: Wrong, why: str, network: Network, sites: Sequence[ModuleSite], given: Given, by_hand: bool) -> None:
     """All sites at once, and one by one where that fails."""
-    if not sites or not wrong(network, sites, example):
+    if not sites or not wrong(network, sites, given):
         return
     for site in sites:
-        if wrong(network, [site], example):
+        if wrong(network, [site], given):
             layers = f"{', '.join(p.name for p in site.producers)} and {', '.join(site.consumers)}"
             raise GrailError(f"{site.name}: {why}, beside {layers}; {_way_out(site, by_hand)}")
     raise GrailError("the described sites depend on each other: the same layer is the producer of two of them")
@@ -201,27 +227,27 @@ def _numbers(tensor: Tensor) -> Tensor:
     return tensor.double()
 
 
-def _order_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
+def _order_matters(network: Network, sites: Sequence[ModuleSite], given: Given) -> bool:
     random = torch.Generator().manual_seed(0)
     orders = [torch.randperm(site.units.count, generator=random) for site in sites]
-    return _differs(example, lambda: network, lambda: _changed(network, sites, orders, permute))
+    return _differs(given, lambda: network, lambda: _changed(network, sites, orders, permute))
 
 
-def _removal_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
+def _removal_matters(network: Network, sites: Sequence[ModuleSite], given: Given) -> bool:
     random = torch.Generator().manual_seed(0)
     half = [torch.randperm(s.units.count, generator=random)[: (s.units.count + 1) // 2].sort().values for s in sites]
     changed = (functools.partial(_changed, network, sites, half, change) for change in (silence, prune))
-    return _differs(example, *changed)
+    return _differs(given, *changed)
 
 
-def _folding_matters(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> bool:
+def _folding_matters(network: Network, sites: Sequence[ModuleSite], given: Given) -> bool:
     random = torch.Generator().manual_seed(0)
     pairs = [torch.randperm(site.units.count, generator=random)[:2].sort().values for site in sites]
     changed = (functools.partial(_changed, network, sites, pairs, change) for change in (duplicate, fold_copies))
-    return _differs(example, *changed)
+    return _differs(given, *changed)
 
 
-Wrong = Callable[[Network, Sequence[ModuleSite], Tensor], bool]
+Wrong = Callable[[Network, Sequence[ModuleSite], Given], bool]
 Change = Callable[[Network, ModuleSite, Tensor], None]
 
 
@@ -236,7 +262,7 @@ def _changed(network: Network, sites: Sequence[ModuleSite], units: list[Tensor],
     return other
 
 
-def _differs(example: Tensor, *makes: Callable[[], Network | None]) -> bool:
+def _differs(given: Given, *makes: Callable[[], Network | None]) -> bool:
     """Whether two networks, made one after the other to spare memory, answer differently."""
     found = []
     for make in makes:
@@ -244,24 +270,22 @@ def _differs(example: Tensor, *makes: Callable[[], Network | None]) -> bool:
         if network is None:
             return True
         try:
-            found.append(answers(network.run, example))
+            found.append(answers(network.run, given.example))
         except GrailError:
             return True
         del network
-    return _are_different(*found)
+    return _are_different(*found, given.rounding)
 
 
-def _are_different(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+def _are_different(expected: Sequence[Tensor], found: Sequence[Tensor], rounding: Sequence[float]) -> bool:
     """Whether two lists of a network's `answers` are."""
-    if len(expected) != len(found):
+    if not len(expected) == len(found) == len(rounding):
         return True
-    sizes = (tensor.masked_fill(tensor.isneginf(), 0).abs().max().item() for tensor in expected if tensor.numel())
-    different = functools.partial(_is_different, least=ROUNDING * max(sizes, default=0.0))
-    return any(map(different, expected, found))
+    return any(map(_is_different, expected, found, rounding))
 
 
 def _is_different(expected: Tensor, found: Tensor, least: float) -> bool:
-    """least: what a number of an output may be off, which may be nothing but what rounding left."""
+    """least: what a number of an output may be off by rounding."""
     if found.shape != expected.shape:
         return True
     masked = expected.isneginf()
