@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .calibration import Windows, evaluation_windows
+from .calibration.lengths import beyond_positions, longest_of
 from .calibration.mixture import parts_of
 from .calibration.tokenizer import has_tokenizer, load_tokenizer
 from .checkpoint.locate import locate
@@ -94,6 +95,9 @@ def evaluate(
         windows = _windows(opened[model], data, samples, seq_len, recorded)
         _check_same_tokens(opened, windows)
         number, length = windows.ids.shape
+        for label, network in opened.items():
+            if beyond := beyond_positions(length, network.config):
+                progress.warn(f"{label}: {beyond}")
         found |= {"data": windows.source, "windows": number, "seq_len": length}
         for label, network in opened.items():
             models[label] = {"perplexity": _perplexity(network, windows, label, progress)} | models[label]
@@ -193,6 +197,7 @@ def _windows(
         samples=wanted,
         held_out=recorded.get("held_out", False),
         option="--data",
+        longest=longest_of(model.config),
     )
     if found is None:
         raise GrailError(f"--data {source} holds less than one window; choose a smaller --seq-len")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .calibration import Windows, evaluation_windows, load_calibration
-from .calibration.mixture import absolute, parts_of
-from .calibration.text import default_length
+from .calibration.lengths import beyond_positions, default_length, longest_of
+from .calibration.mixture import TOKENISED, absolute, parts_of
 from .errors import GrailError
 from .recipe import TRIAL_SHARE, Recipe
 
@@ -34,12 +34,15 @@ def calibration_windows(session: Session) -> Windows:
         trial=recipe.spare_windows,
         chooses=recipe.chooses,
         memory=recipe.memory,
+        longest=longest_of(session.model.config),
     )
     if recipe.chooses and windows.trial is None:
         recipe = _site_by_site(session, windows)
     if windows.weights is not None and (session.job.affine or session.uses_means):
         what = "--bias" if session.job.affine else f"--method {recipe.method}"
         raise GrailError(f"{windows.source}: weights of tokens are not offered with {what}; leave one of them out")
+    if beyond := beyond_positions(windows.ids.shape[1], session.model.config):
+        session.progress.warn(f"--calibration {windows.source}: {beyond}")
     widest = max(site.units.width for site in session.job.sites if session.job.changes(site))
     different = windows.different
     if different < widest:
@@ -80,7 +83,7 @@ def evaluated_windows(session: Session) -> Windows | None:
     if asked == "none":
         return None
     if asked is None:
-        tokenised = not isinstance(given, str) or any(p.endswith(".safetensors") for p in parts_of(given))
+        tokenised = not isinstance(given, str) or any(p.endswith(TOKENISED) for p in parts_of(given))
         if tokenised or session.parameters >= EVALUATED_BY_DEFAULT:
             return None
         if not session.has_tokenizer:
@@ -89,8 +92,8 @@ def evaluated_windows(session: Session) -> Windows | None:
             return None
     source = absolute(asked or given)
     session.warn_of_seen(source)
-    stored = any(part.endswith(".safetensors") for part in parts_of(source))  # whose windows are cut already
-    least = default_length(source)
+    stored = any(part.endswith(TOKENISED) for part in parts_of(source))  # whose windows are cut already
+    least = default_length(source, longest_of(session.model.config))
     length = session.recipe.seq_len or (session.windows.ids.shape[1] if session.windows and not stored else least)
     found = evaluation_windows(
         source,
@@ -98,6 +101,7 @@ def evaluated_windows(session: Session) -> Windows | None:
         session.model.config.vocab_size,
         seq_len=session.recipe.seq_len if stored else length,
         held_out=session.held_out(source),
+        longest=longest_of(session.model.config),
     )
     if found is None and asked is not None:
         raise GrailError(f"--eval {asked} holds less than one window of {length} tokens")

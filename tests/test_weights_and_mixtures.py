@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from grail.calibration import evaluation_windows, load_calibration
+from grail.calibration.lengths import default_length
 from grail.calibration.mixture import shares
-from grail.calibration.text import default_length
 from grail.cli import app
 from grail.errors import GrailError
 from tests.test_calibration import Numbers, no_tokenizer, numbered_text

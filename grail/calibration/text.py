@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import GrailError
 from ..machine import available_memory
 from ..recipe import TRIAL_SHARE
-from .mixture import parts_of, shares
+from .lengths import default_length
+from .mixture import TOKENISED, parts_of, shares
 from .sources import BUILTIN, blocks, documents
-from .tokens import checked, from_batches, pretokenised, stored_length, stored_weights, weigh, within
+from .tokens import checked, from_batches, pretokenised, stored_weights, weigh, within
 
 JOINER = dict.fromkeys([*BUILTIN, "wikitext2"], "\n\n")
-BUILTIN_LENGTH, DEFAULT_LENGTH = 512, 2048
 ENOUGH = 8
 """Windows are drawn from so many times their tokens: of records, and of the blocks of a large text, the first that make
 them up."""
@@ -69,17 +69,6 @@ class Windows:
         return self.tokens if self.distinct is None else self.distinct
 
 
-def default_length(source: Any) -> int:
-    """Tokens of a window where --seq-len is not given; of a mixture the least of its parts."""
-    return min(map(_length_of, parts_of(source) if isinstance(source, str) else [None]))
-
-
-def _length_of(part: str | None) -> int:
-    if part is not None and part.endswith(".safetensors"):
-        return stored_length(Path(part)) or DEFAULT_LENGTH
-    return BUILTIN_LENGTH if part in BUILTIN else DEFAULT_LENGTH
-
-
 def load_calibration(
     source: Any,
     tokenizer: Callable[[], Any],
@@ -91,6 +80,7 @@ def load_calibration(
     trial: int = 0,
     chooses: bool = True,
     memory: int | None = None,
+    longest: int | None = None,
 ) -> Windows:
     """`samples` windows of `seq_len` tokens at random offsets drawn with `seed`, and, where it `chooses`, `trial` (at
     most a fifth of what there is; none where that is less than one, also in one of several texts) from the end of the
@@ -98,8 +88,8 @@ def load_calibration(
 
     source: "builtin", "wikitext2", "c4", a path, several of these joined by "+" (as many windows each), or (Python) a
     tensor, a list of tensors or an iterable of batches. `tokenizer` is only called when there is text to tokenise.
-    memory: a budget in bytes. Raises GrailError naming a source without a full window, and for more windows than there
-    is memory for, before there are any.
+    memory: a budget in bytes; longest: as of `default_length`. Raises GrailError naming a source without a full window,
+    and for more windows than there is memory for, before there are any.
     """
     if not isinstance(source, (str, Path)):
         trial = trial if chooses else 0  # what is not needed is not taken from an iterable
@@ -107,13 +97,14 @@ def load_calibration(
         ids = checked(ids, vocabulary, "calibration")
         return _parted(ids, weights, "given in Python", samples, trial, chooses, "calibration")
     parts = parts_of(str(source))
-    if not all(part.endswith(".safetensors") for part in parts):  # which ends by itself; text is drawn from for ever
-        _check_room(samples, seq_len or default_length(source), memory)
+    if not all(part.endswith(TOKENISED) for part in parts):  # which ends by itself; text is drawn from for ever
+        _check_room(samples, seq_len or default_length(source, longest), memory)
     if len(parts) == 1:
-        return _of_one(parts[0], tokenizer, vocabulary, samples, seq_len, seed, trial, chooses)
+        length = seq_len if parts[0].endswith(TOKENISED) else seq_len or default_length(source, longest)
+        return _of_one(parts[0], tokenizer, vocabulary, samples, length, seed, trial, chooses)
     if samples < len(parts):
         raise GrailError(f"--calibration {source}: --samples {samples} is less than a window of each of its texts")
-    length = seq_len or default_length(source)
+    length = seq_len or default_length(source, longest)
     counts = list(zip(parts, shares(samples, len(parts)), shares(max(trial, len(parts)), len(parts)), strict=True))
 
     def drawn(chooses: bool) -> list[Windows]:
@@ -146,15 +137,15 @@ def _of_one(
     tokenizer: Callable[[], Any],
     vocabulary: int,
     samples: int,
-    seq_len: int | None,
+    length: int | None,
     seed: int,
     trial: int,
     chooses: bool,
 ) -> Windows:
-    if source.endswith(".safetensors"):
-        ids = pretokenised(Path(source), vocabulary, "--calibration", seq_len)[: samples + trial].contiguous()
+    """length: None is that of windows that are cut already."""
+    if source.endswith(TOKENISED):
+        ids = pretokenised(Path(source), vocabulary, "--calibration", length)[: samples + trial].contiguous()
         return _parted(ids, stored_weights(Path(source)), source, samples, trial, chooses, source)
-    length = seq_len or default_length(source)
     texts = documents(source, "calibration", "--calibration")
     tokens = _tokens(source, texts, tokenizer(), vocabulary, enough=ENOUGH * (samples + trial * chooses) * length)
     if len(tokens) < length:
@@ -185,23 +176,24 @@ def evaluation_windows(
     samples: int | None = None,
     held_out: bool = True,
     option: str = "--eval",
+    longest: int | None = None,
 ) -> Windows | None:
     """Non-overlapping windows of a source, the last partial one dropped; None when there is no full window.
 
     held_out: of a local text file only the part that calibration never sees (built-in text and data sets have splits
-    of their own; a pre-tokenised file is always evaluated whole). seq_len None: the file's own, or the default. Of
-    texts joined by "+" as many windows each, all of the shortest. A pre-tokenised file may have weights, but not among
-    texts that are joined: raises GrailError for that.
+    of their own; a pre-tokenised file is always evaluated whole). seq_len None: the file's own, or the default
+    (longest: as of `default_length`). Of texts joined by "+" as many windows each, all of the shortest. A pre-tokenised
+    file may have weights, but not among texts that are joined: raises GrailError for that.
     """
     parts = parts_of(source)
-    seq_len = seq_len or (default_length(source) if len(parts) > 1 else None)
+    seq_len = seq_len or (default_length(source, longest) if len(parts) > 1 else None)
     split = "evaluation" if held_out else "all"
     found = []
     for part in parts:
-        if part.endswith(".safetensors"):
+        if part.endswith(TOKENISED):
             found.append(pretokenised(Path(part), vocabulary, option, seq_len))
             continue
-        length = seq_len or default_length(part)
+        length = seq_len or default_length(part, longest)
         enough = None if samples is None else samples * length
         tokens = _tokens(part, documents(part, split, option), tokenizer(), vocabulary, enough)
         found.append(tokens[: len(tokens) // length * length].view(-1, length))
@@ -210,7 +202,7 @@ def evaluation_windows(
     ids = torch.cat([windows[:count] for windows, count in zip(found, counts, strict=True)]).contiguous()
     if not len(ids):
         return None
-    weights = [stored_weights(Path(part)) for part in parts if part.endswith(".safetensors")]
+    weights = [stored_weights(Path(part)) for part in parts if part.endswith(TOKENISED)]
     if len(parts) > 1 and any(own is not None for own in weights):
         raise GrailError(f"{option} {source}: texts that are joined cannot have weights; give one file")
     return Windows.of(ids, source, weights=weigh(weights[0], ids, source) if weights else None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..calibration.lengths import longest_of
 from ..checkpoint.reader import SafetensorsFolder
 from ..documents import check_counts, read_json
 from ..errors import GrailError, first_line
@@ -53,13 +54,16 @@ class WholeModel:
         return self.model.get_input_embeddings().num_embeddings
 
     @cached_property
-    def positions(self) -> int | None:
-        """The longest text that it takes, from its config.json; None where rotations know no end."""
+    def config(self) -> Any:
+        """As transformers reads config.json."""
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self.source.path, trust_remote_code=False)
-        rotates = getattr(config, "rope_parameters", None)
-        return None if rotates else getattr(config, "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(self.source.path, trust_remote_code=False)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that it takes, from its config.json; None where rotations know no end."""
+        return None if getattr(self.config, "rope_parameters", None) else longest_of(self.config)
 
     @torch.no_grad()
     def perplexity(self, windows_NL: Tensor, weights_NL: Tensor | None = None) -> float:
