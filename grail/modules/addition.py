@@ -56,13 +56,18 @@ def _through(network: Network, site: ModuleSite, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def verify_additions(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> None:
-    """Somewhere in a forward the stream of each site, as described, and a y + b must be added. Raises GrailError naming
-    the first site for which that does not happen. example: one input batch; float32 arithmetic, whatever the
+def unproven(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> dict[str, GrailError]:
+    """Somewhere in a forward the stream of each site, as described, and a y + b must be added: why that is not so, by
+    name, of the sites for which that does not happen. example: one input batch; float32 arithmetic, whatever the
     network's."""
     network, example = for_proofs(network, example)
     made = _made(network, sites, example)
-    additions = [_Addition(network, site, made[site.consumer]) for site in sites if site.consumer in made]
+    additions, wrong = [], {}
+    for site in sites:
+        try:
+            additions += [_Addition(network, site, made[site.consumer])] if site.consumer in made else []
+        except GrailError as error:
+            wrong[site.name] = error
     with ExitStack() as stack:
         for addition in additions:
             for hook in addition.hooks():
@@ -70,13 +75,15 @@ def verify_additions(network: Network, sites: Sequence[ModuleSite], example: Ten
         with _Watch(additions):
             answer(network.run, example)
     proven = {addition.site.name for addition in additions if addition.proven}
-    for site in sites:
-        if site.name not in proven:
-            scaled = f", scaled by {', '.join(site.scales)}," if site.scales else ""
-            raise GrailError(
-                f"{site.name}: what {site.consumer} makes{scaled} is not added to the {site.stream[1]} of "
-                f"{site.stream[0]}; describe its stream anew, or choose another --target"
-            )
+    return {site.name: wrong.get(site.name) or _not_added(site) for site in sites if site.name not in proven}
+
+
+def _not_added(site: ModuleSite) -> GrailError:
+    scaled = f", scaled by {', '.join(site.scales)}," if site.scales else ""
+    return GrailError(
+        f"{site.name}: what {site.consumer} makes{scaled} is not added to the {site.stream[1]} of {site.stream[0]}; "
+        f"describe its stream anew, or choose another --target"
+    )
 
 
 def _made(network: Network, sites: Sequence[ModuleSite], example: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..errors import GrailError, circumstance
 from ..families.network import ModuleSite, Network
 from ..progress import Progress
 from ..selectors import Selector
-from .addition import verify_additions
+from .addition import unproven
 from .recipe import ModuleRecipe
 from .towers import Tower
 from .verify import REFUSALS, TOLERANCE, answer, for_proofs, verify
@@ -37,8 +37,8 @@ def prove(
     by_hand: bool,
 ) -> ModuleRecipe:
     """That of all sites which are to change everything is as described. Returns the recipe, which aims at the stream no
-    longer where a family only guessed at one. Raises GrailError naming the first site that is otherwise."""
-    affine = selector.bias if recipe.bias is None else recipe.bias
+    longer where a family guessed all of them wrong. Raises GrailError naming the first site that is otherwise."""
+    affine, forgotten = selector.bias if recipe.bias is None else recipe.bias, False
     for tower in filter(lambda tower: tower.batches, towers):
         network, example = tower.dense, tower.batches[0][:2]
         changed = [site for site in tower.sites if kept[site.name] < site.units.count]
@@ -48,8 +48,9 @@ def prove(
             seen = _seen(network, changed, example)
             _check_reading(changed, seen, exact=affine)
         if recipe.streams:
-            recipe = _following(network, changed, example, seen, recipe, progress, by_hand=by_hand)
-    return recipe
+            forgotten |= _forget(network, changed, example, seen, recipe, progress, by_hand=by_hand)
+    left = (site for tower in towers for site in tower.sites if kept[site.name] < site.units.count)
+    return recipe.site_by_site() if forgotten and all(site.stream is None for site in left) else recipe
 
 
 def _is_folded(site: ModuleSite, selector: Selector) -> bool:
@@ -57,7 +58,7 @@ def _is_folded(site: ModuleSite, selector: Selector) -> bool:
     return selector.folds(site.role) and site.units.size == 1 and not site.reader_norms
 
 
-def _following(
+def _forget(
     network: Network,
     changed: list[ModuleSite],
     example: Tensor,
@@ -66,29 +67,32 @@ def _following(
     progress: Progress,
     *,
     by_hand: bool,
-) -> ModuleRecipe:
-    """Prove where the sites that change add to a residual stream, and say which are not known to. Raises GrailError
-    where that is none of them, though the target was asked for."""
+) -> bool:
+    """Prove where the sites that change add to a residual stream, let the network forget a family's guesses that are
+    wrong, if there are any, and say of which sites it is not known. Raises GrailError where that is all of them, though
+    the target was asked for, and for a stream that is wrong and no guess."""
     known = [site for site in changed if site.stream is not None]
-    try:
-        verify_additions(network, known, example)
-        for site in known:
+    wrong = unproven(network, known, example)
+    for site in (site for site in known if site.name not in wrong):
+        try:
             _check_product(site, seen, "so that it cannot be repaired towards a stream", "choose another --target")
-    except GrailError as error:
+        except GrailError as error:
+            wrong[site.name] = error
+    if wrong:
+        first = next(iter(wrong.values()))
         if by_hand or recipe.wants_target:
-            raise
-        recipe = recipe.site_by_site()
-        progress.warn(f"{error}: taking --target {recipe.target}")
-        return recipe
+            raise first
+        network.sites[:] = [replace(s, stream=None, scales=()) if s.name in wrong else s for s in network.sites]
+        progress.warn(f"{first}: taking --target dense for {len(wrong)} of {len(changed)} sites")
     if changed and not known and recipe.wants_target:
         raise GrailError(
             f"--target stream: of no site that is to change ({changed[0].name}, ...) is it known where it adds to a "
             f"residual stream; say so (stream=...), or choose another --target"
         )
-    others = [site.name for site in changed if site.stream is None]
+    others = [site.name for site in changed if site.stream is None or site.name in wrong]
     if others:
         progress.say(f"repaired as with --target dense, their streams not being known: {', '.join(others)}")
-    return recipe
+    return bool(wrong)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -206,6 +206,12 @@ class Tree(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class OneWrong(Tree):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x, self.project(x))
+        return self.fc(self.blocks[1](x, x).mean((2, 3)))
+
+
 class TestGuessedStreams:
     @pytest.mark.parametrize("make", [Concatenating, Tree])
     def test_one_that_is_none_gives_way_to_dense(self, make, tmp_path, caplog):
@@ -217,6 +223,18 @@ class TestGuessedStreams:
         assert told["recipe"]["target"] == "dense" and told["calibration"]["images"] == 24
         asked = compressed(module, target="dense", **flags).model.state_dict()
         assert all(torch.equal(asked[name], tensor) for name, tensor in report.model.state_dict().items())
+
+    def test_only_the_wrong_one_does(self, caplog):
+        caplog.set_level(logging.INFO, logger="grail")
+        module = net(OneWrong)
+        report = compressed(module, sites=None)
+        assert "taking --target dense for 1 of 2 sites" in caplog.text and report.recipe.target == "stream"
+        sites = [site for network in describe(module) for site in network.sites]
+        guesses = [replace(sites[0], stream=None, scales=()), *sites[1:]]
+        by_hand = compressed(module, sites=guesses).model.state_dict()
+        assert all(torch.equal(by_hand[name], tensor) for name, tensor in report.model.state_dict().items())
+        dense = compressed(module, sites=None, target="dense").model.state_dict()
+        assert not torch.equal(dense["blocks.1.conv2.weight"], by_hand["blocks.1.conv2.weight"])
 
     @pytest.mark.parametrize("make", [Concatenating, Tree])
     def test_but_not_where_it_was_asked_for(self, make):
