@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -66,6 +67,8 @@ def guarded(command: Callable) -> Callable:
         except (Exception, KeyboardInterrupt) as error:
             if (known := verdict(error)) is None:
                 _bug(error, kwargs)
+            elif known == INTERRUPTED and (kept := _earlier_work(kwargs)):
+                fail(f"interrupted; what is done is kept in {kept}: the same command goes on from there", 75)
             else:
                 fail(*known)
 
@@ -77,6 +80,17 @@ def _where_the_result_is(command: Callable, options: dict) -> str:
     output = options.get("output")
     writes = command.__name__ != LOOKS_ONLY and not options.get("print_recipe")
     return f"; the result is in {output}" if output and writes and os.path.exists(output) else ""
+
+
+def _earlier_work(options: dict) -> Path | None:
+    """What a run that --resume was to go on with has left, when that is stopped before it has opened it."""
+    if not options.get("resume") or not options.get("output"):
+        return None
+    from .checkpoint.journal import JOURNAL, Journal
+
+    out = Path(os.path.realpath(options["output"]))
+    partial = out.with_name(f"{out.name}.partial")
+    return partial if Journal(partial / JOURNAL).committed else None
 
 
 def _bug(error: BaseException, options: dict) -> NoReturn:

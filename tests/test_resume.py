@@ -6,17 +6,20 @@ import json
 import os
 import random
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import typer
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
 
 import grail
 import grail.finish
 import grail.session
 from grail.checkpoint.journal import Journal
 from grail.checkpoint.writer import INDEX, JOURNAL, STORE
+from grail.cli import app
 from grail.errors import GrailError, Interrupted
 from grail.guard import guarded
 from tests.killed_runs import Case, Events, committed_layers, disk_full, files_of
@@ -67,6 +70,22 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(cases, tmp_path):
     assert case.compress(tmp_path / "out", resume=True)["first"] == 2
     assert files_of(tmp_path / "out") == files
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_stopped_before_it_goes_on_the_work_is_still_there(cases, tmp_path, monkeypatch):
+    case, files = cases("slimgpt")
+    line = ["compress", "--model", str(case.source), "--output", str(tmp_path / "out"), "--resume"]
+
+    def stopped() -> Result:
+        with monkeypatch.context() as patch:
+            patch.setattr("grail.run.Session", Mock(side_effect=KeyboardInterrupt))
+            return CliRunner().invoke(app, line)
+
+    assert (nothing := stopped()).exit_code == 130 and "nothing new was kept" in nothing.output
+    interrupted(case, tmp_path / "out")
+    assert (kept := stopped()).exit_code == 75 and f"kept in {tmp_path / 'out.partial'}" in kept.output
+    assert case.compress(tmp_path / "out", resume=True)["first"] == 2
+    assert files_of(tmp_path / "out") == files
 
 
 def test_resume_where_nothing_was_begun_begins(cases, tmp_path):

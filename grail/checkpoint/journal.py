@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import Circumstance, GrailError, naming
 from .disk import check_own
 
-START = "start"
+JOURNAL, START = "journal.jsonl", "start"
 
 
 class Journal:

@@ -22,11 +22,11 @@ from ..errors import Circumstance, GrailError, naming, sentence_of
 from ..replacing import NO_FILE, is_special
 from .carried import TOKENIZER_CONFIG, data_files, without_code
 from .disk import link, locked, remove
-from .journal import Journal
+from .journal import JOURNAL, Journal
 from .pieces import DTYPE_NAMES, Piece, serialised
 from .reader import DTYPES, INDEX, read_json
 
-LOCK, JOURNAL, STORE, CANDIDATES, REPLACED = "lock", "journal.jsonl", "store", "candidates", "replaced"
+LOCK, STORE, CANDIDATES, REPLACED = "lock", "store", "candidates", "replaced"
 SHARD = "shard"
 
 
