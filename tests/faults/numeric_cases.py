@@ -22,7 +22,7 @@ LAYER = "model.layers.1."
 GATE, UP, DOWN = (f"{LAYER}mlp.{name}_proj" for name in ("gate", "up", "down"))
 QUERY, KEY, VALUE, OUT = (f"{LAYER}self_attn.{name}_proj" for name in "qkvo")
 Tensors = dict[str, torch.Tensor]
-SLACK = 1e-3
+SLACK, ROUNDING = 1e-3, 1e-12
 """Of an error: both figures are computed in float32."""
 
 
@@ -137,7 +137,8 @@ def outcome(source: Path, out: Path, **flags) -> dict | str:
     for site in record["sites"]:
         judge(site, promised)
         if site["held_out_errors"] and flags.get("alpha", "auto") == "auto":
-            assert site["held_out_errors"][1] <= site["held_out_errors"][0], site
+            plain, chosen = site["held_out_errors"]
+            assert chosen <= plain * (1 + ROUNDING), site  # the same at twice the best alpha, which trials.py may take
     count("numerics", "finite")
     return record
 
