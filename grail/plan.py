@@ -197,13 +197,14 @@ def _bytes_read(session: Session, costs: Costs) -> int:
 
 
 def _parameters_after(session: Session) -> int:
-    """Zeros that the format `uniform` adds beside a bias are not counted."""
+    """Before a global allocation has settled the format, without the zeros that one may add."""
     job, found = session.job, session.parameters
+    if job.format is not None:
+        return found + job.format.numbers_added
     for site in filter(job.changes, job.sites):
-        if job.format is None or job.format.name != "padded":
-            gone = (site.units.per_group - job.kept[site.name]) * site.units.groups
-            biases = sum(p.rows_per_unit for p in site.producers if p.name in job.biased_producers(site))
-            found -= gone * (session.widths.costs[site.name] + biases)
+        gone = (site.units.per_group - job.kept[site.name]) * site.units.groups
+        biases = sum(p.rows_per_unit for p in site.producers if p.name in job.biased_producers(site))
+        found -= gone * (session.widths.costs[site.name] + biases)
         if job.affine and f"{site.consumer}.bias" not in job.model.source:
             found += job.model.source.info(f"{site.consumer}.weight").shape[0]
     return found

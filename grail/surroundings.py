@@ -30,11 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .turns import in_turn
+
 AUTOCAST = ("cpu", "cuda")
 HIGHEST, IEEE, UNSET = "highest", "ieee", "none"
 SEED = 0
 T = TypeVar("T")
-ONE_AT_A_TIME = threading.RLock()
 Variables = dict[str, str | None]
 """Values by name; None: taken away."""
 _noting: dict[int, list[Variables]] = {}
@@ -241,7 +242,7 @@ class _Lent:
 def undisturbed() -> Iterator[Caller]:
     """Torch's own settings within; afterwards those of the caller, its random numbers, warning filters, environment and
     threads. One thread at a time; within one it nests. Also a decorator."""
-    with ONE_AT_A_TIME:
+    with in_turn():
         settings = Settings.now()
         with settings.plain().entered(), warnings.catch_warnings(), _variables_noted() as changed:
             caller = Caller(settings, RandomState.now(), dict(os.environ))
@@ -279,6 +280,14 @@ def _listen() -> None:
                 changed[os.fsdecode(arguments[0])] = value
 
     sys.addaudithook(note)
+    os.register_at_fork(after_in_child=_forget_other_threads)
+
+
+def _forget_other_threads() -> None:
+    """None but the one that forked goes on in a child, where a new thread may get the number of a lost one."""
+    own = threading.get_ident()
+    for thread in _noting.keys() - {own}:
+        del _noting[thread]
 
 
 def _put_back(changed: Variables, wanted: dict[str, str]) -> None:

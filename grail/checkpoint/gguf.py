@@ -28,7 +28,7 @@ SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
 )  # fmt: skip
-CONVERSION = b"3"
+CONVERSION = b"4"
 """Counts up where the same file gives another folder than before."""
 LEAST_LAYER = 256
 """Bytes, of the names of its tensors alone."""

@@ -33,9 +33,16 @@ BIASES = {
 WINDOW = "attention.sliding_window"
 NEUTRAL = {
     "attention.causal": (True,), "attention.scale": (0.0,), "attention.clamp_kqv": (0.0,), "logit_scale": (0.0, 1.0),
-    "use_parallel_residual": (False,),
+    "attention.max_alibi_bias": (0.0,), "use_parallel_residual": (False,), "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,), "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,), "expert_used_count": (0,),
 }  # fmt: skip
 """Keys under `ARCHITECTURE.` that make another network, and the values with which they do not."""
+KEY_LENGTH, VALUE_LENGTH = "attention.key_length", "attention.value_length"
+HARMLESS = {WINDOW, KEY_LENGTH, VALUE_LENGTH, "vocab_size", "tensor_data_layout", "pooling_type"}
+"""Keys under `ARCHITECTURE.` that are judged by themselves, or say nothing of the network up to its logits."""
+COMPRESSED = {"llama", "qwen2", "qwen3"}
+"""Architectures whose keys are all judged; the others make networks that are refused once they are opened."""
 LOW, HIGH = 1.0, 4.0
 """Of LLaMA-3: wavelengths above length / LOW are stretched, those below length / HIGH are not."""
 SAME = 1e-5
@@ -55,6 +62,9 @@ class Contents:
         self._carry_window()
         self._check_neutral()
         self._carry_rotations()
+        if self.architecture in COMPRESSED:
+            self._check_known()
+            self._check_heads()
 
     def optional(self, name: str) -> bool:
         """Whether a tensor of the model is a bias that the file may leave out where it is zero."""
@@ -90,9 +100,41 @@ class Contents:
         return GGUF_CONFIG_MAPPING.get(self.config.model_type, {})
 
     def _carry_heads(self) -> None:
-        size = self._value("attention.key_length")
-        if size is not None and getattr(self.config, "head_dim", None) is not None:
+        size = self._value(KEY_LENGTH)
+        named = getattr(self.config, "head_dim", None) is not None
+        if size is not None and (named or (self.architecture in COMPRESSED and size != self._head_size())):
             self.config.head_dim = int(size)
+
+    def _head_size(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
+    def _check_known(self) -> None:
+        """Every key of the architecture is carried over, or known to be without effect; for `rope.` see `_told`."""
+        prefix, known = f"{self.architecture}.", self._taken().keys() | NEUTRAL.keys() | HARMLESS
+        for key in self.reader.fields:
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and not name.startswith("rope.") and name not in known:
+                raise GrailError(
+                    f"{self.file}: {key} is no key that can be carried over, and it may make another network; give "
+                    f"the checkpoint that the file was made from"
+                )
+
+    def _check_heads(self) -> None:
+        """The tensors of every attention have the rows that the keys say."""
+        size, heads = self._head_size(), self.config.num_attention_heads
+        groups = self.config.num_key_value_heads
+        values = self._value(VALUE_LENGTH) or size
+        wanted = {"attn_q": (heads, size), "attn_k": (groups, size), "attn_v": (groups, values)}
+        for tensor in self.reader.tensors:
+            found = re.fullmatch(r"blk\.\d+\.(attn_[qkv])\.weight", tensor.name)
+            if found is None:
+                continue
+            (count, length), rows = wanted[found[1]], int(tensor.shape[-1])
+            if rows != count * length:
+                raise GrailError(
+                    f"{self.file}: {tensor.name} has {rows} rows, but the keys say {count} heads of {length}; fetch "
+                    f"the file again, or give the checkpoint that it was made from"
+                )
 
     def _carry_window(self) -> None:
         window = self._value(WINDOW)
@@ -142,9 +184,8 @@ class Contents:
         return told
 
     def _rotated(self) -> int:
-        config = self.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(size * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        return int(self._head_size() * rope.get("partial_rotary_factor", 1.0))
 
     def _linear(self, told: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
         """(the key, the parameters) of a linear scaling; None where the frequencies stay what they are."""

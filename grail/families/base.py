@@ -77,6 +77,12 @@ class OutputFormat(ABC):
     def original_widths(self) -> dict[str, int]:
         """The widths that `padded` has or would have, under their names in config.json."""
 
+    @property
+    @abstractmethod
+    def numbers_added(self) -> int:
+        """How many numbers the layers have more than the source's, zeros that the class asks for included; below 0
+        where they have fewer."""
+
     def told(self) -> WrittenFormat:
         """What a report says of it."""
         return WrittenFormat(**{f.name: getattr(self, f.name) for f in fields(WrittenFormat)})

@@ -56,6 +56,18 @@ class LayerFormat(OutputFormat):
         """The greatest common divisor of every layer's query heads, key/value heads and MLP width."""
         return math.gcd(*(width for w in self.widths for width in (w.heads, w.kv_heads, w.channels)))
 
+    @property
+    def numbers_added(self) -> int:
+        found = 0
+        for layer in range(len(self.widths)):
+            for name, part in LINEARS.items():
+                module = f"{self.model.prefix(layer)}{part}.{name}"
+                stored, biased = f"{module}.weight", f"{module}.bias" in self.model.source
+                before = math.prod(shape := self.model.source.info(stored).shape) + biased * shape[0]
+                rows, columns = self.widths[layer].shape(name, self.model.config.hidden_size, self.model.head_dim)
+                found += rows * (columns + (biased or name in self.biases[layer])) - before
+        return found
+
     def layer_tensors(
         self, layer: int, changed: dict[str, Tensor], reductions: dict[str, Reduction]
     ) -> dict[str, Tensor]:

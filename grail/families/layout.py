@@ -35,6 +35,14 @@ class LayerWidths:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
 
+    def shape(self, name: str, hidden: int, head_dim: int) -> tuple[int, int]:
+        """Rows and columns of a linear layer of LINEARS."""
+        widths = {"q_proj": self.heads * head_dim, "k_proj": self.kv_heads * head_dim, "gate_proj": self.channels}
+        widths |= {"v_proj": widths["k_proj"], "up_proj": self.channels}
+        if name in PRODUCERS:
+            return widths[name], hidden
+        return hidden, widths["q_proj" if name == "o_proj" else "up_proj"]
+
     @staticmethod
     def largest(layers: Iterable[LayerWidths]) -> LayerWidths:
         """Widths that hold every layer with its query heads in their key/value groups."""

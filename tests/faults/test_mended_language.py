@@ -141,6 +141,12 @@ class TestGgufIn:
             ("logit_scale", 0.5),
             ("use_parallel_residual", True),
             ("attention.sliding_window", 5),
+            ("attn_logit_softcapping", 50.0),
+            ("final_logit_softcapping", 30.0),
+            ("residual_scale", 0.25),
+            ("embedding_scale", 12.0),
+            ("attention.max_alibi_bias", 8.0),
+            ("expert_count", 4),
         ],
     )
     def test_another_kind_of_attention_is_refused_by_its_key(self, exported, key, value):
@@ -150,8 +156,39 @@ class TestGgufIn:
 
     def test_values_that_change_nothing_are_taken(self, exported):
         neutral = {"attention.causal": True, "logit_scale": 1.0, "attention.sliding_window": 10**6}
+        neutral |= {"residual_scale": 1.0, "final_logit_softcapping": 0.0, "expert_count": 0, "pooling_type": 3}
+        neutral |= {"tensor_data_layout": "Meta AI original pth"}
         source, file = exported(fields=neutral)
         assert torch.equal(logits(converted(file)), logits(source))
+
+    @pytest.mark.parametrize("key", ["attention.temperature_scale", "full_attention_interval", "of_a_later_day"])
+    def test_a_key_that_nobody_knows_is_refused_by_its_name(self, exported, key):
+        _, file = exported(fields={key: 1.0})
+        with pytest.raises(GrailError, match=rf"m\.gguf: llama\.{key} .*; give the checkpoint"):
+            converted(file)
+        assert not list((file.parent / "cache").iterdir())
+
+    @pytest.mark.parametrize(
+        ("fields", "tensor"),
+        [
+            ({"attention.key_length": 4, "rope.dimension_count": 4}, "attn_k"),
+            ({"attention.head_count": 3}, "attn_q"),
+            ({"attention.head_count": 12}, "attn_q"),
+            ({"attention.head_count_kv": 3}, "attn_k"),
+            ({"attention.value_length": 4}, "attn_v"),
+        ],
+        ids=str,
+    )
+    def test_heads_that_the_tensors_have_no_rows_for(self, exported, fields, tensor):
+        _, file = exported(fields=fields)
+        with pytest.raises(GrailError, match=rf"m\.gguf: blk\.0\.{tensor}\.weight has \d+ rows, but .*heads of"):
+            converted(file)
+
+    def test_heads_of_another_size_where_the_class_names_none(self, exported):
+        _, file = exported("qwen2", head_dim=16)
+        file.write_bytes(file.read_bytes().replace(b"llama", b"qwen2"))
+        assert json.loads((converted(file) / "config.json").read_text())["head_dim"] == 16
+        assert AutoModelForCausalLM.from_pretrained(converted(file)).model.layers[0].self_attn.head_dim == 16
 
     def test_heads_of_another_size_than_by_default(self, tmp_path):
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3")
