@@ -34,9 +34,9 @@ from ..families.network import ModuleSite, Network, check
 from ..report import versions
 from ..result import SiteResult
 from . import narrow
+from .answers import answer
 from .architecture import Architecture
 from .names import KEY, PACKAGES
-from .verify import answer
 
 WEIGHTS, VERSION = "model.safetensors", 1
 VERSION_TEXT = re.compile(r"[\w.+-]{1,40}", re.ASCII)

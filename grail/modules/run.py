@@ -32,6 +32,7 @@ from ..selectors import selector_class
 from ..surroundings import undisturbed
 from ..widths import WidthPlan
 from . import hf
+from .answers import NotTaken
 from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, check_reads, classifier, held_out
@@ -44,7 +45,7 @@ from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
 from .towers import Tokenizer, Tower, spare, towers_of
-from .verify import NotTaken, check_numbers
+from .verify import check_numbers
 
 
 @undisturbed()
