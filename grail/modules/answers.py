@@ -68,10 +68,15 @@ def _numbers(tensor: Tensor) -> Tensor:
     return tensor.double()
 
 
+def of_floats(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that are rounded, and neither indices nor flags."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def rounding_of(network: Network, example: Tensor, found: Sequence[Tensor]) -> list[float]:
     """Measured with weights that are scaled by next to nothing, each by its own factor."""
     other = network.clone()
-    for number, parameter in enumerate(other.module.parameters()):
+    for number, parameter in enumerate(filter(of_floats, other.module.parameters())):
         parameter.mul_(1 + ULP * (-1) ** number)
     changed = answers(other.run, example)
     if [tensor.shape for tensor in changed] != [tensor.shape for tensor in found]:

@@ -12,6 +12,7 @@ from ..allocation import KINDS
 from ..calibration.captions import captions
 from ..calibration.preprocessing import Preprocessing
 from ..errors import GrailError
+from ..evaluation.accuracy import dtype_of
 from ..families import describe
 from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, check
@@ -202,5 +203,4 @@ def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, to
 
 
 def _place(network: Network) -> tuple[torch.device, torch.dtype]:
-    parameter = next(network.module.parameters())
-    return parameter.device, parameter.dtype
+    return next(network.module.parameters()).device, dtype_of(network.module)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GrailError
 from ..families.network import RESIDUAL, TEXT, ModuleSite, Network
-from .answers import REFUSALS, ROUNDING, ULP, answer, answers, are_different, rounding_of
+from .answers import REFUSALS, ROUNDING, ULP, answer, answers, are_different, of_floats, rounding_of
 from .narrow import duplicate, fold_copies, permute, prune, silence
 
 FAINT = 1e-3
@@ -124,13 +124,14 @@ def for_proofs(network: Network, example: Tensor) -> tuple[Network, Tensor]:
 
 def _faint(module: nn.Module) -> Iterator[nn.Parameter]:
     for name, parameter in module.named_parameters():
-        if not name.endswith("bias") and parameter.numel() and parameter.abs().max() < FAINT:
+        sized = of_floats(parameter) and parameter.numel()
+        if sized and not name.endswith("bias") and parameter.abs().max() < FAINT:
             yield parameter
 
 
 def in_float32(network: Network, example: Tensor) -> tuple[Network, Tensor]:
     """The network and an input in float32; a copy where it computes in another arithmetic."""
-    if any(p.dtype != torch.float32 for p in network.module.parameters()):
+    if any(p.dtype != torch.float32 for p in network.module.parameters() if p.is_floating_point()):
         network = network.clone()
         network.module.float()
     return network, example.float() if example.is_floating_point() else example
@@ -152,9 +153,12 @@ def check_numbers(module: nn.Module) -> None:
 
 
 def unlike(module: nn.Module) -> str:
-    """What to say of a network that fails where one of its tensors is of another dtype than most; else nothing."""
-    dtypes = {name: tensor.dtype for name, tensor in _read(module)}
-    most = Counter(dtypes.values()).most_common(1)[0][0]  # a network without any is refused before
+    """What to say of a network that fails where one of its tensors of floats is of another dtype than most; else
+    nothing."""
+    dtypes = {name: tensor.dtype for name, tensor in _read(module) if tensor.is_floating_point()}
+    if not dtypes:
+        return ""
+    most = Counter(dtypes.values()).most_common(1)[0][0]
     odd = next((name for name, dtype in dtypes.items() if dtype != most), None)
     return "" if odd is None else f"; its tensor {odd} is {dtypes[odd]}, and most are {most}"
 

@@ -1,0 +1,68 @@
+"""Networks described by hand: parameters that hold no floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grail
+from benchmarks.clip_digits import CAPTIONS, digits, tiny_clip, tokenizer
+from grail.errors import GrailError
+from grail.modules.verify import unlike
+from tests.faults.test_mended_networks import MLP, compressed, net, rows
+
+
+def whole(numbers: Tensor) -> nn.Parameter:
+    return nn.Parameter(numbers, requires_grad=False)
+
+
+class Ordered(MLP):
+    """Reads its inputs in an order, without some: parameters that stand before all others."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.order, self.mask = whole(torch.arange(16).flip(0)), whole(torch.arange(16) > 2)
+        self.zero = whole(torch.zeros((), dtype=torch.int32))
+        self.fc1, self.fc2 = nn.Linear(16, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, self.order] * self.mask + self.zero)
+
+
+class TestParametersThatAreNoFloats:
+    @pytest.mark.parametrize("flags", [{}, {"method": "fold"}, {"bias": True}], ids=str)
+    def test_stay_as_they_are(self, tmp_path, flags):
+        report = compressed(net(Ordered), output=tmp_path / "out", **flags)
+        loaded = grail.load(tmp_path / "out", module=Ordered())
+        assert report.model.fc1.weight.shape == (6, 16)
+        for module in (report.model, loaded):
+            assert torch.equal(module.order, torch.arange(16).flip(0)) and module.mask.dtype == torch.bool
+        assert torch.equal(loaded(rows()), report.model(rows()))
+
+    def test_a_wrong_description_beside_them_is_seen(self):
+        class Mixing(Ordered):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc2(torch.softmax(self.fc1(x[:, self.order]), -1))
+
+        with pytest.raises(GrailError, match=r"^fc1: units that are removed are missed"):
+            compressed(net(Mixing))
+
+    def test_in_16_bits(self):
+        assert compressed(net(Ordered).bfloat16(), rows().bfloat16()).model.fc2.weight.dtype == torch.bfloat16
+
+    def test_are_not_named_where_a_network_fails_over_dtypes(self):
+        assert not unlike(Ordered())
+        assert "its tensor fc2.weight is torch.float16" in unlike(Ordered().requires_grad_(False).apply(_half_of_fc2))
+
+    def test_before_all_others_of_a_clip(self):
+        module = tiny_clip()
+        module._parameters = {"steps": whole(torch.tensor(3)), **module._parameters}
+        given = {"calibration": digits(16, seed=2)[0], "calibration_text": tokenizer(CAPTIONS), "samples": 16}
+        report = grail.compress(module, method="wanda", **given)
+        assert report.model.steps == 3 and report.macs[1] < report.macs[0]
+
+
+def _half_of_fc2(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear) and module.out_features == 4:
+        module.weight.data = module.weight.data.half()
