@@ -132,7 +132,7 @@ def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Mo
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise GrailError(f"{folder / 'config.json'} describes no sites that grail can read ({error})") from error
     network = Network(module, sites).clone()  # residual streams among them: here they are sites like any other
-    known = {name for name, _ in network.module.named_modules()}
+    known = {name for name, _ in network.module.named_modules(remove_duplicate=False)}
     replace_attention(network.module, [name for site in sites for name, _ in site.counts if name in known])
     check(network)
     for site, count in zip(sites, kept, strict=True):

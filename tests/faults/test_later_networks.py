@@ -66,3 +66,35 @@ class TestParametersThatAreNoFloats:
 def _half_of_fc2(module: nn.Module) -> None:
     if isinstance(module, nn.Linear) and module.out_features == 4:
         module.weight.data = module.weight.data.half()
+
+
+class Renamed(MLP):
+    """Each layer under two names, the consumer's module too."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.parts = self.fc1, nn.ModuleDict({"down": self.fc2})
+
+
+class TestLayersWithTwoNames:
+    @pytest.mark.parametrize("names", [("fc1", "fc2"), ("up", "parts.down"), ("fc1", "parts.down")], ids="-".join)
+    def test_are_found_by_either(self, tmp_path, names):
+        sites = [grail.channels(*names, width=12)]
+        report = compressed(net(Renamed), sites=sites, output=tmp_path / "out")
+        loaded = grail.load(tmp_path / "out", module=Renamed())
+        assert torch.equal(report.model(rows()), compressed(net()).model(rows()))
+        for module in (report.model, loaded):
+            assert module.up is module.fc1 and module.parts.down.weight.shape == (4, 6)
+            assert torch.equal(module(rows()), report.model(rows()))
+        assert report.sites[0]["name"] == names[0]
+
+    @pytest.mark.parametrize("name", ["fc2", "parts.down"])
+    def test_another_layer_with_the_same_weight_is_still_a_tie(self, name):
+        class Tied(Renamed):
+            def __init__(self):
+                super().__init__()
+                self.other = nn.Linear(12, 4)
+                self.other.weight = self.fc2.weight
+
+        with pytest.raises(GrailError, match=f"^fc1: {name} shares its weight with other, a tie"):
+            compressed(net(Tied), sites=[grail.channels("fc1", name, width=12)])
