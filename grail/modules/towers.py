@@ -19,6 +19,7 @@ from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, chec
 from ..progress import Progress
 from ..selectors import selector_class
 from ..selectors.base import PRODUCERS
+from .idle import idle_ratios
 from .inputs import ENOUGH_INPUTS, FEWEST_INPUTS, calibration_inputs, parted
 from .recipe import ModuleRecipe
 
@@ -95,6 +96,8 @@ def towers_of(
     is given nothing to calibrate with. Raises GrailError where the description does not fit, inputs cannot be read or
     all are missing."""
     networks = _described(module, sites, recipe)
+    for nothing in idle_ratios(recipe, module, (site for network in networks for site in network.sites)):
+        progress.warn(nothing)
     _check_given(module, networks, recipe)
     found = []
     for network in networks:
