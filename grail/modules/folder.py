@@ -183,6 +183,9 @@ def _filled(module: nn.Module, source: SafetensorsFolder) -> nn.Module:
             if leaf in ("weight", "bias") and getattr(layers.get(owner), leaf, "") is None:
                 trained = any(p.requires_grad for p in layers[owner].parameters(recurse=False))
                 setattr(layers[owner], leaf, nn.Parameter(tensors[name], requires_grad=trained))
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name in tensors:
+                tensors[name] = narrow.laid_as(tensors[name], parameter)
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise GrailError(

@@ -98,3 +98,32 @@ class TestLayersWithTwoNames:
 
         with pytest.raises(GrailError, match=f"^fc1: {name} shares its weight with other, a tie"):
             compressed(net(Tied), sites=[grail.channels("fc1", name, width=12)])
+
+
+class Mapping(nn.Module):
+    """Images [B, 3, H, W] -> [B, 4]: convolutions of several sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.Conv2d(12, 8, 1, bias=False)
+        self.c, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.b(torch.relu(self.norm(self.a(x))))
+        return self.head(torch.relu(self.c(torch.relu(made))).mean((2, 3)))
+
+
+class TestMemoryFormat:
+    SITES = (grail.channels("a", "b", width=12, norms=["norm"]), grail.channels("b", "c", width=8))
+
+    @pytest.mark.parametrize("method", ["wanda", "fold"])
+    @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
+    def test_of_weights_stays_also_in_a_folder(self, tmp_path, order, method):
+        module = net(Mapping).to(memory_format=order)
+        x = torch.randn(16, 3, 9, 9).to(memory_format=order)
+        report = compressed(module, x, sites=self.SITES, method=method, output=tmp_path / "out")
+        loaded = grail.load(tmp_path / "out", module=Mapping().to(memory_format=order))
+        for layer in ("a", "b", "c"):
+            weights = [m.get_submodule(layer).weight for m in (report.model, loaded)]
+            assert all(w.stride() == torch.empty_like(w, memory_format=order).stride() for w in weights)
+        assert torch.equal(loaded(x), report.model(x))
