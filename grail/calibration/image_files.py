@@ -6,6 +6,7 @@ Nothing is ever unpickled. Images come as uint8 [C, H, W] with 1 or 3 channels; 
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import os
 import re
@@ -22,6 +23,8 @@ from torch import Tensor
 from ..documents import about, check_regular
 from ..errors import GrailError, sentence_of
 from .preprocessing import MOST_PIXELS, imported
+
+log = logging.getLogger("grail")
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -78,16 +81,21 @@ class Folder:
 
 def open_folder(path: Path, split: str) -> tuple[Folder, bool]:
     """The images of a folder, and whether calibration never sees them: a folder whose sub-folders are called train,
-    test, val, ... (in small letters or capitals) gives the one that the split asks for. Raises GrailError when there is
-    none, and where images lie beside such parts, of which test images could be some."""
+    test, val, ... (in small letters or capitals) gives the one that the split asks for. One of such a name that lies
+    beside others, all of them of images alone, is a class like these (trains beside buses). Raises GrailError when the
+    part is not there, and where else images lie beside parts, of which test images could be some."""
     files = _image_files(path)
     if not files:
         raise GrailError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))}), idx files or sub-folders of images")
     tops = {file.partition("/")[0] if "/" in file else "" for file in files}
     parts = _parts(path, tops)
+    odd = sorted(tops - set(parts.values()))
+    if len(parts) == 1 and odd and all(file.count("/") == 1 for file in files):
+        log.warning("%s: %s is taken for a class, as %s is", path, *parts.values(), odd[0])
+        parts = {}
     if not parts:
         return Folder(path, files), False
-    if odd := sorted(tops - set(parts.values())):
+    if odd:
         beside = f"the folder {odd[0]}" if odd[0] else f"the image {next(file for file in files if '/' not in file)}"
         first = min(parts.values())
         raise GrailError(

@@ -2,9 +2,9 @@
 
     Network(module, [channels("fc1", "fc2", width=64), channels("conv1", "conv2", width=32, norms=["bn1"])])
 
-Names are those of `module.named_modules()`. Sites stand in execution order. `blocks` name modules that run one after
-another, each on the output of the one before; without them the whole network is one block, and every site costs
-forwards of all of it.
+Names are those of `module.named_modules()`, any of them where a module has several. Sites stand in execution order.
+`blocks` name modules that run one after another, each on the output of the one before; without them the whole network
+is one block, and every site costs forwards of all of it.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def listed(sites: Any) -> list[ModuleSite] | None:
 
 def check(network: Network) -> None:
     """Raises GrailError naming the site where layers are missing, of another kind or do not fit together."""
-    known = dict(network.module.named_modules())
+    known = dict(network.module.named_modules(remove_duplicate=False))
     sites = [*network.residual, *network.sites]
     names = [site.name for site in sites]
     for name in {name for name in names if names.count(name) > 1}:

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import GrailError
 from ..families.network import OUTPUT, ModuleSite, Network
 from . import narrow
+from .answers import REFUSALS, TOLERANCE, answer
 from .stream import seeing
-from .verify import REFUSALS, TOLERANCE, answer, for_proofs
+from .verify import for_proofs
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 

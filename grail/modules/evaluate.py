@@ -24,13 +24,13 @@ from ..families.network import IMAGES
 from ..machine import usable_device
 from ..report import SCHEMA_VERSION
 from ..surroundings import undisturbed
+from .answers import REFUSALS
 from .architecture import Architecture, open_network
 from .export import Encoder
 from .folder import load
 from .names import NAMED, is_module_folder
 from .stream import given_to
 from .towers import Tokenizer
-from .verify import REFUSALS
 
 log = logging.getLogger("grail")
 

@@ -34,9 +34,9 @@ from ..families.network import ModuleSite, Network, check
 from ..report import versions
 from ..result import SiteResult
 from . import narrow
+from .answers import answer
 from .architecture import Architecture
 from .names import KEY, PACKAGES
-from .verify import answer
 
 WEIGHTS, VERSION = "model.safetensors", 1
 VERSION_TEXT = re.compile(r"[\w.+-]{1,40}", re.ASCII)
@@ -132,7 +132,7 @@ def _loaded(folder: Path, config: dict, source: SafetensorsFolder, module: nn.Mo
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise GrailError(f"{folder / 'config.json'} describes no sites that grail can read ({error})") from error
     network = Network(module, sites).clone()  # residual streams among them: here they are sites like any other
-    known = {name for name, _ in network.module.named_modules()}
+    known = {name for name, _ in network.module.named_modules(remove_duplicate=False)}
     replace_attention(network.module, [name for site in sites for name, _ in site.counts if name in known])
     check(network)
     for site, count in zip(sites, kept, strict=True):
@@ -183,6 +183,9 @@ def _filled(module: nn.Module, source: SafetensorsFolder) -> nn.Module:
             if leaf in ("weight", "bias") and getattr(layers.get(owner), leaf, "") is None:
                 trained = any(p.requires_grad for p in layers[owner].parameters(recurse=False))
                 setattr(layers[owner], leaf, nn.Parameter(tensors[name], requires_grad=trained))
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name in tensors:
+                tensors[name] = narrow.laid_as(tensors[name], parameter)
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise GrailError(

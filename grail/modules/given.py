@@ -31,14 +31,15 @@ def check_module(module: nn.Module) -> None:
 def check_untied(network: Network, sites: Iterable[ModuleSite]) -> None:
     """Raises GrailError naming the first of the sites one of whose layers shares a parameter with another layer: to
     narrow one of them would cut that tie."""
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, layer in network.module.named_modules():
         for parameter in layer._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
+            owners.setdefault(id(parameter), []).append((name, layer))
     for site in sites:
         for name in (*(p.name for p in site.producers), *site.norms, *site.reader_norms, *site.consumers):
-            for part, parameter in network.layer(name)._parameters.items():
-                others = [other for other in owners[id(parameter)] if other != name]
+            layer = network.layer(name)  # which may have several names
+            for part, parameter in layer._parameters.items():
+                others = [other for other, owner in owners[id(parameter)] if owner is not layer]
                 if parameter is not None and others:
                     raise GrailError(
                         f"{site.name}: {name} shares its {part} with {others[0]}, a tie that narrowing would cut; give "

@@ -15,6 +15,9 @@ from ..families.base import Producer
 from ..families.network import ModuleSite, Network
 from ..reduction import Folding, Reduction, Selection
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format with channels last, by the number of axes."""
+
 
 def consumer_matrix(layer: nn.Module) -> Tensor:
     """[O, H], a copy where the layer is a convolution."""
@@ -268,5 +271,19 @@ class _Order:
 
 
 def _parameter(tensor: Tensor, old: Tensor) -> nn.Parameter:
-    """One in the place of another, trained where that was."""
-    return nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+    """One in the place of another, trained where that was, and in its memory format."""
+    return nn.Parameter(laid_as(tensor.detach(), old), requires_grad=old.requires_grad)
+
+
+def laid_as(tensor: Tensor, old: Tensor) -> Tensor:
+    """A copy with the channels last where another's lie so, to the strides of axes of length one, which choose kernels
+    too; else the tensor itself."""
+    last = LAST.get(old.dim())
+    if last is None or tensor.dim() != old.dim():
+        return tensor
+    last_strides, first_strides = (
+        torch.empty_like(old, device="meta", memory_format=order).stride() for order in (last, torch.contiguous_format)
+    )
+    if old.stride() != last_strides or last_strides == first_strides:
+        return tensor
+    return torch.empty_like(tensor, memory_format=last).copy_(tensor)

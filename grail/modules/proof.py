@@ -16,9 +16,10 @@ from ..families.network import ModuleSite, Network
 from ..progress import Progress
 from ..selectors import Selector
 from .addition import unproven
+from .answers import REFUSALS, TOLERANCE, answer
 from .recipe import ModuleRecipe
 from .towers import Tower
-from .verify import REFUSALS, TOLERANCE, answer, for_proofs, verify
+from .verify import for_proofs, verify
 
 FACTORS = 0.5, -0.5, 1.0, -1.0, 2.0, -2.0
 """Powers of two, so that a weight divided by them times an input multiplied by them is the same to the last bit."""

@@ -9,12 +9,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import GrailError
 
 
+def norms_of(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms that keep statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 @torch.no_grad()
 def repair(module: nn.Module, batches: list[Tensor], call: str = "") -> int:
     """Reset every BatchNorm's running statistics and average those of the batches; how many there were. All other
     modules stay in evaluation mode, and afterwards so do these. Batches count alike, so a smaller last one is left out
     where there are others. call: the method that is run (default: forward)."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = norms_of(module)
     momenta = [norm.momentum for norm in norms]
     if not norms or not batches:
         return 0

@@ -32,11 +32,13 @@ from ..selectors import selector_class
 from ..surroundings import undisturbed
 from ..widths import WidthPlan
 from . import hf
+from .answers import NotTaken
 from .architecture import Architecture, open_network
 from .compress import ModulePass
 from .evaluate import accuracies, check_reads, classifier, held_out
 from .folder import config_of, reopen, reopen_here, write
 from .given import check_module, check_preprocessing, check_storable, check_untied
+from .idle import idle_options
 from .names import is_hf_module
 from .proof import prove
 from .recipe import ModuleRecipe, by_errors_refused
@@ -44,7 +46,7 @@ from .repair import repair
 from .report import ModuleReport
 from .stream import chained, in_order
 from .towers import Tokenizer, Tower, spare, towers_of
-from .verify import NotTaken, check_numbers
+from .verify import check_numbers
 
 
 @undisturbed()
@@ -149,6 +151,8 @@ def compress_module(
         check_storable(module)
     if recipe.output and out is None:
         out = OutputFolder(recipe.output, overwrite=recipe.overwrite)
+    for nothing in idle_options(recipe, selector_class(recipe.method).from_options(recipe.set), module):
+        progress.warn(nothing)
     with out or nullcontext():
         inputs = {"sites": listed(sites), "preprocessing": preprocessing, "tokenizer": tokenizer}
         images = _asked_for(module, recipe, tokenizer)

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import GrailError, circumstance
 from ..families.network import INPUT, OUTPUT, ModuleSite, Network
-from .verify import REFUSALS, NotTaken, answer, unlike
+from .answers import REFUSALS, NotTaken, answer
+from .verify import unlike
 
 ROUNDING = 1e-3
 """Of the same products in the same order, in 16 bits on a GPU at most."""

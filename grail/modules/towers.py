@@ -12,12 +12,14 @@ from ..allocation import KINDS
 from ..calibration.captions import captions
 from ..calibration.preprocessing import Preprocessing
 from ..errors import GrailError
+from ..evaluation.accuracy import dtype_of
 from ..families import describe
 from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, check
 from ..progress import Progress
 from ..selectors import selector_class
 from ..selectors.base import PRODUCERS
+from .idle import idle_ratios
 from .inputs import ENOUGH_INPUTS, FEWEST_INPUTS, calibration_inputs, parted
 from .recipe import ModuleRecipe
 
@@ -94,6 +96,8 @@ def towers_of(
     is given nothing to calibrate with. Raises GrailError where the description does not fit, inputs cannot be read or
     all are missing."""
     networks = _described(module, sites, recipe)
+    for nothing in idle_ratios(recipe, module, (site for network in networks for site in network.sites)):
+        progress.warn(nothing)
     _check_given(module, networks, recipe)
     found = []
     for network in networks:
@@ -202,5 +206,4 @@ def _of_text(network: Network, recipe: ModuleRecipe, _: Preprocessing | None, to
 
 
 def _place(network: Network) -> tuple[torch.device, torch.dtype]:
-    parameter = next(network.module.parameters())
-    return parameter.device, parameter.dtype
+    return next(network.module.parameters()).device, dtype_of(network.module)
