@@ -23,6 +23,8 @@ def readable(data: Any, what: str) -> Tensor:
         raise GrailError(f"{what}: no numbers that torch can read ({first_line(error)})") from error
     if tensor.is_meta:
         raise GrailError(f"{what}: a tensor on the meta device holds no data; give one with data")
+    if tensor.is_nested:
+        raise GrailError(f"{what}: a nested tensor is not read; give tensors of one shape, or a list of them")
     if tensor.layout != torch.strided:
         raise GrailError(f"{what}: a sparse tensor is not read; give tensor.to_dense()")
     if tensor.is_floating_point() and tensor.dtype.itemsize == 1:

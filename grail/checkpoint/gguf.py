@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -13,11 +13,13 @@ from pathlib import Path
 
 from ..bars import without_bars, without_warnings
 from ..documents import read_json
-from ..errors import GrailError
+from ..errors import Circumstance, GrailError, circumstance
+from .disk import locked
 
 log = logging.getLogger(__name__)
 
-CARD = "README.md"
+RECORD, LOCK = "contents.json", "lock"
+"""Names and bytes of all other files of a converted folder; and what is locked while it is made."""
 STATED = {
     "license": "license", "license.name": "license_name", "license.link": "license_link", "languages": "language",
 }  # fmt: skip
@@ -42,30 +44,62 @@ def cache_folder() -> Path:
 
 
 def converted(file: Path) -> Path:
-    """A safetensors folder (float32, tokenizer included) with the content of a GGUF file; made once per content.
+    """A safetensors folder (float32, tokenizer included) with the content of a GGUF file; made once per content, and
+    anew where something of it is missing or cut off.
 
-    Raises GrailError naming the file when transformers cannot read it, or would make another network of it.
+    Raises GrailError naming the file when transformers cannot read it, or would make another network of it; and naming
+    the place of such folders where the system refuses to write.
     """
     target = cache_folder() / f"{file.stem}-{_fingerprint(file)}"
-    if (target / "config.json").exists():
-        if not (target / CARD).exists():  # made before there were any
-            with contextlib.suppress(OSError):
-                _write_card(file, target)
+    if _is_whole(target):
         return target
+    if target.exists():
+        log.warning("%s is damaged, and is made anew from %s", target, file.name)
     log.info("converting %s to safetensors, once, into %s", file.name, target)
+    try:
+        _make(file, target)
+    except Exception as error:
+        if (sentence := circumstance(error)) is None:
+            raise
+        raise Circumstance(
+            f"{file} cannot be converted in {target.parent}, which GRAIL_CACHE names another place for: {sentence}"
+        ) from error
+    return target
+
+
+def _make(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f"{glob.escape(target.name)}.*/{LOCK}"):
+        if lock := locked(left):  # of a process that was killed
+            shutil.rmtree(left.parent)
+            lock.close()
     work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
+    lock = locked(work / LOCK)
     try:
         _convert(file, work)
         _write_card(file, work)
+        (work / LOCK).unlink()
+        (work / RECORD).write_text(json.dumps({made.name: made.stat().st_size for made in work.iterdir()}))
+        if target.exists() and not _is_whole(target):
+            shutil.rmtree(target)
         try:
             os.replace(work, target)
         except OSError:
-            if not (target / "config.json").exists():
+            if not _is_whole(target):  # else another process was quicker
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return target
+        if lock:
+            lock.close()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there that were written, with all their bytes."""
+    try:
+        written = json.loads((folder / RECORD).read_text())
+        return all((folder / name).stat().st_size == size for name, size in written.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _convert(file: Path, work: Path) -> None:
@@ -94,9 +128,9 @@ def _write_converted(file: Path, work: Path) -> None:
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    except GrailError:
-        raise
     except Exception as error:
+        if isinstance(error, GrailError) or circumstance(error):
+            raise
         raise GrailError(f"{file} cannot be read as a GGUF language model: {error}") from error
     absent = set(info["missing_keys"])
     if missing := sorted(name for name in absent if not contents.optional(name)):  # which would be random numbers
@@ -146,9 +180,7 @@ def _write_card(file: Path, folder: Path) -> None:
 
     fields = GGUFReader(file).fields
     found = {name: fields[f"general.{key}"].contents() for key, name in STATED.items() if f"general.{key}" in fields}
-    temporary = folder / f"{CARD}.{os.getpid()}"
-    temporary.write_text(f"---\n{yaml.safe_dump(found) if found else ''}---\n", encoding="utf-8")
-    os.replace(temporary, folder / CARD)
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(found) if found else ''}---\n", encoding="utf-8")
 
 
 def _fingerprint(file: Path) -> str:

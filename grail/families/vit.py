@@ -39,8 +39,12 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
 def _is_block(module: nn.Module) -> bool:
     attention, mlp = getattr(module, "attn", None), getattr(module, "mlp", None)
     return all(isinstance(getattr(attention, name, None), nn.Linear) for name in ("qkv", "proj")) and all(
-        isinstance(getattr(mlp, name, None), nn.Linear) for name in ("fc2",)
+        isinstance(getattr(mlp, name, None), nn.Linear) for name in (*_producers(mlp), "fc2")
     )
+
+
+def _producers(mlp: nn.Module | None) -> list[str]:
+    return [child for child in ("fc1_g", "fc1_x") if hasattr(mlp, child)] or ["fc1"]
 
 
 def _norms(part: nn.Module) -> list[str]:
@@ -113,7 +117,7 @@ def _mlp(name: str, mlp: nn.Module, number: int) -> ModuleSite:
     for child in _norms(mlp):
         raise GrailError(f"{name}.mlp has a {child} over the hidden channels: narrowing needs --mlp-ratio 0")
     width = mlp.fc2.in_features
-    gated = [child for child in ("fc1_g", "fc1_x") if hasattr(mlp, child)]
-    sections = 1 if gated else mlp.fc1.out_features // width
-    producers = [f"{name}.mlp.{child}" for child in gated or ["fc1"]]
+    makes = _producers(mlp)
+    sections = mlp.fc1.out_features // width if makes == ["fc1"] else 1
+    producers = [f"{name}.mlp.{child}" for child in makes]
     return channels(producers, f"{name}.mlp.fc2", width=width, sections=sections, name=f"{name}.mlp", layer=number)

@@ -236,7 +236,8 @@ def _weights_file(found: Architecture, weights: str | None) -> Path:
         return _downloaded(found)
     file = Path(weights)
     if not file.is_file():
-        raise GrailError(f"--weights {weights}: no such file")
+        what = "is a folder; name a .safetensors file in it" if file.is_dir() else "no such file"
+        raise GrailError(f"--weights {weights}: {what}")
     if file.suffix != ".safetensors":
         raise GrailError(f"--weights {weights}: only .safetensors is read; save the state dict with safetensors.torch")
     return file

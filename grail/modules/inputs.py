@@ -22,6 +22,8 @@ from .recipe import ModuleRecipe
 
 FEWEST_INPUTS, ENOUGH_INPUTS = 2 * FEWEST_TRIALS, 16
 """Of fewer none can be spared to choose by; and from so many on the stream is aimed at unasked (docs/results.md)."""
+NOTHING = object()
+"""What comes from a loader that is at its end."""
 
 
 def calibration_inputs(
@@ -53,7 +55,9 @@ def _is_ready(given: Any) -> bool:
 def _loaded(batches: Iterable[Any], samples: int) -> Any:
     """Of a loader whose batches are no images, with targets or without: so many inputs in one tensor."""
     items = iter(batches)
-    first = next(items, None)
+    first = next(items, NOTHING)
+    if first is NOTHING:
+        raise GrailError("calibration: what was given in Python gives no batch; give at least one")
     rows = _inputs_of(first)
     if not _is_ready(rows) or rows.dim() in (0, 1, 3, 4):
         return itertools.chain([first], items)

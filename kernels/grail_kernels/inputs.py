@@ -61,9 +61,13 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def positive(**numbers: int | None) -> None:
-    """Raise ValueError for a number below 1; None passes."""
+    """Raise ValueError for a number below 1, TypeError for what is no whole number; None passes."""
     for name, number in numbers.items():
-        if number is not None and number < 1:
+        if number is None:
+            continue
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise TypeError(f"{name} must be a whole number, got {number!r}")
+        if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
 
 

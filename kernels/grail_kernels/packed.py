@@ -99,6 +99,7 @@ class PackedSymmetric:
         cls, dense_HH: Tensor, *, tile: int | None = None, padded: bool = False, backend: str | None = None
     ) -> PackedSymmetric:
         """Pack a symmetric matrix; only its upper triangle of tiles is read."""
+        dense_HH = plain("the matrix", dense_HH)
         if dense_HH.dim() != 2 or dense_HH.shape[0] != dense_HH.shape[1]:
             raise ValueError(f"expected a square matrix, got {list(dense_HH.shape)}")
         layout: dict[str, Any] = {"tile": tile, "padded": padded, "backend": backend}

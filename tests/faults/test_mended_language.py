@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from typer.testing import CliRunner
 
 import grail
-from grail.checkpoint.gguf import converted
+from grail.checkpoint.gguf import RECORD, converted
 from grail.checkpoint.gguf_contents import Contents
 from grail.checkpoint.reader import SINGLE
 from grail.cli import app
 from grail.distributed import Group
-from grail.errors import GrailError, Interrupted
+from grail.errors import Circumstance, GrailError, Interrupted
 from grail.families.gguf import Entry
 from grail.progress import Progress
 from grail.recipe import Recipe
@@ -205,10 +212,47 @@ class TestGgufIn:
         _, file = exported("qwen2")
         monkeypatch.setattr("grail.checkpoint.gguf.CONVERSION", b"")
         old = converted(file)
-        (old / "config.json").write_text(json.dumps(json.loads((old / "config.json").read_text()) | {"mark": 1}))
         monkeypatch.undo()
         monkeypatch.setenv("GRAIL_CACHE", str(file.parent / "cache"))
-        assert "mark" not in json.loads((converted(file) / "config.json").read_text())
+        assert converted(file) != old
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1])])
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", RECORD])
+    def test_a_damaged_folder_is_made_anew(self, exported, name, damage, caplog):
+        _, file = exported("llama")
+        folder = converted(file)
+        whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+        marks = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert {path: path.stat().st_mtime_ns for path in converted(file).iterdir()} == marks
+        damage(folder / name)
+        assert converted(file) == folder and "is damaged" in caplog.text
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+        assert list(folder.parent.iterdir()) == [folder]
+
+    def test_what_a_killed_process_left_is_taken_away(self, exported):
+        _, file = exported("llama")
+        cache = file.parent / "cache"
+        killed = "g._write_card = lambda *_: os._exit(9)"
+        line = f"import os, grail.checkpoint.gguf as g; {killed}; g.converted(g.Path({str(file)!r}))"
+        assert subprocess.run([sys.executable, "-c", line]).returncode == 9
+        (left,) = cache.glob("*.*/model.safetensors")
+        with open(left.parent / "lock") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)  # one that still runs
+            folder = converted(file)
+            assert left.exists()
+        shutil.rmtree(folder)
+        assert converted(file) == folder and list(cache.iterdir()) == [folder]
+
+    @pytest.mark.parametrize("kind", ["rust", "python"])
+    def test_where_the_disk_is_full_it_says_where(self, exported, kind, monkeypatch):
+        _, file = exported("llama")
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+        rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        refused = Mock(side_effect=rust if kind == "rust" else full)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", refused)
+        with pytest.raises(Circumstance, match=r"GRAIL_CACHE.*No space left") as caught:
+            converted(file)
+        assert str(file.parent / "cache") in str(caught.value) and not list((file.parent / "cache").iterdir())
 
 
 class TestGoingOn:
