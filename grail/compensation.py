@@ -20,7 +20,7 @@ from grail_kernels.cholesky import block_rows
 from grail_kernels.inputs import isolated
 from grail_kernels.ridge import MatrixRows
 
-from .moments import PairStatistics
+from .moments import CrossMoments
 from .normal_equations import CPU_ROWS, FORMS, blocks, consumed, gathered, relative, rounded, share_of, solve
 from .reduction import Reduction, Selection
 from .statistics import SiteStatistics
@@ -131,7 +131,7 @@ def solve_flops(outputs: int, width: int, kept: int) -> float:
 @isolated
 def compensate_pairs(
     anchor_OK: Tensor,
-    pairs: PairStatistics,
+    pairs: CrossMoments,
     *,
     ridge: float = 1e-3,
     form: str = "anchored",
@@ -243,7 +243,7 @@ def _errors(
     return shares[0], shares[1:]
 
 
-def _judge_pairs(found: Compensation, anchor_OK: Tensor, pairs: PairStatistics) -> None:
+def _judge_pairs(found: Compensation, anchor_OK: Tensor, pairs: CrossMoments) -> None:
     """Errors of the anchor and of what was found, and the bias of affine pairs."""
     cross_KO, before, total = pairs.cross, pairs.difference_energy, pairs.target_energy
     after, biases = before, []

@@ -7,8 +7,9 @@ d what some given weight gets wrong about it. Accumulating the difference means 
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -73,6 +74,13 @@ class CrossMoments:
             self._cross.value[:, outputs] = cross_KB
         self._difference_energy = energy + self._about_mean(self._difference)
 
+    def less(self, weight_OK: Tensor, gram: PackedSymmetric) -> Self:
+        """A copy, with the same Gram matrix, of which `minus_` took W z."""
+        found = copy.copy(self)
+        found._cross, found._difference = copy.deepcopy(self._cross), self._difference.clone()
+        found.minus_(weight_OK, gram)
+        return found
+
     def sum_over(self, group: Group) -> None:
         """Let these be the statistics of the pairs of all processes, of which some may have none; the same bits on
         each. The Gram matrix has been summed before. Raises GrailError when another process is gone."""
@@ -107,6 +115,16 @@ class CrossMoments:
     def _moved(self, outputs: slice) -> Tensor:
         """What about the origin that was kept to is more than about the mean, float64 [K, B]."""
         return torch.outer(self._gram.mean - self._origin.double(), self._difference[outputs])
+
+    @property
+    def accumulator(self) -> GramAccumulator:
+        """What other moments of the same z go with."""
+        return self._gram
+
+    @property
+    def normal(self) -> PackedSymmetric:
+        """A = Σ z zᵀ, packed float32."""
+        return self._gram.packed
 
     @property
     def mean(self) -> Tensor:
@@ -149,13 +167,3 @@ class PairStatistics(CrossMoments):
             with group.collective(self._gram.device) as carrier:
                 self._gram.all_reduce(carrier)
         super().sum_over(group)
-
-    @property
-    def accumulator(self) -> GramAccumulator:
-        """What other moments of the same z go with."""
-        return self._gram
-
-    @property
-    def normal(self) -> PackedSymmetric:
-        """A, packed float32."""
-        return self._gram.packed

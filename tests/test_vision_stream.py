@@ -90,6 +90,30 @@ class Maps(nn.Module):
         ]
 
 
+class Means(nn.Module):
+    """One kept channel, low + chequered, and one chequered that is to be removed; conv2 takes means over 3 x 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        with torch.no_grad():
+            self.conv1.weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.1]])[:, :, None, None])
+            self.conv2.weight.copy_(torch.tensor([[0.1, 1.0], [0.1, 1.0]])[:, :, None, None].expand(2, 2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x))
+
+    def sites(self) -> list[ModuleSite]:
+        return [grail.channels("conv1", "conv2", width=2, stream=("conv1", "input"))]
+
+    @staticmethod
+    def images(count: int = 32) -> Tensor:
+        random = torch.Generator().manual_seed(0)
+        low = F.interpolate(torch.randn(count, 1, 3, 3, generator=random), size=16, mode="bilinear")
+        signs = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1
+        return torch.cat([low, signs * torch.randn(count, 1, 1, 1, generator=random)], 1)
+
+
 def tokens(count: int = 40, seed: int = 1) -> Tensor:
     return torch.randn(count, 6, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -139,13 +163,12 @@ class TestFormula:
 
     @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 2)])
     def test_a_convolution_behind_a_batchnorm_against_least_squares(self, kernel, stride):
-        """Where P is all that one tap can do (1 x 1), W' is the least-squares fit; else S is, of D."""
+        """With α = 1 and next to no ridge, of what the dense network makes there; with less of both, α of the way."""
         module, x = randomised(Maps(kernel, stride)), images(24, 8)
         flags = {"method": "wanda", "ratio": 0.5, "sites": module.sites(), **FIXED}
         report = grail.compress(module, calibration=x, **flags)
         half = grail.compress(module, calibration=x, **flags | {"alpha": 0.5})
         nothing = grail.compress(module, calibration=x, **flags | {"alpha": 0.0})
-        correction = report.model.conv2.weight.double() - nothing.model.conv2.weight.double()
         made, before = seen(module, x, ("conv2", "output"), ("shortcut", "output"))
         z, before_c = seen(report.model, x, ("conv2", "input"), ("shortcut", "output"))
         bn = module.bn2
@@ -154,10 +177,21 @@ class TestFormula:
             own = dense_from_here(module, report.model, x)
         difference = made - own + (before - before_c) / scale
         z_TX = F.unfold(z, kernel, 1, kernel // 2, stride).mT.flatten(0, 1)
-        weight, _ = fitted(z_TX, difference.flatten(2).mT.flatten(0, 1), affine=False)
-        assert relative(correction.flatten(1), weight) < 1e-3
+        weight, _ = fitted(z_TX, (own + difference).flatten(2).mT.flatten(0, 1), affine=False)
+        assert relative(report.model.conv2.weight.double().flatten(1), weight) < 1e-3
         middle = (report.model.conv2.weight + nothing.model.conv2.weight) / 2
         assert relative(half.model.conv2.weight, middle) < 1e-5
+
+    @pytest.mark.parametrize("flags", [{}, FIXED, FIXED | {"bias": True}], ids=["auto", "fixed", "bias"])
+    def test_taps_that_go_together_are_no_harm(self, flags):
+        """The removed channel is a chequerboard, of which a mean over taps sees next to nothing: to add what of it can
+        be said by the kept one, pixel by pixel, makes that mean much worse than to leave it out."""
+        module, x = Means().eval(), Means.images()
+        given = {"method": "mag-l2", "ratio": 0.5, "sites": module.sites(), "calibration": x, "target": "stream"}
+        (site,) = grail.compress(module, **given | flags).sites
+        (plain,) = grail.compress(module, **given | {"alpha": 0.0, "ridge": 1e-6}).sites
+        assert plain["error_after"] > 2 * plain["error_before"]
+        assert site["alpha"] > 0.9 and site["error_after"] < 0.5 * site["error_before"]
 
     def test_equal_streams_give_the_plain_repair(self):
         """Nothing was removed before the first site."""

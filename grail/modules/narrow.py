@@ -19,6 +19,11 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format with channels last, by the number of axes."""
 
 
+def taps_of(layer: nn.Module) -> int:
+    """How often an output reads each channel."""
+    return layer.weight[0, 0].numel()
+
+
 def consumer_matrix(layer: nn.Module) -> Tensor:
     """[O, H], a copy where the layer is a convolution."""
     weight = layer.weight.detach()
@@ -73,7 +78,7 @@ def to_patches(layer: nn.Module, weight_OK: Tensor) -> Tensor:
 
 def from_patches(layer: nn.Module, weight_OX: Tensor) -> Tensor:
     """The inverse."""
-    taps = layer.weight[0, 0].numel()
+    taps = taps_of(layer)
     return weight_OX.reshape(len(weight_OX), -1, taps).mT.reshape(len(weight_OX) * taps, -1)
 
 

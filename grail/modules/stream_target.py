@@ -6,9 +6,11 @@ on the way to the stream (addition.py), the consumer should make y_c + α D,
 
     D = y_d − y_c + (r_d − r_c) / a,        W'(α) = P + α S,        S = Σ D zᵀ (Σ z zᵀ + λI)⁻¹:
 
-P is the repair with --target own, z what the compressed consumer reads, all taps of a convolution as one row. Channels
-whose scale is next to nothing cannot be corrected: their D is 0. α and the ridge are chosen on inputs that enter no
-statistic (trials.py), by errors in the stream. Sites from which nothing is removed are not solved anew.
+P is the repair with --target own, z what the compressed consumer reads, all taps of a convolution as one row. There P
+is one map for all taps, which knows nothing of how they go together and can be worse than none; so S takes on what it
+leaves as well: y_c − P z + D stands in the place of D. Channels whose scale is next to nothing cannot be corrected:
+their D is 0. α and the ridge are chosen on inputs that enter no statistic (trials.py), by errors in the stream. Sites
+from which nothing is removed are not solved anew.
 
 Shapes: O channels of the stream, X = K · taps inputs of an output; T tokens or positions that the consumer writes.
 """
@@ -90,7 +92,7 @@ class Beside:
 
 def _pieces(layer: nn.Module, hidden: Tensor) -> list[slice]:
     """Of a batch of the consumer's inputs."""
-    taps = layer.weight[0, 0].numel()
+    taps = narrow.taps_of(layer)
     step = max(PIECE // max(taps * hidden[0].numel(), 1), 1)
     return [slice(start, start + step) for start in range(0, len(hidden), step)]
 
@@ -111,13 +113,17 @@ class Moments:
             self.difference.update(rows.z, target_TO, rows.difference)
             self.target.update(rows.z, target_TO, target_TO if bias_O is None else target_TO - bias_O)
 
-    def correction(self, ridge: float, name: str) -> Compensation:
-        """S [O, X] and, where a bias is fitted, its own: b₁ [O], float64."""
+    def correction(self, own_OX: Tensor | None, ridge: float, name: str) -> Compensation:
+        """S [O, X] and, where a bias is fitted, its own: b₁ [O], float64. own_OX: P, if S takes on what that leaves."""
         normal = self.difference.normal
+        pairs = self.difference if own_OX is None else self.target.less(own_OX, normal)
         nothing_OX = torch.zeros(
             self.difference.cross.shape[1], normal.width, dtype=torch.float64, device=normal.device
         )
-        return compensate_pairs(nothing_OX, self.difference, ridge=ridge, name=name)
+        found = compensate_pairs(nothing_OX, pairs, ridge=ridge, name=name)
+        if found.bias is not None:
+            found.bias = self.difference.mean_difference - found.weight @ self.difference.mean
+        return found
 
     def own_bias(self, own_OX: Tensor) -> Tensor:
         """b₀ [O] float64: with it P z has the mean of y_c."""
@@ -199,7 +205,8 @@ def _candidate(
 ) -> Candidate:
     own_OX = narrow.to_patches(layer, own.weight.double())
     own_bias = moments.own_bias(own_OX) if affine else None
-    return Candidate(own, moments.correction(ridge, name), own_OX, own_bias)
+    several = narrow.taps_of(layer) > 1
+    return Candidate(own, moments.correction(own_OX if several else None, ridge, name), own_OX, own_bias)
 
 
 def _finished(layer: nn.Module, moments: Moments, alpha: float, chosen: Candidate, lifted_OX: Tensor) -> Compensation:
