@@ -33,6 +33,13 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def gigabytes(count: float) -> str:
+    """A number of bytes for people: GB, but MB or bytes where that would be 0.00."""
+    if count >= 10**7:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count >= 10**4 else f"{count:.0f} bytes"
+
+
 def plain(value: Any) -> Any:
     """A number or truth value as Python's own, which JSON can hold; anything else, and too large a number, as it is."""
     if isinstance(value, (bool, np.bool_)):

@@ -43,6 +43,8 @@ MOST_CHARACTERS = 4096
 """Of a path, and of each of several that + joins."""
 LONGEST = 60
 """Characters of a value in a sentence."""
+OF_REPAIR = {"ridge": None, "target": None, "alpha": AUTO, "sweeps": 1, "ridge_form": "anchored"}
+"""Options that say how it is repaired, and what they are where nobody has asked."""
 SWITCHES = ("compensate", "strict", "compare_pruned", "overwrite", "resume", "profile")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -121,7 +123,7 @@ class Recipe:
             if given and not (is_number(value) and 0 <= value < 1):
                 hint = f" ({value / 100:g} for {value:g} %)" if is_number(value) and 1 < value < 100 else ""
                 raise GrailError(
-                    f"{_flag(option)} must be a number from 0 up to, not including, 1; got {shown(value)}{hint}"
+                    f"{_flag(option)} must be a number from 0 up to, not including, 1; got {instead(value)}{hint}"
                 )
         if not isinstance(self.set, dict):
             raise GrailError(f"--set must be a mapping, option: value; got {shown(self.set)}")
@@ -153,7 +155,7 @@ class Recipe:
         given = getattr(self, option)
         value = as_whole(given)
         if value is None or value < least:
-            raise GrailError(f"{_flag(option)} must be a whole number, {least} or more; got {shown(given)}")
+            raise GrailError(f"{_flag(option)} must be a whole number, {least} or more; got {instead(given)}")
         if value > MOST:
             raise GrailError(f"{_flag(option)} must be a whole number from {least} to {MOST}; got {shown(given)}")
         return value
@@ -176,6 +178,7 @@ class Recipe:
 
     def _settle_target(self) -> None:
         """The target, and with it the ridge that is not given."""
+        self.of_repair = [name for name, default in OF_REPAIR.items() if getattr(self, name) != default]
         # asked for by its name, or by an option that only one of them has
         self.wants_target = self.target is not None or self.ridge == AUTO or (self.alpha, self.sweeps) != (AUTO, 1)
         self.target = self.target or self.default_target
@@ -187,13 +190,13 @@ class Recipe:
         number = is_number(self.ridge) and self.ridge >= 0
         if not number and not (streams and self.ridge == AUTO):
             also = ", or auto" if streams else ""
-            raise GrailError(f"--ridge must be a finite number, 0 or more{also}; got {shown(self.ridge)}")
+            raise GrailError(f"--ridge must be a finite number, 0 or more{also}; got {instead(self.ridge)}")
         if not streams and self.alpha != AUTO:
             raise GrailError("--alpha is for --target stream")
         if not streams and self.sweeps != 1:
             raise GrailError("--sweeps is for --target stream: a repair of its own has nothing left to make up for")
         if self.alpha not in (AUTO, SEARCH) and not (is_number(self.alpha) and 0 <= self.alpha <= 1):
-            raise GrailError(f"--alpha must be a number from 0 to 1, auto or search; got {shown(self.alpha)}")
+            raise GrailError(f"--alpha must be a number from 0 to 1, auto or search; got {instead(self.alpha)}")
 
     @property
     def default_target(self) -> str:
@@ -263,6 +266,15 @@ def uncompared(recipe: Recipe, *, evaluated: bool) -> str | None:
     return f"--compare-pruned compares nothing: {why}"
 
 
+def unrepaired(recipe: Recipe, *, measured: bool) -> str | None:
+    """The options given that only a repair has, where there is none; None without such. measured: the allocation goes
+    by what a repair would leave."""
+    given = [name for name in recipe.of_repair if not (measured and name.startswith("ridge"))]
+    if recipe.compensate or not given:
+        return None
+    return f"{', '.join(map(_flag, given))}: without effect, as --no-compensate leaves the repair out"
+
+
 def alpha_name(alpha: str | float) -> str:
     """An α for people, or that each site has its own."""
     return "by site" if alpha == AUTO else f"{alpha:g}"
@@ -275,6 +287,11 @@ def shown(value: Any) -> str:
     except ValueError:  # a number of thousands of digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+def instead(value: Any) -> str:
+    """What was given where a number was expected: that a text is one cannot be seen where it holds a number."""
+    return f"the text {shown(value)!r}" if isinstance(value, str) and re.search(r"\d", value) else shown(value)
 
 
 def _bytes(given: Any) -> int:

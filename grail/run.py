@@ -20,7 +20,7 @@ from .documents import is_utf8, not_utf8
 from .errors import Circumstance, GrailError, Interrupted, Lost, circumstance
 from .finish import evaluate, reopen_written, write_rest
 from .flags import Flags, Savable
-from .loaded import save, told_as
+from .loaded import save, told_as, trained_like
 from .modules.architecture import Architecture
 from .modules.folder import load as load_module
 from .modules.hf import as_tokenizer
@@ -132,6 +132,7 @@ def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleRe
             report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
         assert report is not None and report.output is not None, "there is one process, and it is the main one"
         report.model = load(report.output).to(next(model.parameters()).device)
+        trained_like(report.model, model)
         report.output = output and report.output
         return report
 
@@ -174,7 +175,8 @@ def load(path: str | Path, module: M) -> M: ...
 @undisturbed()
 def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Module:
     """Open an output of GRAIL as a module, in the dtype it is stored in, ready for inference. module: for a network of
-    your own class, one of the original widths (it is not modified)."""
+    your own class, one of the original widths (it is not modified). Raises GrailError for what is no such folder."""
+    _check_folder(path)
     if is_module_folder(Path(path)):
         return load_module(path, module)
     from .evaluation.whole import load_whole
@@ -182,6 +184,17 @@ def load(path: str | Path, module: torch.nn.Module | None = None) -> torch.nn.Mo
 
     register()
     return load_whole(Path(path))
+
+
+def _check_folder(path: Any) -> None:
+    """Raises GrailError for what cannot be a folder, nor the name of one."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        given = "an empty text" if path == "" else type(path).__name__
+        raise GrailError(f"load takes the folder of a model; got {given}")
+    if Path(path).is_file():
+        raise GrailError(f"{path} is a file; give load the folder that it lies in, {Path(path).parent}")
+    if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".")):
+        raise GrailError(f"{path}: no such folder")
 
 
 @undisturbed()

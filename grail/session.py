@@ -31,7 +31,7 @@ from .families.decoder import Decoder
 from .job import Job
 from .machine import usable_device
 from .progress import Progress
-from .recipe import ALPHAS, Recipe, uncompared
+from .recipe import ALPHAS, Recipe, uncompared, unrepaired
 from .report import versions
 from .selectors import selector_class
 from .statistics import MOMENTS
@@ -206,6 +206,8 @@ class Session:
         if self.searches:
             said.append(f"{len(ALPHAS)} whole runs, with alpha by site and with one for all sites: perplexity decides")
         if nothing := uncompared(self.recipe, evaluated=self.evaluated is not None):
+            said.append(nothing)
+        if nothing := unrepaired(self.recipe, measured=self.widths.measures_errors):
             said.append(nothing)
         differs = self.widths.needs_scores or (self.job.format and self.job.format.name == "grail")
         if differs and self.recipe.format != "padded":

@@ -158,7 +158,7 @@ class TestTheNetwork:
         (found,) = [t.data for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight"]
         assert found[0] == pytest.approx(1.0) and found[-1] == pytest.approx(8.0) and len(found) == 4
 
-    def test_linear_scaling_and_a_sliding_window(self, tmp_path):
+    def test_linear_scaling_and_a_sliding_window(self, tmp_path, caplog):
         rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
         source = tiny_checkpoint(
             tmp_path / "dense", "mistral", rope_parameters=rope, vocab_size=VOCABULARY, sliding_window=32
@@ -168,6 +168,8 @@ class TestTheNetwork:
         found = fields(tmp_path / "m.gguf")
         assert (found["llama.rope.scaling.type"], found["llama.rope.scaling.factor"]) == ("linear", 2.0)
         assert found["llama.context_length"] == 32
+        (said,) = [record.getMessage() for record in caplog.records if "sliding_window" in record.getMessage()]
+        assert str(source) in said and "no place for sliding_window 32; the file's context_length is 32" in said
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
     @pytest.mark.parametrize("number", [1e-5, 1e-7, 1e-10, 1e-40])

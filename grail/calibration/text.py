@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import GrailError
 from ..machine import available_memory
+from ..numbers import gigabytes
 from ..recipe import TRIAL_SHARE
 from .lengths import default_length
 from .mixture import TOKENISED, parts_of, shares
@@ -125,9 +126,9 @@ def load_calibration(
 def _check_room(samples: int, length: int, memory: int | None) -> None:
     needed, room = samples * length * torch.int64.itemsize, memory or available_memory()
     if needed > room:
-        most = f"--memory {room / 1e9:.2f} GB" if memory else f"the {room / 1e9:.2f} GB that are free here"
+        most = f"--memory {gigabytes(room)}" if memory else f"the {gigabytes(room)} that are free here"
         raise GrailError(
-            f"--samples {samples} windows of {length} tokens are {needed / 1e9:.2f} GB, more than {most}; take fewer, "
+            f"--samples {samples} windows of {length} tokens are {gigabytes(needed)}, more than {most}; take fewer, "
             f"or a smaller --seq-len"
         )
 

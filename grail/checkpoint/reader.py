@@ -76,6 +76,10 @@ class SafetensorsFolder:
         for name in names:
             del self._info[name]
 
+    def add_prefix(self, prefix: str) -> None:
+        """From now on every name begins with it."""
+        self._info = {prefix + name: info for name, info in self._info.items()}
+
     def __contains__(self, name: str) -> bool:
         return name in self._info
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrailError
-from .formats import PADDED, UNIFORM, Advice, LayerFormat, choose
+from .formats import GRAIL, PADDED, UNIFORM, Advice, LayerFormat, choose
 from .layout import ATTENTION, MLP, LayerWidths, Move, move_tensors, unit_moves
 from .plain import width_fields
 
@@ -60,7 +60,7 @@ def written_format(model: LlamaFamily, widths: list[LayerWidths], to: str) -> La
     """The format for layers of these useful widths; `uniform` pads every layer to the largest."""
     if to == UNIFORM:
         widths = [LayerWidths.largest(widths)] * len(widths)
-    return choose(model, widths, list(model.biases), to, Advice("--to"))
+    return choose(model, widths, list(model.biases), to, Advice("--to", GRAIL if model.in_grail_format else None))
 
 
 def described(model: LlamaFamily, record: dict, widths: list[LayerWidths]) -> dict:

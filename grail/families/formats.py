@@ -101,9 +101,11 @@ class LayerFormat(OutputFormat):
 
 @dataclass(frozen=True)
 class Advice:
-    """What the user of a command can do: its option that names a format, and its remedies by what a reason is about."""
+    """What the user of a command can do: its option that names a format, the one that there is already (None: any
+    may be chosen), and its remedies by what a reason is about."""
 
     option: str
+    current: str | None = None
     remedies: Mapping[str, str] = field(default_factory=dict)
 
     def changed(self, model: LlamaFamily, why: Reason) -> str:
@@ -114,7 +116,12 @@ class Advice:
     def refused(self, asked: str, why: Reason, others: str) -> GrailError:
         """The format asked for cannot be; `others` can."""
         remedy = self.remedies.get(why.about)
-        choices = ([remedy] if remedy else []) + [f"choose {self.option} {others}"]
+        if others == self.current:
+            without = " with --no-bias" if why.about == BIAS else ""
+            other = f"leave the folder in the format {others}, or compress again{without}"
+        else:
+            other = f"choose {self.option} {others}"
+        choices = ([remedy] if remedy else []) + [other]
         return GrailError(f"{self.option} {asked}: {why.text}; {', or '.join(choices)}")
 
 
@@ -140,7 +147,7 @@ def _compress_advice(model: LlamaFamily, bias: bool) -> Advice:
         remedies[WIDTHS] = "choose --allocation uniform"
     if bias and not never_biased(model.base_type) & frozenset().union(*model.biases):
         remedies[BIAS] = "add --no-bias"
-    return Advice("--format", remedies)
+    return Advice("--format", remedies=remedies)
 
 
 def choose(

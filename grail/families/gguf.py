@@ -6,6 +6,7 @@ d/2, ...), so that rows of queries and keys change places within each head.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import GrailError
 from .llama import LlamaFamily
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURE = "llama"
 MODEL_TYPES = ("llama", "mistral", "seed_oss", "qwen2")
@@ -91,7 +94,16 @@ def described(model: LlamaFamily) -> tuple[dict[str, Any], list[Entry]]:
     if window := getattr(config, "sliding_window", None):
         if not isinstance(window, int) or window < 1:
             raise GrailError(f"{path / 'config.json'}: sliding_window is {window!r}")
-        length = min(length, window)  # up to there attention to all is the same
+        if window < length:
+            log.warning(
+                "%s: llama.cpp's `llama` has no place for sliding_window %d; the file's context_length is %d instead "
+                "of %d, as up to there attention to everything is the same",
+                path,
+                window,
+                window,
+                length,
+            )
+        length = min(length, window)
     fields = {
         "vocab_size": config.vocab_size,
         "context_length": length,

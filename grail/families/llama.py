@@ -22,7 +22,7 @@ from ..reduction import Reduction, Units
 from ..registration import register
 from .base import OutputFormat, Producer, Site
 from .block import Part
-from .decoder import Decoder
+from .decoder import EMBEDDING, HEAD, ROOT, Decoder
 from .formats import output_format
 from .layout import ATTENTION, LINEARS, MLP, LayerWidths
 from .plain import CLASSES
@@ -177,6 +177,10 @@ def open_folder(
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise GrailError(f"{folder / 'config.json'}: architectures must be a list of class names; correct it")
     source = SafetensorsFolder(folder)
+    bare = EMBEDDING.removeprefix(ROOT) in source and HEAD not in source
+    if bare and raw["model_type"] in CLASSES:  # saved without a head, which transformers takes the embedding for
+        source.add_prefix(ROOT)
+        raw = raw | {"architectures": [CLASSES[raw["model_type"]]]}
     check_counts(raw, folder / "config.json", len(source.names()))
     check_writable(raw, folder / "config.json")
     register()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..errors import GrailError
 from ..numbers import is_number
-from ..recipe import AUTO, ERROR, SEARCH, STREAM, Recipe, shown
+from ..recipe import AUTO, ERROR, SEARCH, STREAM, Recipe, instead
 
 DENSE, OWN = "dense", "own"
 ELSEWHERE = (
@@ -55,7 +55,7 @@ class ModuleRecipe(Recipe):
         for option in ("repair", "one_shot"):
             self._check_switch(option)
         if not is_number(self.residual_ratio) or not 0 <= self.residual_ratio < 1:
-            raise GrailError(f"--residual-ratio must be at least 0 and below 1; got {shown(self.residual_ratio)}")
+            raise GrailError(f"--residual-ratio must be at least 0 and below 1; got {instead(self.residual_ratio)}")
         if not self.compensate and self.alpha != AUTO:
             raise GrailError("--alpha is a share of the repair, and --no-compensate leaves that out: take one")
         if self.one_shot and self.target == STREAM:
