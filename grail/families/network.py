@@ -31,6 +31,8 @@ RESIDUAL = "residual"
 KINDS = "heads", "channels", RESIDUAL
 STILL = frozenset({RESIDUAL})
 """Kinds that stay as they are where nothing else is said."""
+BY_HAND = "describe the sites to narrow by hand, grail.compress(module, sites=[grail.channels(...), ...])"
+"""The way out where a family does not know a network, or some of its blocks."""
 
 
 @dataclass(frozen=True)

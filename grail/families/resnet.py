@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GrailError
-from .network import INPUT, OUTPUT, RESIDUAL, STILL, ModuleSite, Network, channels, residual
+from .network import BY_HAND, INPUT, OUTPUT, RESIDUAL, STILL, ModuleSite, Network, channels, residual
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 SHORTCUTS = ("downsample", "shortcut")
@@ -38,7 +38,9 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
 
 
 def _is_block(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, name, None), _ConvNd) for name in CONVOLUTIONS[:2])
+    found = [getattr(module, name, None) for name in CONVOLUTIONS[:2]]
+    # two depthwise ones behind each other (XCiT's patches) are no hidden vector
+    return all(isinstance(conv, _ConvNd) for conv in found) and (found[0].groups == 1 or found[0].in_channels == 1)
 
 
 def _sites(name: str, block: nn.Module, number: int) -> list[ModuleSite]:
@@ -52,7 +54,9 @@ def _sites(name: str, block: nn.Module, number: int) -> list[ModuleSite]:
         others = [c for c in between if c not in norms and _has_state(children[c])]
         if others or len(norms) > 1:
             what = ", ".join(type(children[c]).__name__ for c in (*norms, *others))
-            raise GrailError(f"{name}: {what} between {producer} and {consumer}; one BatchNorm at most can be narrowed")
+            raise GrailError(
+                f"{name}: {what} between {producer} and {consumer}; one BatchNorm at most can be narrowed; {BY_HAND}"
+            )
         found.append(
             channels(
                 f"{name}.{producer}",

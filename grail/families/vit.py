@@ -26,7 +26,7 @@ def describe(module: nn.Module, still: frozenset[str] = STILL) -> Network | None
     for number, name in enumerate(blocks):
         block = module.get_submodule(name)
         for kind, part in (("heads", block.attn), ("channels", block.mlp)):
-            if kind not in still or not (_norms(part) or (kind == "heads" and _counted(part) is None)):
+            if kind not in still or not (_norms(part) or (kind == "heads" and not _splits(part))):
                 if kind == "heads" and kind not in still:
                     _refuse_old(name, part)
                 found = _attention(name, part, number) if kind == "heads" else _mlp(name, part, number)
@@ -91,6 +91,12 @@ def _counted(attention: nn.Module) -> tuple[str, str] | None:
     return next((names for names in ATTRIBUTES if isinstance(getattr(attention, names[0], None), int)), None)
 
 
+def _splits(attention: nn.Module) -> bool:
+    """Whether its projection makes queries, keys and values of each of its heads."""
+    names = _counted(attention)
+    return names is not None and attention.qkv.out_features % (3 * getattr(attention, names[0])) == 0
+
+
 def _attention(name: str, attention: nn.Module, number: int) -> ModuleSite:
     for child in _norms(attention):
         raise GrailError(f"{name}.attn has a {child} over all heads, which cannot be narrowed; use --attn-ratio 0")
@@ -98,12 +104,18 @@ def _attention(name: str, attention: nn.Module, number: int) -> ModuleSite:
     if attributes is None:
         raise GrailError(f"{name}.attn says its number of heads nowhere (num_heads); use --attn-ratio 0")
     count, whole = attributes
-    size = attention.qkv.out_features // 3 // getattr(attention, count)
+    total, made = getattr(attention, count), attention.qkv.out_features
+    if not _splits(attention):
+        raise GrailError(
+            f"{name}.attn.qkv makes {made} channels, which are not queries, keys and values of {total} heads; use "
+            f"--attn-ratio 0"
+        )
+    size = made // 3 // total
     widths = [(f"{name}.attn", whole)] if hasattr(attention, whole) else []
     return heads(
         f"{name}.attn.qkv",
         f"{name}.attn.proj",
-        count=getattr(attention, count),
+        count=total,
         size=size,
         sections=3,
         counts=[(f"{name}.attn", count)],

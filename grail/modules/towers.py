@@ -15,7 +15,7 @@ from ..errors import GrailError
 from ..evaluation.accuracy import dtype_of
 from ..families import describe
 from ..families.copies import copied
-from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, Network, check
+from ..families.network import BY_HAND, IMAGES, RESIDUAL, TEXT, ModuleSite, Network, check
 from ..progress import Progress
 from ..selectors import selector_class
 from ..selectors.base import PRODUCERS
@@ -175,7 +175,10 @@ def _described(module: nn.Module, sites: Iterable[ModuleSite] | None, recipe: Mo
         raise GrailError("residual streams are described, but nothing is to go: give --residual-ratio")
     for network in found:
         network.residual = [] if RESIDUAL in still else network.residual
-        check(network)
+        try:
+            check(network)
+        except GrailError as error:
+            raise error if sites is not None else GrailError(f"{error}; {BY_HAND}") from error
     return found
 
 
