@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar, Self
@@ -266,13 +267,11 @@ def uncompared(recipe: Recipe, *, evaluated: bool) -> str | None:
     return f"--compare-pruned compares nothing: {why}"
 
 
-def unrepaired(recipe: Recipe, *, measured: bool) -> str | None:
-    """The options given that only a repair has, where there is none; None without such. measured: the allocation goes
-    by what a repair would leave."""
-    given = [name for name in recipe.of_repair if not (measured and name.startswith("ridge"))]
-    if recipe.compensate or not given:
-        return None
-    return f"{', '.join(map(_flag, given))}: without effect, as --no-compensate leaves the repair out"
+def unrepaired(recipe: Recipe, used: Collection[str] = ()) -> list[str]:
+    """What is to be said of options that only a repair has, where there is none. used: those that something else
+    needs."""
+    left = [] if recipe.compensate else [name for name in recipe.of_repair if name not in used]
+    return [f"{_flag(name)} changes nothing: it is for the repair, which --no-compensate leaves out" for name in left]
 
 
 def alpha_name(alpha: str | float) -> str:

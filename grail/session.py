@@ -207,8 +207,7 @@ class Session:
             said.append(f"{len(ALPHAS)} whole runs, with alpha by site and with one for all sites: perplexity decides")
         if nothing := uncompared(self.recipe, evaluated=self.evaluated is not None):
             said.append(nothing)
-        if nothing := unrepaired(self.recipe, measured=self.widths.measures_errors):
-            said.append(nothing)
+        said += unrepaired(self.recipe, ("ridge", "ridge_form") if self.widths.measures_errors else ())
         differs = self.widths.needs_scores or (self.job.format and self.job.format.name == "grail")
         if differs and self.recipe.format != "padded":
             plain = "--allocation uniform --no-bias" if self.job.affine else "--allocation uniform"

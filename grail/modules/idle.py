@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from ..families.network import ModuleSite
-from ..recipe import STREAM
+from ..recipe import STREAM, unrepaired
 from ..selectors import Selector
 from .recipe import ModuleRecipe
 from .repair import norms_of
@@ -25,8 +25,7 @@ def idle_options(recipe: ModuleRecipe, selector: Selector, module: nn.Module) ->
         used.add("ridge")
     if recipe.compensate or (affine and recipe.target != STREAM):
         used.add("target")
-    for option in sorted(recipe.given - used):
-        yield f"--{option.replace('_', '-')} changes nothing: it is for the repair, which --no-compensate leaves out"
+    yield from unrepaired(recipe, used)
     if recipe.repair and not norms_of(module):
         yield f"--repair changes nothing: {type(module).__name__} has no BatchNorm that keeps statistics"
 

@@ -47,10 +47,7 @@ class ModuleRecipe(Recipe):
     calibration_text: Any = None
 
     def __post_init__(self) -> None:
-        given = {option for option in ("ridge", "target") if getattr(self, option) is not None}
         super().__post_init__()
-        self.given = frozenset(given | ({"ridge_form"} if self.ridge_form != ModuleRecipe.ridge_form else set()))
-        """Options of the repair that are not left to themselves (`idle.py`)."""
         self._check_count("batch")
         for option in ("repair", "one_shot"):
             self._check_switch(option)
