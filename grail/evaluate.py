@@ -73,6 +73,8 @@ def evaluate(
     for option, value in (("--tasks-folder", tasks_folder), ("--limit", limit), ("--shots", shots)):
         if tasks is None and value is not None:
             raise GrailError(f"{option} goes with --tasks")
+    if against == model:
+        raise GrailError(f"--against {against} is the model itself; name another, or leave it out")
     asked = None if tasks is None else Tasks(tasks, folder=tasks_folder, limit=limit, shots=shots)
     folders = {model: locate(model).folder}
     if against:

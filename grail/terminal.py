@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from .numbers import gigabytes
+from .page.numbers import scaled
 from .progress import Progress
 from .recipe import FILE, alpha_name
 
@@ -87,8 +89,8 @@ def set_logging(verbosity: int) -> None:
 def show_report(report: Report, console: Console) -> None:
     """The closing lines of `grail compress`."""
     lines = {
-        "parameters": before_after(*report.parameters, 1e6, "M"),
-        "size on disk": before_after(*report.bytes, 1e6, "MB"),
+        "parameters": before_after(*report.parameters),
+        "size on disk": before_after(*report.bytes, "B"),
         "ratio": ", ".join(
             f"{kind} {shares['reached']:.3f}" + ("" if shares["asked"] is None else f" (asked {shares['asked']:g})")
             for kind, shares in report.ratio.items()
@@ -139,15 +141,15 @@ def show_plan(found: dict, console: Console) -> None:
         "method": f"{found['method']}, allocation {found['allocation']}, passes over the text: {found['passes']}",
         "target": found["target"] or "none: no repair",
         "widths": kinds + stand_in,
-        "parameters": before_after(found["parameters"]["before"], found["parameters"]["after"], 1e6, "M") + stand_in,
-        "size on disk": before_after(found["bytes"]["before"], found["bytes"]["after"], 1e6, "MB") + stand_in,
+        "parameters": before_after(found["parameters"]["before"], found["parameters"]["after"]) + stand_in,
+        "size on disk": before_after(found["bytes"]["before"], found["bytes"]["after"], "B") + stand_in,
         "text": f"{found['calibration_tokens']:,} calibration tokens{chosen}, {found['chunk_tokens']:,} at a time; "
         f"{found['evaluation_tokens']:,} for evaluation",
         "activations": f"in the {found['store']} store, hidden vectors {found['hidden_states']}, "
-        f"{found['store_traffic_bytes'] / 1e9:.2f} GB of traffic",
+        f"{gigabytes(found['store_traffic_bytes'])} of traffic",
         "arithmetic": ", ".join(f"{name} {value / 1e12:.2f} TFLOP" for name, value in flops.items() if value),
-        "files": f"{found['bytes_read'] / 1e9:.2f} GB read, {found['bytes_written'] / 1e9:.2f} GB written, "
-        f"{found['disk_bytes'] / 1e9:.2f} GB of disk needed",
+        "files": f"{gigabytes(found['bytes_read'])} read, {gigabytes(found['bytes_written'])} written, "
+        f"{gigabytes(found['disk_bytes'])} of disk needed",
         "memory": f"{memory['peak'] / 1e9:.2f} GB at most: "
         + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items() if name != "peak"),
         "time": f"about {seconds['total']:.0f} s: "
@@ -216,9 +218,9 @@ def counted(number: int, what: str, plural: str = "s") -> str:
     return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
-def before_after(before: int, after: int, unit: float, name: str) -> str:
+def before_after(before: int, after: int, unit: str = "") -> str:
     """Two sizes and their relation."""
-    return f"{before / unit:.1f} {name} -> {after / unit:.1f} {name} ({(after - before) / before:+.1%})"
+    return f"{scaled(before, unit)} -> {scaled(after, unit)} ({(after - before) / before:+.1%})"
 
 
 def raised(sites: list[dict], measured: dict[str, list[float]] | None = None) -> dict[str, str]:

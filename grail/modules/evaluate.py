@@ -119,6 +119,8 @@ def evaluate_folders(
     options: for the factory of what is named. Raises GrailError for bad input."""
     where = usable_device(device)
     labels = list(filter(None, (model, against)))
+    if len(set(labels)) < len(labels):
+        raise GrailError(f"--against {against} is the model itself; name another, or leave it out")
     for option, given in (("--weights", weights is not None), ("--model-option", bool(options))):
         if given and all(Path(label).is_dir() for label in labels):
             raise GrailError(f"{option}: {model} is a folder with weights of its own; leave out {option}")

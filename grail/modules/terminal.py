@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def show_network(report: ModuleReport, console: Console) -> None:
     """The closing lines of `grail compress` for a vision network."""
     lines = {
-        "parameters": before_after(*report.parameters, 1e6, "M"),
+        "parameters": before_after(*report.parameters),
         "ratio": ", ".join(f"{kind} {share:.3f}" for kind, share in report.ratio.items()),
     }
     if report.macs:
-        lines["arithmetic"] = before_after(*report.macs, 1e6, "M multiply-adds")
+        lines["arithmetic"] = before_after(*report.macs, "MAC")
     repaired = [site for site in report.sites if site["error_after"] is not None]
     if repaired:
         before, after = (mean(repaired, key) for key in ("error_before", "error_after"))

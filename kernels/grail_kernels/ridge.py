@@ -110,6 +110,7 @@ def ridge_solve_(a: MatrixRows, rhs_KM: Tensor, lam: float, *, backend: str | No
     raised. Raises ValueError for another shape, dtype or device, where two of its elements are one number in memory,
     and for more than one λ.
     """
+    rhs_KM = plain("the right-hand side", rhs_KM)
     if rhs_KM.dim() != 2 or len(rhs_KM) != a.size or rhs_KM.dtype != torch.float64 or rhs_KM.device != a.device:
         wanted = f"float64 with {a.size} rows on {a.device}"
         raise ValueError(f"right-hand side {tuple(rhs_KM.shape)}, {rhs_KM.dtype} on {rhs_KM.device}: expected {wanted}")
@@ -130,7 +131,10 @@ def _stacked(matrix: Tensor, count: int) -> Tensor:
 
 
 def _checked_ridge(lam: float | Sequence[float] | Tensor) -> Tensor:
-    lams = torch.as_tensor(lam, dtype=torch.float64).detach().cpu()
+    try:
+        lams = torch.as_tensor(lam, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"λ must be a number, or one for each problem, got {lam!r}") from error
     if not bool(((lams >= 0) & (lams < float("inf"))).all()):
         raise ValueError(f"λ must be a finite number >= 0, got {lam}")
     return lams

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 import grail
 from grail.errors import GrailError
-from grail_kernels import CrossAccumulator, GramAccumulator, PackedSymmetric
+from grail.evaluate import evaluate
+from grail.modules.evaluate import evaluate_folders
+from grail.terminal import before_after
+from grail_kernels import CrossAccumulator, GramAccumulator, MatrixRows, PackedSymmetric, ridge_solve, ridge_solve_
 
 
 class Adapted(nn.Module):
@@ -80,3 +83,27 @@ def test_widths_of_accumulators_are_whole_numbers(width):
 def test_a_packed_matrix_is_made_of_a_tensor():
     with pytest.raises(TypeError, match=r"the matrix is a list; give a torch\.Tensor"):
         PackedSymmetric.from_dense([[1.0]])
+
+
+def test_a_right_hand_side_with_a_history_has_none_afterwards():
+    a, rhs = torch.eye(3, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    rows = MatrixRows(3, a.device, lambda start, end: a[start:end])
+    solved = ridge_solve_(rows, rhs, 1.0).solution
+    assert not solved.requires_grad and torch.allclose(solved, torch.full_like(solved, 0.5))
+
+
+def test_lambda_is_a_number():
+    with pytest.raises(TypeError, match="λ must be a number, or one for each problem, got 'x'"):
+        ridge_solve(torch.eye(3), torch.ones(3, 2), "x")
+
+
+def test_a_model_is_not_compared_with_itself(tmp_path):
+    with pytest.raises(GrailError, match="--against one is the model itself; name another, or leave it out"):
+        evaluate("one", against="one")
+    with pytest.raises(GrailError, match="--against one is the model itself"):
+        evaluate_folders("one", data=None, samples=None, against="one", speed=False)
+
+
+def test_sizes_of_small_networks_can_be_read():
+    assert before_after(42_200, 32_400) == "42.2 k -> 32.4 k (-23.2%)"
+    assert before_after(538_000_000, 416_000_000, "B") == "538.0 MB -> 416.0 MB (-22.7%)"
