@@ -103,7 +103,9 @@ def compress(
         ),
     ] = "builtin",
     samples: Annotated[int, _data("--samples", help="Calibration windows, at random offsets.")] = 128,
-    seq_len: Annotated[int | None, _data("--seq-len", help="Tokens per window (2048; builtin: 512).")] = None,
+    seq_len: Annotated[
+        int | None, _data("--seq-len", help="Tokens per window (2048; builtin: 512; at most the model's positions).")
+    ] = None,
     seed: Annotated[int, _data("--seed", help="Seed of the offsets and of `random`.")] = 0,
     eval: Annotated[
         str | None,
