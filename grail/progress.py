@@ -30,6 +30,22 @@ class Progress:
         takes from there."""
 
 
+class BarsOnly(Progress):
+    """Passes on to another progress what is shown of loops, and nothing of what is said: another run has said it."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def warn(self, line: str) -> None:
+        """Nothing."""
+
+    def layers(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
+        return self.progress.layers(label)
+
+
 class Telling(Progress):
     """Passes on all to another progress, and the sites to a function as well."""
 

@@ -94,7 +94,7 @@ def test_both_towers_of_a_clip():
     assert told == report.sites and {entry["name"].partition("_")[0] for entry in told} == {"vision", "text"}
 
 
-def test_the_network_that_is_only_pruned_is_not_told(tmp_path):
+def test_the_network_that_is_only_pruned_is_not_told(tmp_path, caplog):
     told, pixels = [], torch.randint(256, (16, 8, 8, 3), generator=torch.Generator().manual_seed(0)).numpy()
     labels = np.arange(16) % 3
     np.savez(
@@ -111,8 +111,10 @@ def test_the_network_that_is_only_pruned_is_not_told(tmp_path):
         method="wanda",
         compare_pruned=True,
         on_site=told.append,
+        attn_ratio=0.5,
     )
     assert "pruned" in report.evaluation["accuracy"] and told == report.sites
+    assert caplog.text.count("--attn-ratio changes nothing") == 1  # though the run that is only pruned reads it too
 
 
 # --- errors and interruptions -------------------------------------------------------------------------------------

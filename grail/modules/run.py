@@ -26,7 +26,7 @@ from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
 from ..machine import usable_device
 from ..page import write_told
-from ..progress import Progress
+from ..progress import BarsOnly, Progress
 from ..recipe import AUTO, uncompared
 from ..selectors import selector_class
 from ..surroundings import undisturbed
@@ -159,7 +159,7 @@ def compress_module(
         report = _compressed(module, recipe, progress, progress.site, **inputs)
         report.source = source or report.source
         plain = replace(recipe, compensate=False, bias=False, repair=False, alpha=AUTO)
-        pruned = partial(_compressed, module, plain, progress, lambda entry: None, **inputs)
+        pruned = partial(_compressed, module, plain, BarsOnly(progress), lambda entry: None, **inputs)
         images = images or _at_hand(module, recipe, progress, tokenizer)
         if nothing := uncompared(recipe, evaluated=images is not None):
             progress.warn(nothing)
