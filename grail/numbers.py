@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 TRUTH = ("bool", "torch.bool")
 """What types of truth values are called."""
 MOST = 2**31 - 1
@@ -38,6 +39,14 @@ def gigabytes(count: float) -> str:
     if count >= 10**7:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 10**4 else f"{count:.0f} bytes"
+
+
+def scaled(value: float | None, unit: str = "") -> str:
+    """115.0 M, 460.2 MB."""
+    if value is None:
+        return "–"
+    size, prefix = next(((size, prefix) for size, prefix in PREFIXES if abs(value) >= size), (1, ""))
+    return f"{value / size:.1f} {prefix}{unit}".strip() if prefix else f"{value:g} {unit}".strip()
 
 
 def plain(value: Any) -> Any:

@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from .numbers import gigabytes
-from .page.numbers import scaled
+from .numbers import gigabytes, scaled
 from .progress import Progress
 from .recipe import FILE, alpha_name
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..numbers import scaled
 from .command import call, command, nameable
-from .numbers import change, percent, scaled, whole
+from .numbers import change, percent, whole
 from .run import KINDS, Run, mapping, number, string
 from .source_card import CARRIED, HUB_ID, LICENCE, OURS, SourceCard
 

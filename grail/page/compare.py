@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from ..numbers import scaled
 from .charts import Point, scatter
 from .document import document, grid, paragraph, plots, section
 from .marks import SHAPES, SLOTS, marker
 from .markup import Markup, element
-from .numbers import change, percent, scaled
+from .numbers import change, percent
 from .run import Measure, Run, mapping, number
 
 NAMES = {"perplexity": "Perplexity", "accuracy": "Accuracy"}

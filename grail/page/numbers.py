@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
 
 def short(value: float | None, digits: int = 4) -> str:
     """So many significant digits, below a million at least those before the point; exponents without padding; a dash
@@ -24,14 +22,6 @@ def power(value: float, digits: int) -> str:
 def whole(value: float | None) -> str:
     """With commas between thousands."""
     return "–" if value is None else f"{value:,.0f}"
-
-
-def scaled(value: float | None, unit: str = "") -> str:
-    """115.0 M, 460.2 MB."""
-    if value is None:
-        return "–"
-    size, prefix = next(((size, prefix) for size, prefix in UNITS if abs(value) >= size), (1, ""))
-    return f"{value / size:.1f} {prefix}{unit}".strip() if prefix else f"{value:g} {unit}".strip()
 
 
 def percent(share: float | None) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ..numbers import scaled
 from .charts import bars, dots
 from .command import call, command
 from .document import document, facts, paragraph, plots, section, tiles
 from .markup import Markup, element, join
-from .numbers import change, percent, power, scaled, seconds, short, whole
+from .numbers import change, percent, power, seconds, short, whole
 from .run import KINDS, Run, SiteRow, mapping, number, numbers, string
 from .sites import site_plots, table
 

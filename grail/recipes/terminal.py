@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ..page.numbers import change, scaled
+from ..numbers import scaled
+from ..page.numbers import change
 from ..page.run import read_run
 from ..terminal import show_table
 from .batch import DONE, FINISHED, WAITING, Outcome
