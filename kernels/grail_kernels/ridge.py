@@ -110,7 +110,8 @@ def ridge_solve_(a: MatrixRows, rhs_KM: Tensor, lam: float, *, backend: str | No
     raised. Raises ValueError for another shape, dtype or device, where two of its elements are one number in memory,
     and for more than one λ.
     """
-    rhs_KM = plain("the right-hand side", rhs_KM)
+    if rhs_KM.requires_grad:
+        rhs_KM = rhs_KM.detach()
     if rhs_KM.dim() != 2 or len(rhs_KM) != a.size or rhs_KM.dtype != torch.float64 or rhs_KM.device != a.device:
         wanted = f"float64 with {a.size} rows on {a.device}"
         raise ValueError(f"right-hand side {tuple(rhs_KM.shape)}, {rhs_KM.dtype} on {rhs_KM.device}: expected {wanted}")
