@@ -61,6 +61,11 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise GrailError(f"{file}: --to gguf knows tokenizers of the type BPE only")
     spm = bool(model.get("byte_fallback"))
+    try:  # first of all: told to describe itself, the library takes memory for as many words as the largest id says
+        tokens, types = _tokens(file, described, size, spm)
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GrailError(f"{file}: its words cannot be read ({type(error).__name__}: {error})") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     used = described if backend is None else json.loads(backend.to_str())  # a class may split otherwise than its file
     _check_unchanged(file, used, spm)
@@ -71,11 +76,6 @@ def vocabulary(folder: Path, size: int) -> Vocabulary:
         pre = _pre(file, used.get("pre_tokenizer"))
     if model.get("ignore_merges") and pre != WHOLE_WORDS:
         raise GrailError(f"{file}: llama.cpp merges words that its vocabulary holds too, against ignore_merges")
-    try:
-        tokens, types = _tokens(file, described, size, spm)
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise GrailError(f"{file}: its words cannot be read ({type(error).__name__}: {error})") from error
     found = Vocabulary(
         model="llama" if spm else "gpt2",
         pre=pre,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -13,6 +17,8 @@ from grail.evaluate import evaluate
 from grail.modules.evaluate import evaluate_folders
 from grail.terminal import before_after
 from grail_kernels import CrossAccumulator, GramAccumulator, MatrixRows, PackedSymmetric, ridge_solve, ridge_solve_
+from tests.test_gguf_export import byte_level, with_tokenizer
+from tests.tiny import tiny_checkpoint
 
 
 class Adapted(nn.Module):
@@ -107,3 +113,30 @@ def test_a_model_is_not_compared_with_itself(tmp_path):
 def test_sizes_of_small_networks_can_be_read():
     assert before_after(42_200, 32_400) == "42.2 k -> 32.4 k (-23.2%)"
     assert before_after(538_000_000, 416_000_000, "B") == "538.0 MB -> 416.0 MB (-22.7%)"
+
+
+FAR_BEYOND = """
+import resource, sys
+from pathlib import Path
+from grail.errors import GrailError
+from grail.serving.vocabulary import vocabulary
+import transformers.models.auto.tokenization_auto
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2 * 2**30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    vocabulary(Path(sys.argv[1]), 400)
+except GrailError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+def test_an_id_far_beyond_the_embedding_takes_no_memory(tmp_path):
+    folder = with_tokenizer(tiny_checkpoint(tmp_path / "dense", num_key_value_heads=6, vocab_size=400), byte_level())
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["model"]["vocab"]["P"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    done = subprocess.run([sys.executable, "-c", FAR_BEYOND, folder], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "tokenizer.json: 'P' has the id 2147483648, the embedding has 400 rows" in done.stderr
