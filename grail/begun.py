@@ -10,7 +10,7 @@ import torch
 from .checkpoint.journal import START, understood
 from .checkpoint.writer import STORE, OutputFolder
 from .errors import Circumstance, GrailError
-from .numbers import gigabytes
+from .numbers import bytes_of
 from .plan import Plan
 from .profile import Profile
 from .session import Session
@@ -56,7 +56,7 @@ def _begun(plan: Plan, out: OutputFolder) -> dict[str, Any]:
     budget = plan.session.recipe.memory
     if budget is not None and started[0]["chunk_tokens"] > chunk_tokens:
         raise Circumstance(
-            f"--memory {gigabytes(budget)}: the run was begun with {started[0]['chunk_tokens']} tokens at a time and "
+            f"--memory {bytes_of(budget)}: the run was begun with {started[0]['chunk_tokens']} tokens at a time and "
             f"must go on so, which needs more; give more, or start over with --overwrite and not --resume"
         )
     return started[0]

@@ -198,7 +198,7 @@ def _repaired(
         weight_BH = weight_OH[outputs].double()
         lifted_BK = reduction.lift_consumer(weight_BH)
         if few:
-            return lifted_BK.addmm_(weight_BH[:, removed_Q], rhs_MK)
+            return lifted_BK.addmm_(weight_BH.index_select(1, removed_Q.to(weight_BH.device)), rhs_MK)
         return lifted_BK.add_(rhs_MK[outputs])
 
     weight_OK = rounded(wide, weight_OH, reduction.kept_width, dtype, name)

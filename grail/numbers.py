@@ -34,19 +34,17 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def gigabytes(count: float) -> str:
-    """A number of bytes for people: GB, but MB or bytes where that would be 0.00."""
-    if count >= 10**7:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.2f} MB" if count >= 10**4 else f"{count:.0f} bytes"
-
-
-def scaled(value: float | None, unit: str = "") -> str:
+def scaled(value: float | None, unit: str = "", digits: int = 1) -> str:
     """115.0 M, 460.2 MB."""
     if value is None:
         return "–"
     size, prefix = next(((size, prefix) for size, prefix in PREFIXES if abs(value) >= size), (1, ""))
-    return f"{value / size:.1f} {prefix}{unit}".strip() if prefix else f"{value:g} {unit}".strip()
+    return f"{value / size:.{digits}f} {prefix}{unit}".strip() if prefix else f"{value:g} {unit}".strip()
+
+
+def bytes_of(count: float) -> str:
+    """A number of bytes that will be compared with another: 4.21 GB."""
+    return scaled(count, "B", digits=2)
 
 
 def plain(value: Any) -> Any:

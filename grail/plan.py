@@ -12,7 +12,7 @@ import torch
 from .costs import Costs
 from .errors import GrailError
 from .machine import available_memory, disk_rate, free_space, gemm_rate, resident_memory
-from .numbers import gigabytes
+from .numbers import bytes_of
 from .recipe import ALPHAS, AUTO
 from .session import Session
 
@@ -136,7 +136,7 @@ def check_disk(plan: Plan) -> None:
     if needed > free:
         instead = "" if plan.store == "memory" else ", or use --store memory"
         raise GrailError(
-            f"--output {out.path}: the run needs about {gigabytes(needed)} of disk, {gigabytes(free)} are free; "
+            f"--output {out.path}: the run needs about {bytes_of(needed)} of disk, {bytes_of(free)} are free; "
             f"make room, choose another folder{instead}"
         )
 
@@ -168,8 +168,8 @@ def _within_budget(session: Session, costs: Costs, base: int) -> Costs:
         plainer = replace(costs, job=replace(session.job, recipe=session.recipe.site_by_site()), trial=0)
         fits = base + max(plainer.memory().values()) <= budget
         raise GrailError(
-            f"--memory {gigabytes(budget)} cannot be kept: with one window of {least} tokens at a time this "
-            f"run needs {gigabytes(base + memory[largest])} ({largest}; {gigabytes(base)} before any work)"
+            f"--memory {bytes_of(budget)} cannot be kept: with one window of {least} tokens at a time this "
+            f"run needs {bytes_of(base + memory[largest])} ({largest}; {bytes_of(base)} before any work)"
             f"{'; with --target hidden it would do' if fits else ''}"
         )
     return costs

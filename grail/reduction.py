@@ -92,13 +92,12 @@ class Selection:
 
     def lift_consumer(self, weight_OH: Tensor) -> Tensor:
         """W B0 [O, K]: what classic pruning writes."""
-        return weight_OH[:, self.channels.to(weight_OH.device)]
+        return weight_OH.index_select(1, self.channels.to(weight_OH.device))
 
     def expand_consumer(self, weight_OK: Tensor) -> Tensor:
         """W' R [O, H]: the narrow consumer seen from the full hidden vector."""
         wide_OH = weight_OK.new_zeros(weight_OK.shape[0], self.width)
-        wide_OH[:, self.channels.to(weight_OK.device)] = weight_OK
-        return wide_OH
+        return wide_OH.scatter_(1, self.channels.to(weight_OK.device).expand_as(weight_OK), weight_OK)
 
     def cross(self, gram: PackedSymmetric, start: int = 0, end: int | None = None) -> Tensor:
         """G Rᵀ [H, K], or some of its rows."""

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from .numbers import gigabytes, scaled
+from .numbers import bytes_of, scaled
 from .progress import Progress
 from .recipe import FILE, alpha_name
 
@@ -145,10 +145,10 @@ def show_plan(found: dict, console: Console) -> None:
         "text": f"{found['calibration_tokens']:,} calibration tokens{chosen}, {found['chunk_tokens']:,} at a time; "
         f"{found['evaluation_tokens']:,} for evaluation",
         "activations": f"in the {found['store']} store, hidden vectors {found['hidden_states']}, "
-        f"{gigabytes(found['store_traffic_bytes'])} of traffic",
+        f"{bytes_of(found['store_traffic_bytes'])} of traffic",
         "arithmetic": ", ".join(f"{name} {value / 1e12:.2f} TFLOP" for name, value in flops.items() if value),
-        "files": f"{gigabytes(found['bytes_read'])} read, {gigabytes(found['bytes_written'])} written, "
-        f"{gigabytes(found['disk_bytes'])} of disk needed",
+        "files": f"{bytes_of(found['bytes_read'])} read, {bytes_of(found['bytes_written'])} written, "
+        f"{bytes_of(found['disk_bytes'])} of disk needed",
         "memory": f"{memory['peak'] / 1e9:.2f} GB at most: "
         + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items() if name != "peak"),
         "time": f"about {seconds['total']:.0f} s: "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import GrailError
 from ..machine import available_memory
-from ..numbers import gigabytes
+from ..numbers import bytes_of
 from ..recipe import TRIAL_SHARE
 from .lengths import default_length
 from .mixture import TOKENISED, parts_of, shares
@@ -126,9 +126,9 @@ def load_calibration(
 def _check_room(samples: int, length: int, memory: int | None) -> None:
     needed, room = samples * length * torch.int64.itemsize, memory or available_memory()
     if needed > room:
-        most = f"--memory {gigabytes(room)}" if memory else f"the {gigabytes(room)} that are free here"
+        most = f"--memory {bytes_of(room)}" if memory else f"the {bytes_of(room)} that are free here"
         raise GrailError(
-            f"--samples {samples} windows of {length} tokens are {gigabytes(needed)}, more than {most}; take fewer, "
+            f"--samples {samples} windows of {length} tokens are {bytes_of(needed)}, more than {most}; take fewer, "
             f"or a smaller --seq-len"
         )
 

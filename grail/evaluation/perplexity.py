@@ -41,8 +41,8 @@ def perplexity(
     block = None
     for index in track(range(model.layer_count)):
         del block  # before the next layer is read
-        trim_memory()
         block = model.block(index)
+        trim_memory(block.numbers)
         for number in mine:
             work.store.put(SERIES, number, block.run(work.store.get(SERIES, number, model.device)))
     del block
@@ -93,7 +93,8 @@ def logits(model: Decoder, ids_BL: Tensor) -> Tensor:
     """Logits [B, L, V] of a few tokens, layer by layer."""
     x_BLD = model.embed(ids_BL)
     for index in range(model.layer_count):
-        x_BLD = model.block(index).run(x_BLD)
-        trim_memory()
+        block = model.block(index)
+        x_BLD = block.run(x_BLD)
+        trim_memory(block.numbers)
     with torch.no_grad():
         return model.tail()(x_BLD)

@@ -72,6 +72,11 @@ class Block:
         self._names = list(module.state_dict())
         self._need(name for name in self._names if not name.startswith(tuple(f"{part}." for part in parts)))
 
+    @property
+    def numbers(self) -> int:
+        """Of all its tensors, read or not."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
     def release(self, part: str) -> None:
         """Give back the memory of a branch; it is read again when it is needed again."""
         for name in self._of(part):

@@ -24,7 +24,7 @@ from ..evaluation.zero_shot import is_clip
 from ..families.buffers import put_back
 from ..families.copies import copied
 from ..families.network import IMAGES, RESIDUAL, TEXT, ModuleSite, listed
-from ..machine import usable_device
+from ..machine import reuse_memory, usable_device
 from ..page import write_told
 from ..progress import BarsOnly, Progress
 from ..recipe import AUTO, uncompared
@@ -198,6 +198,7 @@ def _compressed(
 ) -> ModuleReport:
     selector = selector_class(recipe.method).from_options(recipe.set)
     check_numbers(module)
+    reuse_memory()
     towers = towers_of(module, recipe, progress, **inputs)
     recipe = spare(towers, recipe, progress)
     dense = towers[0].dense.module

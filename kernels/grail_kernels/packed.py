@@ -21,6 +21,8 @@ from .dispatch import backend as choose_backend
 from .inputs import Device, device_of, isolated, overlaps, plain, positive
 
 LAYOUT = Backend("torch", "the layout is not padded")
+TRACE_COLUMNS = 256
+"""Columns of a panel that `quadratic_trace` takes at once: fewer leave less of the unwanted half to be multiplied."""
 
 
 def default_tile(width: int, device: torch.device) -> int:
@@ -166,12 +168,12 @@ class PackedSymmetric:
             above = (rows < end).nonzero()[:, 0]
             if len(in_cols) and len(above):
                 block = panel.index_select(0, rows[above]).index_select(1, cols[in_cols] - start)
-                out[above[:, None], in_cols] = block.to(out.dtype)
+                _place(out, above, in_cols, block)
             in_rows = ((rows >= start) & (rows < end)).nonzero()[:, 0]
             left = (cols < start).nonzero()[:, 0]
             if len(in_rows) and len(left):
                 block = panel.index_select(0, cols[left]).index_select(1, rows[in_rows] - start)
-                out[in_rows[:, None], left] = block.mT.to(out.dtype)
+                _place(out, in_rows, left, block.mT)
         return out
 
     @isolated
@@ -242,11 +244,14 @@ class PackedSymmetric:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for panel, (start, end) in zip(self.panels, self.bounds, strict=True):
             panel = panel.to(dense_OH.dtype)
-            right = dense_OH[:, start:end]
-            if start:
-                off = dense_OH[:, :start] @ panel[:start]
-                total += 2 * torch.sum(off * right, dtype=torch.float64)
-            total += torch.sum((right @ panel[start:end]) * right, dtype=torch.float64)
+            for left in range(start, end, TRACE_COLUMNS):
+                right_OC = dense_OH[:, left : min(left + TRACE_COLUMNS, end)]
+                columns = panel[:, left - start :][:, : right_OC.shape[1]]
+                if left:
+                    off_OC = dense_OH[:, :left] @ columns[:left]
+                    total += 2 * torch.sum(off_OC * right_OC, dtype=torch.float64)
+                square_CC = columns[left : left + right_OC.shape[1]]
+                total += torch.sum((right_OC @ square_CC) * right_OC, dtype=torch.float64)
         return total.item()
 
     @isolated
@@ -256,7 +261,7 @@ class PackedSymmetric:
         energy = torch.zeros((), dtype=torch.float64, device=self.device)
         for panel, (start, _) in zip(self.panels, self.bounds, strict=True):
             for rows, (row, _) in zip(panel.split(self.tile), self.bounds, strict=False):
-                energy += (1 if row == start else 2) * rows.double().square().sum()
+                energy += (1 if row == start else 2) * torch.linalg.vector_norm(rows, dtype=torch.float64).square()
         return (self.diagonal().double().sum().square() / energy).item() if energy > 0 else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -286,3 +291,13 @@ class PackedSymmetric:
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.width):
             raise IndexError(f"index out of range for width {self.width}")
         return index.long().contiguous()
+
+
+def _place(out_RC: Tensor, rows: Tensor, cols: Tensor, block: Tensor) -> None:
+    """out[rows][:, cols] = block, for ascending positions: as a copy where they lie side by side, which writing by
+    indices takes ten times as long for."""
+    row, col = int(rows[0]), int(cols[0])
+    if int(rows[-1]) - row + 1 == len(rows) and int(cols[-1]) - col + 1 == len(cols):
+        out_RC[row : row + len(rows), col : col + len(cols)] = block
+    else:
+        out_RC[rows[:, None], cols] = block.to(out_RC.dtype)

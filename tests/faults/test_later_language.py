@@ -106,15 +106,15 @@ def test_a_text_in_place_of_a_number_is_quoted(option, text):
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(1000, "1000 bytes"), (2_500_000, "2.50 MB"), (6 * 10**9, "6.00 GB"), (10**7, "0.01 GB")]
+    ("count", "said"), [(512, "512 B"), (1000, "1.00 kB"), (2_500_000, "2.50 MB"), (6 * 10**9, "6.00 GB")]
 )
 def test_a_number_of_bytes_is_never_none(count, said):
-    assert numbers.gigabytes(count) == said
+    assert numbers.bytes_of(count) == said
 
 
 def test_a_small_budget_is_told_as_it_is(tmp_path, flags):
     source = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=1)
-    with pytest.raises(GrailError, match=r"^--memory 1000 bytes cannot be kept: .* needs .* GB"):
+    with pytest.raises(GrailError, match=r"^--memory 1.00 kB cannot be kept: .* needs .* [MG]B"):
         plan(Recipe(model=str(source), output=str(tmp_path / "out"), memory=1000, **flags), Progress())
 
 

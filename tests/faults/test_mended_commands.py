@@ -244,4 +244,4 @@ class TestLargeText:
         (tmp_path / "text.txt").write_text("1 2 3")
         model = job.split("--model ")[1].split()[0]
         asked = ("plan", "--model", model, "--calibration", tmp_path / "text.txt", "--samples", 10**6, "--quiet")
-        assert "more than --memory 0.80 GB" in refused(*asked, "--memory", "800MB")
+        assert "more than --memory 800.00 MB" in refused(*asked, "--memory", "800MB")
