@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .errors import GrailError, naming
 
+LOADED = (".safetensors", ".bin", ".json")
+"""What libraries look for in a checkpoint's folder, whether or not it has such a file so far."""
 NO_FILE = "is a device, a pipe or a socket, which would be replaced; choose another"
 
 
@@ -45,6 +47,10 @@ def replacing(file: Path, suffix: str = "") -> Iterator[Path]:
 
 def refuse_part_of(folder: Path, file: Path, suffix: str) -> None:
     """Raises GrailError where a file that is to be replaced is one of the checkpoint that is exported; one with the
-    export's own suffix is an earlier export."""
-    if file.exists() and file.suffix != suffix and file.resolve().is_relative_to(folder.resolve()):
+    export's own suffix is an earlier export. So would one be that is called as a file of it could be."""
+    if file.suffix == suffix or not file.resolve().is_relative_to(folder.resolve()):
+        return
+    if file.exists():
         raise GrailError(f"--output {file} is a file of the checkpoint itself; choose another name")
+    if file.suffix in LOADED:
+        raise GrailError(f"--output {file} would be taken for a file of the checkpoint; choose another name")

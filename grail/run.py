@@ -20,7 +20,7 @@ from .documents import is_utf8, not_utf8
 from .errors import Circumstance, GrailError, Interrupted, Lost, circumstance
 from .finish import evaluate, reopen_written, write_rest
 from .flags import Flags, Savable
-from .loaded import save, told_as, trained_like
+from .loaded import check_function, save, told_as, trained_like
 from .modules.architecture import Architecture
 from .modules.folder import load as load_module
 from .modules.hf import as_tokenizer
@@ -129,6 +129,7 @@ def _compress(model: Any, progress: Progress, **flags: Any) -> Report | ModuleRe
         Recipe(model=str(source), **flags)
         save(model, tokenizer, source)
         with told_as(type(model).__name__, source):
+            check_function(model, source)
             report = run(Recipe(model=str(source), output=str(output or Path(work) / "output"), **flags), progress)
         assert report is not None and report.output is not None, "there is one process, and it is the main one"
         report.model = load(report.output).to(next(model.parameters()).device)

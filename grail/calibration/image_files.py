@@ -158,6 +158,8 @@ def decode(path: Path) -> Tensor:
                 return pixels(image)
     except GrailError:
         raise
+    except image_module.DecompressionBombError as error:
+        raise GrailError(f"{path} has more than {MOST_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # PIL's decoders raise anything, from SyntaxError to struct.error
         reason = getattr(error, "strerror", None) or f"damaged or no image, {type(error).__name__}"
         raise GrailError(f"{path} cannot be read ({reason}); replace it or take it out of the folder") from error

@@ -17,6 +17,9 @@ MOST_SIDE, MOST_TIMES = 4096, 8
 """Pixels of a side, and of what the network reads at most so many times its image_size."""
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers."""
+BILINEAR, BICUBIC = 2, 3
+CUBIC = ("CLIP", "Bit", "DeiT", "Siglip", "Convnext")
+"""What the names of processors begin with that take bicubic where nothing is said."""
 
 
 def preprocessing_of(folder: Path, channels: int, image_size: Any = None) -> Preprocessing | None:
@@ -64,12 +67,25 @@ def _read(found: dict[str, Any], channels: int, most: int) -> Preprocessing:
     share = 1.0
     if cropped is not None and found.get("do_resize", True) and resized is not None:
         share = min(min(size) / min(_sides(resized)), 1.0)
-    if cropped is None and not (isinstance(resized, dict) and "shortest_edge" in resized):
+    if not found.get("do_resize", True):
+        log.warning("transformers does not resize images for this model (do_resize); GRAIL does where they differ")
+    elif cropped is None and not (isinstance(resized, dict) and "shortest_edge" in resized):
         log.warning("transformers squashes images to the size for this model; GRAIL crops their centre instead")
     plain = not found.get("do_normalize", True)
     mean = (0.0,) * channels if plain else tuple(map(float, found["image_mean"]))
     std = (1.0,) * channels if plain else tuple(map(float, found["image_std"]))
-    return Preprocessing(size, channels, mean, std, share, RESAMPLE.get(found.get("resample", 2), "bicubic"))
+    return Preprocessing(size, channels, mean, std, share, _interpolation(found))
+
+
+def _interpolation(found: dict[str, Any]) -> str:
+    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "")
+    default = BICUBIC if kind.startswith(CUBIC) else BILINEAR
+    number = found.get("resample", default)
+    if number not in RESAMPLE:
+        log.warning(
+            f"transformers resizes images for this model otherwise (resample {number}); GRAIL does it bicubically"
+        )
+    return RESAMPLE.get(number, "bicubic")
 
 
 def _sides(value: Any) -> tuple[int, int]:

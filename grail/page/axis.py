@@ -11,6 +11,8 @@ from .numbers import short
 STEPS = (1, 2, 5, 10)
 MOST_DECADES = 5
 """Of a logarithmic axis with more, only every second, third, ... is a tick."""
+EQUAL = 1e-9
+"""Values that are no further apart, relatively, count as one."""
 LEAST, MOST = 1e-300, 1e300
 """Beyond these a decade's end is not a number."""
 
@@ -42,8 +44,10 @@ def linear(values: Iterable[float], *, zero: bool = False, count: int = 5, whole
     values = [min(max(value, -MOST), MOST) for value in values]
     low, high = min(values), max(values)
     low = min(low, 0.0) if zero else low
-    span = high - low or abs(high) or 1.0
-    rough = span / count
+    span = high - low
+    if span <= EQUAL * abs(high):  # nearer than ticks could be told apart
+        span = abs(high) or 1.0
+    rough = max(span / count, LEAST)
     decade = 10.0 ** math.floor(math.log10(rough))
     step = next(decade * s for s in STEPS if decade * s >= rough * (1 - 1e-9))
     step = max(step, 1.0) if whole else step

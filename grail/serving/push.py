@@ -27,8 +27,7 @@ def push(
     Returns {schema_version, repo, url, files: [{name, bytes}], dry_run}. dry_run: nothing is sent. Raises GrailError
     for bad input, without a login, and where the hub refuses or cannot be reached.
     """
-    if not HUB_ID.fullmatch(repo) or ".." in repo:
-        raise GrailError(f"{repo} is no name for the hub; it is OWNER/NAME, such as me/llama-2-5b")
+    _check_name(repo)
     folder = Path(path)
     run = read_run(folder)
     if not list(folder.glob("*.safetensors")):
@@ -46,6 +45,19 @@ def push(
         method = run.recipe.get("method", "grail")
         told["url"] = _upload(repo, contents, private, message or f"Upload a network compressed with {method}")
     return told
+
+
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    known = HUB_ID.fullmatch(repo) and repo.isascii()
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise GrailError(f"{repo} is no name for the hub: {first_line(error)}") from error
+    if not known:
+        raise GrailError(f"{repo} is no name for the hub; it is OWNER/NAME, such as me/llama-2-5b")
 
 
 def _goes(folder: Path, file: Path) -> bool:
