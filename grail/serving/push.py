@@ -51,13 +51,12 @@ def _check_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    known = HUB_ID.fullmatch(repo) and repo.isascii()
+    if not HUB_ID.fullmatch(repo) or ".." in repo or not repo.isascii():
+        raise GrailError(f"{repo} is no name for the hub; it is OWNER/NAME, such as me/llama-2-5b")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise GrailError(f"{repo} is no name for the hub: {first_line(error)}") from error
-    if not known:
-        raise GrailError(f"{repo} is no name for the hub; it is OWNER/NAME, such as me/llama-2-5b")
 
 
 def _goes(folder: Path, file: Path) -> bool:
