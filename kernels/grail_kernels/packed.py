@@ -261,7 +261,7 @@ class PackedSymmetric:
         energy = torch.zeros((), dtype=torch.float64, device=self.device)
         for panel, (start, _) in zip(self.panels, self.bounds, strict=True):
             for rows, (row, _) in zip(panel.split(self.tile), self.bounds, strict=False):
-                energy += (1 if row == start else 2) * torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+                energy += (1 if row == start else 2) * rows.double().square().sum()
         return (self.diagonal().double().sum().square() / energy).item() if energy > 0 else 0.0
 
     def __getstate__(self) -> dict[str, Any]:

@@ -235,7 +235,7 @@ class TestLargeText:
 
     @pytest.mark.parametrize(("samples", "memory"), [(2000, 10**6), (2**30, None)])
     def test_more_windows_than_there_is_memory_for(self, samples, memory):
-        with pytest.raises(GrailError, match=f"--samples {samples} .* are .* [GM]B, more than "):
+        with pytest.raises(GrailError, match=f"--samples {samples} .* are .* [TGM]B, more than "):
             load_calibration(
                 "builtin", lambda: pytest.fail("tokenised"), 64, samples=samples, seq_len=512, seed=0, memory=memory
             )
