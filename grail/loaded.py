@@ -55,6 +55,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 def check_function(model: nn.Module, folder: Path) -> None:
     """Raises GrailError naming a module where a model, saved in `folder`, computes something else than the weights
     there say: hooks, adapters and forwards of somebody's own are not saved with it."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given, which computes the same without waiting
     odd = next((f"{name or type(module).__name__} {what}" for name, module in model.named_modules()
                 if (what := _own(module))), None)  # fmt: skip
     if odd is None:

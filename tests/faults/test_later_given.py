@@ -97,6 +97,10 @@ class TestFunctions:
         assert report.model is not model and seen
         assert model.training and model.model.layers[0].mlp.training and not model.model.layers[1].mlp.training
 
+    def test_a_compiled_model_is_not_compiled_for_it(self):
+        model = torch.compile(tiny_model(), backend=lambda graph, inputs: pytest.fail("compiled"))
+        assert compressed(model).model is not model
+
     def test_in_16_bits_rounding_is_no_other_function(self):
         model = tiny_model().to(torch.bfloat16)
         model.model.layers[0].register_forward_hook(lambda module, given, out: None)
