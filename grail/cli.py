@@ -269,7 +269,9 @@ def _stays(wanted: Request, progress: Progress, as_json: bool) -> bool:
 @guarded
 @with_options_of(compress, without={"print_recipe"}, output=None)
 def plan_command(**options: object) -> None:
-    """What `grail compress` with the same arguments would do and need: no weights are loaded, nothing is written.
+    """What `grail compress` of a language model would do and need: no weights are loaded, nothing is written.
+
+    The arguments are the same. Vision networks are held in memory as a whole, and have no plan.
 
     Example: grail plan --model llama-2-7b --calibration text.jsonl --memory 6GB
     """
