@@ -56,7 +56,7 @@ def linear(values: Iterable[float], *, zero: bool = False, count: int = 5, whole
         return Axis(low, high if high > low else low + 1, tuple(ticks))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [step * i for i in range(first, max(last, first + 1) + 1)]
-    return Axis(ticks[0], ticks[-1], tuple(ticks))
+    return Axis(min(ticks[0], low), max(ticks[-1], high), tuple(ticks))
 
 
 def logarithmic(values: Iterable[float]) -> Axis:
